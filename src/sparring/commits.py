@@ -1,0 +1,175 @@
+"""Atomic commits, and manifests that are verified on reading.
+
+A directory is committed by writing it under a temporary name beside its final one, syncing every file,
+writing MANIFEST.json last, and renaming. So a directory with its final name is complete, and a reader
+accepts it only if every file still has the size and hash that the manifest gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from sparring.errors import Stopped
+
+MANIFEST = "MANIFEST.json"
+MANIFEST_VERSION = 1
+
+Json = dict[str, object]
+
+
+def failpoint(name: str) -> None:
+    """Dies here, as kill -9 would, when SPARRING_FAIL_AT names this point ("name" or "name:n" for the n-th pass)."""
+    wanted, _, nth = os.environ.get("SPARRING_FAIL_AT", "").partition(":")
+    if wanted == name:
+        _passes[name] = _passes.get(name, 0) + 1
+        if _passes[name] == int(nth or 1):
+            os._exit(137)
+
+
+_passes: dict[str, int] = {}
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128: finds rot and mix-ups at disk speed; it is no defence against an attacker."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """Hash of a file, or of a folder's files with their names; hidden files are left out."""
+    if path.is_file():
+        return hash_file(path)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.relative_to(path).as_posix().startswith("."))
+    return _digest({f.relative_to(path).as_posix(): hash_file(f) for f in files})
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a single file so that a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    failpoint(f"replace-{path.name}")
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def _digest(hashes: Mapping[str, str]) -> str:
+    return xxhash.xxh3_128(json.dumps(dict(sorted(hashes.items()))).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    files: Mapping[str, Mapping[str, object]]  # name -> bytes, xxh3
+    reads: Mapping[str, str]  # what it was made from -> digest
+    info: Json
+
+    def digest(self, inside: str = "") -> str:
+        """Digest of the files below `inside`, by content: the same bytes give the same digest."""
+        return _digest({n: str(f["xxh3"]) for n, f in self.files.items() if n.startswith(inside)})
+
+
+@contextmanager
+def commit(final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> Iterator[Path]:
+    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        commit_folder(temporary, final, reads=reads, info=info)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> None:
+    """Makes the folder `work`, which lies beside `final`, the committed directory `final`."""
+    files: dict[str, Json] = {}
+    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+        sync(path)
+        files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+    for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
+        sync(folder)
+    failpoint(f"before-manifest-{final.name}")
+    content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
+    write_json(work / MANIFEST, content)
+    sync(work / MANIFEST)
+    sync(work)
+    failpoint(f"before-rename-{final.name}")
+    work.rename(final)
+    sync(final.parent)
+    failpoint(f"committed-{final.name}")
+
+
+def commit_part(path: Path, write: Callable[[Path], None]) -> None:
+    """Adds one file to a folder that is still being made; a hash beside it says that it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    write(temporary)
+    sync(temporary)
+    failpoint("before-part")
+    temporary.rename(path)
+    replace_file(_hash_beside(path), hash_file(path))
+    failpoint("after-part")
+
+
+def has_part(path: Path) -> bool:
+    """Whether a file that `commit_part` wrote is there, whole and undamaged."""
+    beside = _hash_beside(path)
+    return path.is_file() and beside.is_file() and beside.read_text(encoding="utf-8") == hash_file(path)
+
+
+def _hash_beside(path: Path) -> Path:
+    return path.with_name(path.name + ".xxh3")
+
+
+def is_committed(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest(content["files"], content["reads"], content["info"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Stopped(f"{path / MANIFEST} is missing or damaged ({error}); {_remedy(path)}") from error
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a committed directory, after checking every file against it."""
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise Stopped(f"{file} is missing; {_remedy(path)}")
+        if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["xxh3"]:
+            raise Stopped(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
+    return manifest
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path} and run the same command again to make it anew"

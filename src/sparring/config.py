@@ -1,0 +1,173 @@
+"""The recipe: pydantic models from YAML and dotted overrides, strict. A run is a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import model_validator as validator
+
+from sparring.objectives import Sft, Space, Spin, Tspin
+from sparring.types import NonNegative, Positive
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+NEUTRAL = {"resume": "neutral"}
+"""Marks a setting that changes no result: a run may be continued with another value."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.rstrip("_"),  # `lambda` is a word of Python's own
+    )
+
+
+class Data(Strict):
+    train: str
+    """A .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id."""
+    held_out: Share | NonNegativeInt | str = 0.05
+    """A share of the prompts, a number of prompts, or a file of their own."""
+    columns: dict[str, str] = {}
+    """Our field name -> the name of the user's column."""
+    template: str | None = None
+    """None: the tokenizer's chat template. A text with {prompt}: for base models. Jinja: a chat template."""
+    turns: Literal["last", "first", "all"] = "last"
+    """Which assistant turns of a conversation become examples."""
+    limit: PositiveInt | None = None
+    """Only the first so many usable rows."""
+    split: str = "train"
+    """The split of a hub data set."""
+    split_on: str | None = None
+    """For `text` rows: "sentence", or a regular expression; the prompt ends where its first match begins."""
+    end_token: str | None = None
+    """The token that ends an answer. None: found in the chat template, else the tokenizer's."""
+    cap_real: bool = True
+    """Cut real answers at generate.max_new_tokens too: otherwise length alone tells real from generated."""
+    max_rejected: Share = 0.1
+    """Stop when more than this share of the rows cannot be used."""
+
+
+class Generate(Strict):
+    backend: Literal["hf"] = "hf"
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegative = 1.0
+    top_p: Probability = 1.0
+    samples: PositiveInt = 1
+    """Answers per prompt."""
+    batch_size: PositiveInt = 64
+
+
+class Train(Strict):
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    learning_rate: Positive = 5e-7
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.1
+    weight_decay: NonNegative = 0.0
+    epochs: PositiveInt = 2
+    batch_size: PositiveInt = 64
+    micro_batch_tokens: PositiveInt = 8192
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_clipping: Positive | None = 1.0
+    gradient_checkpointing: bool = False
+    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
+    """Optimizer steps between checkpoints."""
+
+
+class Regex(Strict):
+    regex: str
+    """The answer is the first group of the last match, or the whole match."""
+
+    @field_validator("regex")
+    @classmethod
+    def compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class Evaluate(Strict):
+    held_out: bool = True
+    checker: Literal["number", "exact"] | Regex | None = None
+    """How an answer is checked: the number after ####, the whole text, or what a pattern finds."""
+    save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
+        default="held_out_nll", json_schema_extra=NEUTRAL
+    )
+
+
+class Recipe(Strict):
+    model: str
+    method: Annotated[Sft | Spin | Tspin | Space, Field(discriminator="name")]
+    iterations: Annotated[int, Field(ge=1, json_schema_extra=NEUTRAL)] = 4
+    data: Data
+    generate: Generate = Generate()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
+    seed: NonNegativeInt = 0
+    threads: PositiveInt | None = None
+    """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
+
+    @validator(mode="before")
+    @classmethod
+    def published_defaults(cls, raw: Any) -> Any:
+        """`method: spin` is short for its mapping; T-SPIN sets beta to 0 in round 0, as its Algorithm 1 does."""
+        if not isinstance(raw, Mapping):
+            return raw
+        method = raw.get("method")
+        raw = {**raw, "method": {"name": method}} if isinstance(method, str) else dict(raw)
+        if "per_iteration" not in raw and raw.get("method", {}).get("name") == "tspin":
+            raw["per_iteration"] = {0: {"method.beta": 0.0}}
+        return raw
+
+    @validator(mode="after")
+    def consistent(self) -> Recipe:
+        if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
+            raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        for index in self.per_iteration:
+            try:
+                self.at(index)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"per_iteration.{index}: {where}: {first['msg']}") from error
+        return self
+
+    def at(self, index: int) -> Recipe:
+        """The settings of one iteration."""
+        changes = self.per_iteration.get(index)
+        if not changes:
+            return self
+        raw = {**self.model_dump(by_alias=True), "per_iteration": {}}
+        for key, value in changes.items():
+            section, _, _ = key.partition(".")
+            if section not in ("method", "generate", "train") or key == "method.name":
+                raise ValueError(f"per_iteration.{index}: '{key}' cannot change between iterations")
+            set_key(raw, key.split("."), value)
+        return Recipe.model_validate(raw)
+
+
+SECTIONS: Mapping[str, type[Strict]] = {"data": Data, "generate": Generate, "train": Train, "evaluate": Evaluate}
+
+
+def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:
+    """Sets a dotted key in nested mappings, without changing the inner ones of the caller."""
+    for depth, part in enumerate(path[:-1]):
+        inner = raw.get(part)
+        if path[: depth + 1] == ["method"] and isinstance(inner, str):
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"'{'.'.join(path)}' has no place, since {part} is not a mapping")
+        raw[part] = dict(inner)
+        raw = raw[part]
+    raw[path[-1]] = value

@@ -1,0 +1,178 @@
+"""Examples -> token ids: the token contract.
+
+What holds for every rendered row: the prompt ids are exactly what the generator is given; prompt ids +
+response ids are the tokens of the whole conversation, so the prompt is a strict prefix of it; the last
+response token is the end token that the model is to emit, unless the response was cut, which is marked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+import numpy as np
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from sparring.data.read import BadRow
+from sparring.errors import Refused
+from sparring.types import Example, Message, Rendered
+
+SENTINEL = "sparring"
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """The token that ends an answer, and how many tokens the template writes after it."""
+
+    id: int
+    is_in_template: bool
+    num_after: int
+
+
+class Renderer:
+    """Renders conversations with the tokenizer's chat template, a given one, or a text with {prompt}."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None,
+        end_token: str | None,
+        max_length: int,
+        max_response: int | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_response = max_response
+        is_jinja = template is not None and ("{%" in template or "{{" in template)
+        self.text_template = None if is_jinja else template
+        self.chat_template = template if is_jinja else None
+        if self.text_template is not None and "{prompt}" not in self.text_template:
+            raise Refused(f"data.template: {template!r} does not say where the {{prompt}} goes")
+        if template is None and not tokenizer.chat_template:
+            raise Refused(
+                "data.template: the tokenizer has no chat template, so give a text, for example "
+                r'"### Instruction: {prompt}\n\n### Response: "'
+            )
+        self.end = self._end_of_turn(end_token)
+        bos = tokenizer.bos_token_id
+        self.start = [bos] if bos is not None and tokenizer(SENTINEL)["input_ids"][:1] == [bos] else []
+
+    @property
+    def template_digest(self) -> str:
+        """Names the template that was used, so that a run cannot change it unnoticed."""
+        used = self.text_template or self.chat_template or self.tokenizer.get_chat_template()
+        return xxhash.xxh3_128_hexdigest(used.encode())
+
+    def __call__(self, example: Example) -> Rendered:
+        if self.text_template is None:
+            prompt, prompt_ids, response_ids = self._chat(example.messages)
+        else:
+            prompt, prompt_ids, response_ids = self._text(example.messages)
+        room = self.max_length - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            problem = "has no tokens" if not prompt_ids else f"has {len(prompt_ids)} tokens, which leaves no room"
+            raise BadRow(f"the prompt {problem} (train.max_length is {self.max_length})")
+        cap = min(room, self.max_response or room)
+        return Rendered(
+            id=example.id,
+            row=example.row,
+            prompt_ids=np.array(prompt_ids, dtype=np.int32),
+            real_ids=np.array(response_ids[:cap], dtype=np.int32),
+            real_finish="stop" if len(response_ids) <= cap else "length",
+            prompt=prompt,
+            real=example.answer,
+        )
+
+    # The template's white space after the end token ("<|im_end|>\n") is not part of the answer: a model
+    # that is asked to answer stops at the token, and both answers must have the same form.
+    def _chat(self, messages: Sequence[Message]) -> tuple[str, list[int], list[int]]:
+        prompt = self._apply(messages[:-1], add_generation_prompt=True)
+        prompt_ids = self._tokens(prompt)
+        all_ids = self._tokens(self._apply(messages))
+        if all_ids[: len(prompt_ids)] != prompt_ids:
+            raise BadRow(self._first_difference(prompt_ids, all_ids))
+        response = all_ids[len(prompt_ids) :]
+        if not self.end.is_in_template:
+            return prompt, prompt_ids, [*response, self.end.id]
+        response = response[: len(response) - self.end.num_after]
+        if not response or response[-1] != self.end.id:
+            raise BadRow(f"the template does not end this answer with {self._show(self.end.id)}")
+        return prompt, prompt_ids, response
+
+    # Spaces at the end of a text template go to the answer, where tokenizers keep them: "Response: Yes"
+    # is the tokens "Response", ":", " Yes".
+    def _text(self, messages: Sequence[Message]) -> tuple[str, list[int], list[int]]:
+        assert self.text_template is not None
+        *before, last = messages
+        system = [m["content"] for m in before if m["role"] == "system"]
+        users = [m["content"] for m in before if m["role"] == "user"]
+        if len(before) != len(system) + 1 or len(users) != 1:
+            raise BadRow(
+                "the conversation has several turns, and the text template has room for one (data.turns: first)"
+            )
+        if system and "{system}" not in self.text_template:
+            raise BadRow("the row has a system turn, and data.template has no {system}")
+        values = {"system": "\n".join(system), "prompt": users[0]}
+        filled = re.sub(r"\{(system|prompt)\}", lambda slot: values[slot[1]], self.text_template)
+        prompt = filled.rstrip(" ")
+        answer = filled[len(prompt) :] + last["content"]
+        prompt_ids, all_ids = self._with_start(prompt), self._with_start(prompt + answer)
+        if all_ids[: len(prompt_ids)] != prompt_ids:
+            raise BadRow(self._first_difference(prompt_ids, all_ids))
+        return prompt, prompt_ids, [*all_ids[len(prompt_ids) :], self.end.id]
+
+    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise BadRow(f"the chat template refuses it: {error}") from error
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _with_start(self, text: str) -> list[int]:
+        """Tokens of a plain text, begun with the start token if the tokenizer begins texts with one."""
+        return [*self.start, *self._tokens(text)]
+
+    def _end_of_turn(self, end_token: str | None) -> EndOfTurn:
+        wanted = None
+        if end_token is not None:
+            wanted = self.tokenizer.get_vocab().get(end_token)
+            if wanted is None:
+                raise Refused(f"data.end_token: the tokenizer has no token {end_token!r}")
+        if self.text_template is None:
+            turns = [Message(role="user", content="?"), Message(role="assistant", content=SENTINEL)]
+            try:
+                tail = self._tokens(self._apply(turns).rpartition(SENTINEL)[2])
+            except BadRow as problem:
+                raise Refused(f"data.template: {problem}") from problem
+            special = set(self.tokenizer.all_special_ids)
+            special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            for index, token in enumerate(tail):
+                if token == wanted or (wanted is None and token in special):
+                    return EndOfTurn(token, is_in_template=True, num_after=len(tail) - index - 1)
+        end = wanted if wanted is not None else self.tokenizer.eos_token_id
+        if end is None:
+            raise Refused("data.end_token: neither the template nor the tokenizer has an end token; name one")
+        return EndOfTurn(end, is_in_template=False, num_after=0)
+
+    def _first_difference(self, prompt_ids: list[int], all_ids: list[int]) -> str:
+        pairs = enumerate(zip(prompt_ids, all_ids, strict=False))
+        at = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(prompt_ids), len(all_ids)))
+        there = self._show(all_ids[at]) if at < len(all_ids) else "nothing"
+        return (
+            f"the prompt's tokens are not a prefix of the whole: token {at} is {self._show(prompt_ids[at])} in the "
+            f"prompt alone and {there} in the whole conversation"
+        )
+
+    def _show(self, token_id: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"

@@ -1,0 +1,211 @@
+"""The shapes that supervised data come in, each turned into conversations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import xxhash
+
+from sparring.data.read import BadRow, Row
+from sparring.errors import Refused
+from sparring.types import Example, Message
+
+Turns = Literal["last", "first", "all"]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+
+SENTENCE = r"(?<=[.!?])[\"”']?(?=\s)"  # a sentence ends before the white space that follows it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which columns make a row of this shape, and how it becomes a conversation."""
+
+    name: str
+    columns: tuple[str, ...]
+    conversation: Callable[[Row], list[Message]]
+    optional: tuple[str, ...] = ()
+
+
+def _messages(row: Row) -> list[Message]:
+    return _turns(row["messages"], "role", "content")
+
+
+def _conversations(row: Row) -> list[Message]:
+    return [*_system(row), *_turns(row["conversations"], "from", "value")]
+
+
+def _prompt_completion(row: Row) -> list[Message]:
+    return [*_system(row), *_side(row["prompt"], "user"), *_side(row["completion"], "assistant")]
+
+
+def _chosen(row: Row) -> list[Message]:
+    return [*_system(row), *_without_prefix(_side(row["prompt"], "user"), _side(row["chosen"], "assistant"))]
+
+
+def _real(row: Row) -> list[Message]:
+    return _side(row["real"], "assistant")
+
+
+def _alpaca(row: Row) -> list[Message]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise BadRow("'history' must be a list of [question, answer]")
+    earlier = [_message(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
+    extra = _text(row.get("input") or "")
+    question = _text(row["instruction"]) + (f"\n\n{extra}" if extra.strip() else "")
+    return [*_system(row), *earlier, _message("user", question), _message("assistant", row["output"])]
+
+
+def _question_answer(row: Row) -> list[Message]:
+    return [*_system(row), _message("user", row["question"]), _message("assistant", row["answer"])]
+
+
+SHAPES = (
+    Shape("messages", ("messages",), _messages),
+    Shape("conversations", ("conversations",), _conversations, ("system",)),
+    Shape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("system",)),
+    Shape("prompt/chosen", ("prompt", "chosen"), _chosen, ("system",)),
+    Shape("real", ("real",), _real),
+    Shape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    Shape("question/answer", ("question", "answer"), _question_answer, ("system",)),
+)
+
+
+def detect_shape(row: Row, columns: Mapping[str, str], split_on: str | None, source: str) -> Shape:
+    """The first shape whose columns the row has; `columns` maps our names to the user's."""
+    known = {name for shape in SHAPES for name in (*shape.columns, *shape.optional)} | {"text"}
+    for ours, theirs in columns.items():
+        if ours not in known:
+            raise Refused(f"data.columns: '{ours}' is none of {', '.join(sorted(known))}")
+        if theirs not in row:
+            raise Refused(f"data.columns: {source} has no column '{theirs}'; it has {', '.join(map(str, row))}")
+    available = renamed(row, columns)
+    shapes = (*SHAPES, Shape("text", ("text",), _splitter(split_on)))
+    for shape in shapes:
+        uses = {*shape.columns, *shape.optional}
+        if all(name in available for name in shape.columns) and set(columns) <= uses:
+            if shape.name == "text" and split_on is None:
+                raise Refused(
+                    f"data: {source} has rows of plain text; set data.split_on to 'sentence' or to a regular "
+                    "expression, so that the prompt ends where its first match begins"
+                )
+            return shape
+    wanted = "; ".join(" + ".join(shape.columns) for shape in shapes)
+    raise Refused(
+        f"data: the columns of {source} ({', '.join(map(str, row))}) are none of: {wanted}. "
+        "Map them with data.columns, for example {question: your_column, answer: another}"
+    )
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def examples(row: Row, number: int, shape: Shape, turns: Turns) -> list[Example]:
+    """The examples of one row: a conversation up to each assistant turn that `turns` selects."""
+    missing = [name for name in shape.columns if row.get(name) is None]
+    if missing:
+        raise BadRow(f"no '{missing[0]}'")
+    conversation = shape.conversation(row)
+    seen_user, targets = False, []
+    for index, message in enumerate(conversation):
+        seen_user = seen_user or message["role"] == "user"
+        if message["role"] == "assistant" and seen_user:
+            targets.append(index)
+    if not targets:
+        raise BadRow("no assistant turn after a user turn")
+    chosen = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
+    found = [Example(_id(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in chosen]
+    for example in found:
+        if not example.answer.strip():
+            raise BadRow("the answer is empty")
+        if not any(m["role"] == "user" and m["content"].strip() for m in example.messages):
+            raise BadRow("the prompt is empty")
+    return found
+
+
+def prompt_key(example: Example) -> str:
+    """What the held-out split must not tear apart: everything up to the first user turn."""
+    first_user = next(i for i, m in enumerate(example.messages) if m["role"] == "user")
+    return _id(list(example.messages[: first_user + 1]))
+
+
+def _id(messages: list[Message]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode())
+
+
+def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
+    try:
+        boundary = re.compile(SENTENCE if split_on == "sentence" else split_on or "")
+    except re.error as error:
+        raise Refused(f"data.split_on: '{split_on}' is not a regular expression: {error}") from error
+
+    def split(row: Row) -> list[Message]:
+        text = _text(row["text"])
+        match = boundary.search(text)
+        if not match:
+            raise BadRow("data.split_on finds no place to split the text")
+        end = match.end() if split_on == "sentence" else match.start()
+        return [_message("user", text[:end]), _message("assistant", text[end:])]
+
+    return split
+
+
+def _system(row: Row) -> list[Message]:
+    return [_message("system", row["system"])] if row.get("system") else []
+
+
+def _side(value: object, role: str) -> list[Message]:
+    """A prompt or a completion: a text, or the messages themselves."""
+    return _turns(value, "role", "content") if isinstance(value, list) else [_message(role, value)]
+
+
+def _without_prefix(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """Preference data often repeat the prompt inside `chosen`."""
+    return answer if answer[: len(prompt)] == prompt else [*prompt, *answer]
+
+
+def _turns(value: object, role_key: str, content_key: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BadRow("a conversation must be a list of turns")
+    turns = []
+    for index, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
+            raise BadRow(f"turn {index} needs '{role_key}' and '{content_key}'")
+        turns.append(_message(turn[role_key], turn[content_key]))
+    return turns
+
+
+def _message(role: object, content: object) -> Message:
+    if role not in ROLES:
+        raise BadRow(f"unknown role {role!r}; known are {', '.join(ROLES)}")
+    return Message(role=ROLES[str(role)], content=_text(content))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):  # typed parts
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+            raise BadRow("content has parts that are not text")
+        value = "".join(_text(part.get("text", part.get("value"))) for part in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a checkable answer is often a bare number
+    if not isinstance(value, str):
+        raise BadRow(f"expected a text, found {'nothing' if value is None else type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"not valid Unicode: {error.reason}") from error
+    return value

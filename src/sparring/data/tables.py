@@ -1,0 +1,92 @@
+"""Tables on disk: Parquet with page checksums, lists of token ids as NumPy arrays without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparring.types import Generation, Rendered, TokenIds
+
+IDS = pa.list_(pa.int32())
+
+ROWS = pa.schema(
+    {
+        "id": pa.string(),
+        "row": pa.int32(),
+        "prompt_ids": IDS,
+        "real_ids": IDS,
+        "real_finish": pa.string(),
+        "prompt": pa.string(),
+        "real": pa.string(),
+    }
+)
+
+GENERATIONS = pa.schema(
+    {"id": pa.string(), "sample": pa.int16(), "token_ids": IDS, "finish": pa.string(), "text": pa.string()}
+)
+
+SCORES = pa.schema(
+    {"id": pa.string(), "role": pa.string(), "round": pa.int16(), "sample": pa.int16(), "logprob": pa.float32()}
+)
+
+OpponentScores = Mapping[tuple[str, str, int, int], float]
+"""(row id, role, round, sample) -> log-prob. A real answer has round and sample 0."""
+
+
+def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object]]) -> None:
+    table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def read_table(path: Path) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True)
+
+
+def id_lists(column: pa.ChunkedArray) -> list[TokenIds]:
+    """The rows of a list column as views of one array."""
+    lists = []
+    for chunk in column.chunks:
+        values = chunk.values.to_numpy()
+        offsets = chunk.offsets.to_numpy()
+        lists += [values[start:end] for start, end in pairwise(offsets)]
+    return lists
+
+
+def write_rows(path: Path, rows: Sequence[Rendered]) -> None:
+    write_table(path, ROWS, {name: [getattr(row, name) for row in rows] for name in ROWS.names})
+
+
+def read_rendered(path: Path) -> list[Rendered]:
+    table = read_table(path)
+    columns = [
+        id_lists(table[name]) if table.schema.field(name).type == IDS else table[name].to_pylist()
+        for name in ROWS.names
+    ]
+    return [Rendered(**dict(zip(ROWS.names, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+def write_generations(path: Path, generations: Sequence[Generation], texts: Sequence[str]) -> None:
+    columns: dict[str, Sequence[object]] = {
+        name: [getattr(g, name) for g in generations] for name in GENERATIONS.names if name != "text"
+    }
+    write_table(path, GENERATIONS, {**columns, "text": texts})
+
+
+def read_generations(paths: Iterable[Path]) -> list[Generation]:
+    """Generations of several parts, in the order of the parts."""
+    generations = []
+    for path in paths:
+        table = read_table(path)
+        columns = (table["id"].to_pylist(), table["sample"].to_pylist(), id_lists(table["token_ids"]))
+        generations += map(Generation, *columns, table["finish"].to_pylist())
+    return generations
+
+
+def read_scores(path: Path) -> OpponentScores:
+    table = read_table(path)
+    columns = [table[name].to_pylist() for name in ("id", "role", "round", "sample", "logprob")]
+    return {(id, role, round, sample): value for id, role, round, sample, value in zip(*columns, strict=True)}

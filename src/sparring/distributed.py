@@ -1,0 +1,36 @@
+"""The only importer of accelerate and torch.distributed: devices, precision, and what crosses processes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from functools import cache
+
+import torch
+from accelerate import Accelerator
+
+from sparring.errors import Refused
+
+
+@cache
+def accelerator() -> Accelerator:
+    """One for the process. Autocast is the scorer's, so that scoring and training share one code path."""
+    found = Accelerator(mixed_precision="no")
+    if found.num_processes > 1:
+        raise Refused(
+            f"{found.num_processes} processes were started; this version of sparring plays on one device. "
+            "Start it with 'sparring run', not with a launcher"
+        )
+    return found
+
+
+def device() -> torch.device:
+    return accelerator().device
+
+
+def peak_memory_mib() -> float:
+    """Peak memory so far: of the device where it counts its own, else of the process."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,13 @@
+"""What can go wrong by intent. Anything else that is raised is a bug of ours."""
+
+
+class Refused(Exception):
+    """The user's input cannot be used. The message says what, where, and how to mend it. Exit code 2."""
+
+
+class RunMismatch(Refused):
+    """The run directory was started with other settings, or from other files."""
+
+
+class Stopped(Exception):
+    """The run stopped to protect what it has: nothing that was committed is lost. Exit code 1."""

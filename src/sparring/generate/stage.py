@@ -1,0 +1,63 @@
+"""The generate stage: the opponent answers every training prompt. Committed part by part."""
+
+from __future__ import annotations
+
+import time
+
+from sparring.commits import commit_folder, commit_part, has_part
+from sparring.data.tables import read_generations, write_generations
+from sparring.iteration import Iteration
+from sparring.model import load_tokenizer
+from sparring.progress import track
+from sparring.types import OpenBackend, Prompt
+
+PART_PROMPTS = 512
+
+
+def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
+    """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
+    start = time.monotonic()
+    settings, run = iteration.recipe.generate, iteration.run
+    prompts = [
+        Prompt(
+            id=row.id,
+            sample=sample,
+            token_ids=row.prompt_ids,
+            max_new_tokens=min(settings.max_new_tokens, iteration.data.max_length - len(row.prompt_ids)),
+            seed=iteration.seed("sample", row.id, sample),
+        )
+        # longest first: the most memory is needed at once, and batches hold prompts of similar length
+        for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
+        for sample in range(settings.samples)
+    ]
+    reads = run.reads(run.data, iteration.opponent)
+    tokenizer = load_tokenizer(iteration.opponent)
+    final = iteration.stage("generate")
+    work = final.with_name(".generate.partial")
+    num_tokens = num_stopped = 0
+    with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
+        for part in range(0, len(prompts), PART_PROMPTS):
+            path = work / f"part-{part // PART_PROMPTS:05d}.parquet"
+            wanted = prompts[part : part + PART_PROMPTS]
+            if has_part(path):
+                answers = read_generations([path])
+            else:
+                answers = []
+                for answer in backend.generate(wanted):
+                    answers.append(answer)
+                    advance(1, len(answer.token_ids))
+                texts = tokenizer.batch_decode([a.token_ids for a in answers], skip_special_tokens=True)
+                commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+            num_tokens += sum(len(a.token_ids) for a in answers)
+            num_stopped += sum(a.finish == "stop" for a in answers)
+    commit_folder(
+        work,
+        final,
+        reads=reads,
+        info={
+            "seconds": time.monotonic() - start,
+            "answers": len(prompts),
+            "tokens": num_tokens,
+            "end_rate": num_stopped / len(prompts),
+        },
+    )

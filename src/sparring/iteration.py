@@ -1,0 +1,109 @@
+"""What a stage is given: which run, which settings, which iteration. Everything below a stage takes values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparring.commits import write_json
+from sparring.config import Recipe
+from sparring.data.tables import read_generations, read_rendered
+from sparring.rundir import STAGES, RunDir
+from sparring.seeds import seed_of
+from sparring.types import Generation, Rendered
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the data stage found, and the token contract that every later stage keeps."""
+
+    model: str  # folder of the model that the run starts from, its exact version
+    shape: str
+    num_train: int
+    num_held_out: int
+    rejected: Mapping[str, int]  # reason -> rows
+    num_cut: int  # real answers cut at a length limit, which therefore have no end token
+    end_token: str
+    end_ids: tuple[int, ...]  # generation stops at any of these
+    template_digest: str
+    max_length: int  # prompt + response, the model's context taken into account
+    mean_prompt_tokens: float
+    mean_real_tokens: float
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> DataSummary:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return DataSummary(**{**raw, "end_ids": tuple(raw["end_ids"])})
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Iteration `index` of a run; -1 stands for the model that the run starts from."""
+
+    run: RunDir
+    recipe: Recipe  # with the settings of this iteration
+    index: int
+
+    @cached_property
+    def data(self) -> DataSummary:
+        return DataSummary.read(self.run.data / "summary.json")
+
+    @property
+    def opponent(self) -> Path:
+        """The model of the recipe at first, then what the iteration before trained. Nothing else decides it."""
+        return Path(self.data.model) if self.index <= 0 else self.run.model(self.index - 1)
+
+    @property
+    def policy(self) -> Path:
+        return Path(self.data.model) if self.index < 0 else self.run.model(self.index)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this iteration: those whose work matters to its method."""
+        if self.index < 0:
+            return ("evaluate",) if self.is_evaluated else ()
+        objective = self.recipe.method
+        needed = {
+            "generate": objective.rounds > 0,
+            "score": objective.needs_opponent,
+            "train": True,
+            "evaluate": self.is_evaluated,
+        }
+        return tuple(stage for stage in STAGES if needed[stage])
+
+    @property
+    def is_evaluated(self) -> bool:
+        return self.recipe.evaluate.held_out and self.data.num_held_out > 0
+
+    def stage(self, name: str) -> Path:
+        return self.run.stage(self.index, name) if self.index >= 0 else self.run.start / name
+
+    def before(self) -> Iteration:
+        return replace(self, index=self.index - 1)
+
+    def rounds(self) -> list[int]:
+        """The iterations whose generated answers this one plays with, the newest first."""
+        return list(range(self.index, max(-1, self.index - self.recipe.method.rounds), -1))
+
+    def seed(self, *coordinates: str | int) -> int:
+        return seed_of(self.recipe.seed, self.index, *coordinates)
+
+    def train_rows(self) -> list[Rendered]:
+        return read_rendered(self.run.data / "train.parquet")
+
+    def held_out_rows(self) -> list[Rendered]:
+        return read_rendered(self.run.data / "held_out.parquet")
+
+    def generations(self, index: int) -> dict[str, list[Generation]]:
+        """The answers that iteration `index` drew, by row id, in the order of their samples."""
+        answers: dict[str, list[Generation]] = {}
+        for generation in read_generations(sorted(self.run.stage(index, "generate").glob("part-*.parquet"))):
+            answers.setdefault(generation.id, []).append(generation)
+        return answers

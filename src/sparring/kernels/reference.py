@@ -1,0 +1,28 @@
+"""log p(token | prefix) from hidden states: the specification that any faster kernel is held to."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def linear_logprob(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " tokens"],
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float[Tensor, " tokens"]:
+    """log softmax(softcap(scale * (hidden @ weight.T + bias)))[targets], nats, float32.
+
+    softcap(z) = softcap * tanh(z / softcap), as in Gemma 2; `scale` multiplies the logits, as in Cohere
+    and Granite.
+    """
+    # float: a bfloat16 log-softmax loses the differences that we train on
+    logits = F.linear(hidden, weight, bias).float() * scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    return -F.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,107 @@
+"""Loading and saving a causal language model and its tokenizer. safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from sparring.errors import Refused
+
+disable_progress_bar()  # ours says what takes long
+
+WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def resolve_model(name: str) -> Path:
+    """A local folder as it is; a hub id, with an optional @revision, as its downloaded snapshot.
+
+    The snapshot's folder is named by the commit, so what is recorded is the exact version.
+    """
+    if Path(name).exists():
+        return check_model_folder(Path(name).absolute())
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise Refused(
+            f"model: there is no folder {Path(name).absolute()}; relative paths start at the working directory"
+        )
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise Refused(
+            f"model: there is no folder {folder}, and the hub did not give '{name}': {error}. "
+            "Without a network, pass the folder of a downloaded model; for a gated model accept its licence on "
+            "its page and run 'hf auth login'."
+        ) from error
+
+
+def check_model_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise Refused(f"model: {folder} has no config.json, so it is not a transformers model folder")
+    if not list(folder.glob("*.safetensors")):
+        unsafe = sorted(f.name for pattern in WEIGHTS_THAT_RUN_CODE for f in folder.glob(pattern))
+        found = f"; {unsafe[0]} can run code when it is read: convert it to safetensors first" if unsafe else ""
+        raise Refused(f"model: {folder} has no *.safetensors{found}")
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"model: the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Refused(f"model: {folder} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A plain model folder that transformers, vLLM and the next iteration load."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token at which the model's own files say that generation stops."""
+    declared: set[int] = set()
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        declared.update([eos] if isinstance(eos, int) else eos or [])
+    if tokenizer.eos_token_id is not None:
+        declared.add(tokenizer.eos_token_id)
+    return declared
+
+
+def context_length(folder: Path) -> int | None:
+    """The most positions that the model was built for, None where its config does not say."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return getattr(config, "max_position_embeddings", None)

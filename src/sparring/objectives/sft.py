@@ -1,0 +1,34 @@
+"""SFT: continued supervised fine-tuning, the control that every game is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from sparring.types import Lengths, Loss, Role, Scores
+
+
+@dataclass(frozen=True)
+class Sft:
+    """loss = -log p_policy(real), averaged over its tokens unless `average_logprobs` is false
+
+    Needs no opponent and no generated answers. The reward that its metrics report is the log-ratio to
+    the opponent, so that its rounds can be read beside those of the games.
+    """
+
+    name: Literal["sft"] = "sft"
+    average_logprobs: bool = True
+
+    roles: ClassVar[tuple[Role, ...]] = ("real",)
+    needs_opponent: ClassVar[bool] = False
+    rounds: ClassVar[int] = 0
+    start_loss: ClassVar[None] = None
+
+    def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
+        return policy - opponent
+
+    def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
+        nll = -policy["real"]
+        return Loss(nll / lengths["real"] if self.average_logprobs else nll)

@@ -1,0 +1,44 @@
+"""SPIN: self-play fine-tuning (arXiv 2401.01335, eq. 4.7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from sparring.objectives.links import LINKS
+from sparring.types import Lengths, Loss, Positive, Role, Scores
+
+
+@dataclass(frozen=True)
+class Spin:
+    """loss = l(reward(real) - reward(generated)),  reward = lambda * (log p_policy - log p_opponent)
+
+    l is the logistic function in the paper's experiments; hinge, exponential and correlation are the
+    others that it names. The opponent is the previous iterate, never the SFT model. From iteration 1
+    on the published game trains on the answers of rounds t-1 and t together, both scored by the
+    opponent of round t (`rounds: 2`, the authors in uclaml/SPIN#11); `rounds: 1` leaves the old ones out.
+    Several generated answers per prompt, which the paper does not use, are averaged.
+    """
+
+    name: Literal["spin"] = "spin"
+    lambda_: Positive = 0.1
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    rounds: Literal[1, 2] = 2
+
+    roles: ClassVar[tuple[Role, ...]] = ("real", "generated")
+    needs_opponent: ClassVar[bool] = True
+
+    @property
+    def start_loss(self) -> float:
+        return log(2) if self.loss == "logistic" else 1.0
+
+    def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
+        return self.lambda_ * (policy - opponent)
+
+    def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
+        real = self.reward(policy["real"], opponent["real"], lengths["real"])
+        generated = self.reward(policy["generated"], opponent["generated"], lengths["generated"])
+        return Loss(LINKS[self.loss](real[:, None] - generated).mean(dim=-1))

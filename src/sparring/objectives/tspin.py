@@ -1,0 +1,53 @@
+"""T-SPIN: triplet self-play with an entropy constraint (arXiv 2601.08198, eq. 7 and appendix D)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from sparring.objectives.links import LINKS
+from sparring.types import Lengths, Loss, NonNegative, Positive, Role, Scores
+
+
+@dataclass(frozen=True)
+class Tspin:
+    """loss = l(reward(real) - reward(generated)) + beta * l(reward(generated) - reward(proto))
+
+    reward = alpha * log p_policy: no reference model, so what is learned is what generates. The first
+    term is the current advantage, the second the historical one, each with its own l. `proto` is the
+    answer of the model that the run started from, drawn once. At iteration 0 generated and proto are
+    the same answers and the paper sets beta to 0. Whether the paper sums or averages log-probs over
+    tokens it does not say; the sum is the likely reading, `average_logprobs` is the other one.
+    """
+
+    name: Literal["tspin"] = "tspin"
+    alpha: Positive = 1.0
+    beta: NonNegative = 0.1
+    loss: Literal["logistic", "exponential"] = "logistic"
+    average_logprobs: bool = False
+
+    needs_opponent: ClassVar[bool] = False
+    rounds: ClassVar[int] = 1
+    start_loss: ClassVar[None] = None
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("real", "generated", "proto") if self.beta > 0 else ("real", "generated")
+
+    def confidence(self, policy: Tensor, lengths: Tensor) -> Tensor:
+        """The paper's c = alpha * log p_policy (eq. 6)."""
+        return self.alpha * (policy / lengths if self.average_logprobs else policy)
+
+    def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
+        return self.confidence(policy, lengths)
+
+    def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
+        link = LINKS[self.loss]
+        c = {role: self.confidence(policy[role], lengths[role]) for role in self.roles}
+        current = link(c["real"][:, None] - c["generated"]).mean(dim=-1)
+        if self.beta == 0:
+            return Loss(current, {"loss/current": current})
+        history = link(c["generated"] - c["proto"][:, None]).mean(dim=-1)
+        return Loss(current + self.beta * history, {"loss/current": current, "loss/history": history})

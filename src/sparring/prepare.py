@@ -1,0 +1,158 @@
+"""The data stage: the user's rows, checked, rendered to token ids once, and split. Done once per run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sparring.commits import commit
+from sparring.config import Recipe
+from sparring.data.read import BadRow, read_rows
+from sparring.data.render import Renderer
+from sparring.data.shapes import detect_shape, examples, prompt_key, renamed
+from sparring.data.tables import write_rows
+from sparring.errors import Refused
+from sparring.iteration import DataSummary
+from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
+from sparring.rundir import RunDir
+from sparring.seeds import seed_of
+from sparring.types import Example, Rendered
+
+
+def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
+    """Writes data/: train.parquet, held_out.parquet, rejected.jsonl and summary.json."""
+    model = resolve_model(recipe.model)
+    tokenizer = load_tokenizer(model)
+    context = context_length(model)
+    renderer = Renderer(
+        tokenizer,
+        template=_template(recipe),
+        end_token=recipe.data.end_token,
+        max_length=min(recipe.train.max_length, context or recipe.train.max_length),
+        max_response=recipe.generate.max_new_tokens if recipe.data.cap_real else None,
+    )
+    intake = Intake(recipe, renderer)
+    rows = intake.take(recipe.data.train, recipe.data.limit)
+    if isinstance(recipe.data.held_out, str):
+        train, held_out = rows, []
+        known = {key for key, _ in train}
+        for key, row in intake.take(recipe.data.held_out):
+            if key in known:
+                intake.reject(recipe.data.held_out, row.row, "the prompt is also in the training data")
+            else:
+                held_out.append((key, row))
+    else:
+        train, held_out = split(rows, recipe.data.held_out, recipe.seed)
+    summary = DataSummary(
+        model=str(model),
+        shape=intake.shape or "",
+        num_train=len(train),
+        num_held_out=len(held_out),
+        rejected=dict(intake.rejected),
+        num_cut=sum(row.real_finish == "length" for _, row in (*train, *held_out)),
+        end_token=str(tokenizer.convert_ids_to_tokens(renderer.end.id)),
+        end_ids=tuple(sorted({renderer.end.id} | declared_end_ids(model, tokenizer))),
+        template_digest=renderer.template_digest,
+        max_length=renderer.max_length,
+        mean_prompt_tokens=float(np.mean([len(row.prompt_ids) for _, row in train])),
+        mean_real_tokens=float(np.mean([len(row.real_ids) for _, row in train])),
+    )
+    sources = [Path(source).resolve() for source in intake.sources if Path(source).exists()]
+    with commit(run.data, reads=run.reads(model, *sources)) as folder:
+        write_rows(folder / "train.parquet", [row for _, row in train])
+        write_rows(folder / "held_out.parquet", [row for _, row in held_out])
+        (folder / "rejected.jsonl").write_text("".join(intake.log), encoding="utf-8")
+        summary.write(folder / "summary.json")
+    return summary
+
+
+Keyed = tuple[str, Rendered]
+"""A rendered row with the key of its prompt, which is never split between training and held-out data."""
+
+
+class Intake:
+    """Takes rows in, and keeps account of those that it cannot use."""
+
+    def __init__(self, recipe: Recipe, renderer: Renderer) -> None:
+        self.settings = recipe.data
+        self.render = renderer
+        self.seen: dict[str, int] = {}
+        self.rejected: Counter[str] = Counter()
+        self.log: list[str] = []
+        self.sources: list[str] = []
+        self.shape: str | None = None
+        self.first: str | None = None
+
+    def take(self, source: str, limit: int | None = None) -> list[Keyed]:
+        self.sources.append(source)
+        rejected_before = self.rejected.total()
+        taken: list[Keyed] = []
+        number = 0
+        for number, found in self._examples(source):
+            try:
+                if isinstance(found, BadRow):
+                    raise found
+                if found.id in self.seen:
+                    raise BadRow(f"the same as row {self.seen[found.id]}")
+                taken.append((prompt_key(found), self.render(found)))
+                self.seen[found.id] = number
+            except BadRow as problem:
+                self.reject(source, number, str(problem))
+            if limit is not None and len(taken) == limit:
+                break
+        bad = self.rejected.total() - rejected_before
+        if not taken:
+            raise Refused(f"data: {source} has no usable row{f': {self.reasons()}' if number else ', it is empty'}")
+        if bad > self.settings.max_rejected * (bad + len(taken)):
+            raise Refused(
+                f"data: {bad} of {bad + len(taken)} rows of {source} cannot be used: {self.reasons()}. "
+                f"Mend them, or raise data.max_rejected ({self.settings.max_rejected:g}) to go on without them"
+            )
+        return taken
+
+    def _examples(self, source: str) -> Iterator[tuple[int, Example | BadRow]]:
+        shape = None
+        for number, row in read_rows(source, self.settings.split):
+            if isinstance(row, BadRow):
+                yield number, row
+                continue
+            if shape is None:
+                shape = detect_shape(row, self.settings.columns, self.settings.split_on, source)
+                self.shape = self.shape or shape.name
+            try:
+                for example in examples(renamed(row, self.settings.columns), number, shape, self.settings.turns):
+                    yield number, example
+            except BadRow as problem:
+                yield number, problem
+
+    def reject(self, source: str, number: int, reason: str) -> None:
+        self.first = self.first or f"row {number} of {source}: {reason}"
+        self.rejected[re.sub(r"\d+", "N", reason)] += 1  # one kind of fault is counted as one
+        self.log.append(json.dumps({"file": source, "row": number, "reason": reason}, ensure_ascii=False) + "\n")
+
+    def reasons(self) -> str:
+        more = self.rejected.total() - 1
+        return f"{self.first}{f' (and {more} more)' if more > 0 else ''}"
+
+
+def split(rows: Sequence[Keyed], held_out: float, seed: int) -> tuple[list[Keyed], list[Keyed]]:
+    """Held-out prompts by hash, so that adding a row moves few others. All rows of a prompt go together.
+
+    `held_out` is a share if it is a float, else a number of prompts.
+    """
+    prompts = sorted({key for key, _ in rows}, key=lambda key: seed_of(seed, "held-out", key))
+    count = round(held_out * len(prompts)) if isinstance(held_out, float) else held_out
+    if count >= len(prompts):
+        raise Refused(f"data.held_out: {held_out} leaves none of {len(prompts)} prompts for training")
+    apart = set(prompts[:count])
+    return [r for r in rows if r[0] not in apart], [r for r in rows if r[0] in apart]
+
+
+def _template(recipe: Recipe) -> str | None:
+    is_text = recipe.data.split_on is not None
+    return "{prompt}" if is_text and recipe.data.template is None else recipe.data.template

@@ -1,0 +1,118 @@
+"""The run directory: where things are, what they were made from, and who owns it. The only state there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, verify
+from sparring.errors import Refused, RunMismatch, Stopped
+
+STAGES = ("generate", "score", "train", "evaluate")
+
+
+class RunDir:
+    """Names of everything below a run directory."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self.recipe = self.root / "recipe.yaml"
+        self.env = self.root / "env.json"
+        self.data = self.root / "data"
+        self.start = self.root / "start"
+        self.report = self.root / "report.html"
+        self._owner = self.root / ".owner.json"
+        self._verified: dict[Path, Manifest] = {}
+
+    def iteration(self, index: int) -> Path:
+        return self.root / f"iter-{index:02d}"
+
+    def stage(self, index: int, stage: str) -> Path:
+        return self.iteration(index) / stage
+
+    def model(self, index: int) -> Path:
+        """The policy that iteration `index` trained: the opponent of the next one."""
+        return self.stage(index, "train") / "model"
+
+    def digest(self, path: Path) -> str:
+        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run."""
+        if not path.is_relative_to(self.root):
+            return hash_path(path)
+        for committed in (path, *path.parents):
+            if is_committed(committed):
+                if committed not in self._verified:
+                    self._verified[committed] = verify(committed)
+                inside = path.relative_to(committed).as_posix()
+                return self._verified[committed].digest("" if inside == "." else inside + "/")
+            if committed == self.root:
+                break
+        raise Stopped(f"{path} has not been made yet")
+
+    def reads(self, *paths: Path) -> dict[str, str]:
+        """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""
+        return {
+            (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(): self.digest(path)
+            for path in paths
+        }
+
+    def check_lineage(self, path: Path) -> None:
+        """Refuses a committed directory whose inputs are no longer those that it was made from."""
+        for name, digest in read_manifest(path).reads.items():
+            source = self.root / name  # an absolute name stays as it is
+            if not source.is_relative_to(self.root):
+                if source.exists() and self.digest(source) != digest:
+                    raise RunMismatch(
+                        f"{source} has changed since {self.root} was started from it; use another run directory, "
+                        "or put the old file back"
+                    )
+            elif self.digest(source) != digest:
+                raise Stopped(
+                    f"{path} was made from another {name} than the one that is there now; "
+                    f"delete {path} and everything after it, and run the same command again"
+                )
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(self.root / ".lock", timeout=0, mode=0o600)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            owner = self.owner()
+            held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+            raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
+        try:
+            me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            replace_file(self._owner, json.dumps(me))
+            self.sweep()
+            yield
+        finally:
+            self._owner.unlink(missing_ok=True)
+            lock.release()
+
+    def owner(self) -> Json | None:
+        """The living process that holds the run directory, as far as this host can tell."""
+        try:
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            if owner["host"] == platform.node():
+                os.kill(owner["pid"], 0)
+            return owner
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def sweep(self) -> None:
+        """Removes what commits that never ended left behind. Only ever called by the owner."""
+        for leftover in self.root.rglob(".*.tmp-*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()

@@ -1,0 +1,237 @@
+"""The train stage: one inner loop, from the opponent's weights to the next policy."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparring import distributed
+from sparring.checkpoint import load_checkpoint, save_checkpoint
+from sparring.commits import commit, failpoint
+from sparring.config import Train
+from sparring.data.tables import read_scores
+from sparring.errors import Stopped
+from sparring.game import concatenate, game_metrics, log_ratio
+from sparring.iteration import Iteration
+from sparring.layout import micro_batches, padded_rows
+from sparring.logprobs import Scorer
+from sparring.model import load_model, load_tokenizer, save_model
+from sparring.progress import track
+from sparring.seeds import permutation
+from sparring.types import Group, Objective, Role, Scores
+
+# How far the log-probs of one model may differ between two batches, in nats per token, by dtype: what is
+# tolerated at the first step, where the policy still is the opponent. Measured in tests/test_train.py.
+SAME_MODEL = {"float32": 1e-4, "bfloat16": 2e-2}
+START_LOSS = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Play:
+    """One training example: a group, and the opponent's log-probs of its responses ({} if none are read)."""
+
+    group: Group
+    opponent: Mapping[Role, Float[np.ndarray, ...]]
+
+
+def train(iteration: Iteration) -> None:
+    """Writes train/: metrics.jsonl, one line per optimizer step, and model/, the next opponent."""
+    start = time.monotonic()
+    settings, objective = iteration.recipe.train, iteration.recipe.method
+    plays = load_plays(iteration)
+    final = iteration.stage("train")
+    work = final.with_name(".train.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
+
+    accelerator = distributed.accelerator()
+    model = load_model(iteration.opponent, dtype=torch.float32, device=accelerator.device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # checkpointing works in training mode only; every dropout is 0
+    scorer = Scorer(model, getattr(torch, settings.dtype))
+    optimizer = make_optimizer(settings, model)
+
+    steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
+    num_steps = settings.epochs * steps_per_epoch
+    metrics_file = work / "metrics.jsonl"
+    done = load_checkpoint(work, model, optimizer, metrics_file)
+    with track(f"train {iteration.index}", num_steps) as advance, metrics_file.open("a", encoding="utf-8") as log:
+        advance(done, 0)
+        for step in range(done, num_steps):
+            began = time.monotonic()
+            epoch, place = divmod(step, steps_per_epoch)
+            order = permutation(len(plays), iteration.seed("order", epoch))
+            batch = [plays[i] for i in order[place * settings.batch_size : (place + 1) * settings.batch_size]]
+
+            metrics = forward_backward(scorer, objective, batch, settings.micro_batch_tokens)
+            if step == 0:
+                prove_same_model(objective, metrics, settings.dtype)
+            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clipping or math.inf)
+            stop_if_not_finite(iteration, step, metrics["loss"], float(gradient_norm), batch)
+            rate = learning_rate(step, num_steps, settings)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            line = {
+                "step": step + 1,
+                "epoch": (step + 1) / steps_per_epoch,
+                **metrics,
+                "learning_rate": rate,
+                "gradient_norm": float(gradient_norm),
+                "seconds": time.monotonic() - began,
+            }
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            advance(1, int(metrics["num_tokens"]))
+            failpoint("train-step")
+            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < num_steps:
+                save_checkpoint(work, step + 1, model, optimizer, metrics_file)
+                failpoint("checkpoint")
+
+    info = {
+        "seconds": time.monotonic() - start,
+        "steps": num_steps,
+        "plays": len(plays),
+        "peak_memory_mib": distributed.peak_memory_mib(),
+    }
+    with commit(final, reads=reads, info=info) as folder:
+        save_model(model, load_tokenizer(iteration.opponent), folder / "model")
+        shutil.copyfile(metrics_file, folder / "metrics.jsonl")
+    shutil.rmtree(work)
+
+
+def forward_backward(
+    scorer: Scorer, objective: Objective, batch: Sequence[Play], token_budget: int
+) -> dict[str, float]:
+    """Adds the gradient of the batch's mean loss to the parameters; returns the means of all metrics.
+
+    The loss is divided by the examples of the whole step before each backward pass, so that how the step
+    is cut into micro-batches changes nothing but rounding.
+    """
+    parts: list[Mapping[str, Tensor]] = []
+    num_tokens = 0
+    for indices in micro_batches([play.group for play in batch], token_budget):
+        chosen = [batch[i] for i in indices]
+        layout = padded_rows([play.group for play in chosen]).to(scorer.device)
+        policy, lengths = layout.scores(scorer(layout)), layout.lengths()
+        opponent = _stack(chosen, scorer.device)
+        loss = objective(policy, opponent, lengths)
+        distributed.accelerator().backward(loss.per_example.sum() / len(batch))
+        num_tokens += int(layout.attention_mask.sum())
+        detached = {role: logprob.detach() for role, logprob in policy.items()}
+        parts.append(
+            {
+                "loss": loss.per_example.detach(),
+                **{name: value.detach() for name, value in loss.metrics.items()},
+                **game_metrics(objective, detached, opponent, lengths),
+                **({"log_ratio": log_ratio(detached, opponent, lengths)} if opponent else {}),
+            }
+        )
+    means = {name: value.double().mean().item() for name, value in concatenate(parts).items()}
+    return {**means, "num_tokens": num_tokens}
+
+
+def load_plays(iteration: Iteration) -> list[Play]:
+    """Every training row once per round in play, with the responses that the objective reads."""
+    objective = iteration.recipe.method
+    roles = objective.roles
+    answers = {t: iteration.generations(t) for t in iteration.rounds()} if "generated" in roles else {}
+    proto = iteration.generations(0) if "proto" in roles else {}
+    scores = read_scores(iteration.stage("score") / "opponent.parquet") if objective.needs_opponent else None
+    plays = []
+    for t in answers or (0,):
+        for row in iteration.train_rows():
+            responses: dict[Role, tuple[np.ndarray, ...]] = {"real": (row.real_ids,)}
+            if "generated" in roles:
+                responses["generated"] = tuple(answer.token_ids for answer in answers[t][row.id])
+            if "proto" in roles:
+                responses["proto"] = (proto[row.id][0].token_ids,)
+            opponent: dict[Role, np.ndarray] = {}
+            if scores is not None:
+                drawn = [scores[row.id, "generated", t, sample] for sample in range(len(responses["generated"]))]
+                opponent["real"] = np.float32(scores[row.id, "real", 0, 0])
+                opponent["generated"] = np.array(drawn, dtype=np.float32)
+            plays.append(Play(Group(row.id, row.prompt_ids, responses), opponent))
+    return plays
+
+
+def inputs(iteration: Iteration) -> list[Path]:
+    """What the stage reads beside data/."""
+    objective, run = iteration.recipe.method, iteration.run
+    rounds = set(iteration.rounds()) | ({0} if "proto" in objective.roles else set())
+    scored = [iteration.stage("score")] if objective.needs_opponent else []
+    return [iteration.opponent, *scored, *(run.stage(t, "generate") for t in sorted(rounds))]
+
+
+def _stack(plays: Sequence[Play], device: torch.device) -> Scores:
+    return {
+        role: torch.from_numpy(np.stack([play.opponent[role] for play in plays])).to(device)
+        for role in plays[0].opponent
+    }
+
+
+def make_optimizer(settings: Train, model: torch.nn.Module) -> Optimizer:
+    """RMSProp as torch and the papers' code have it (alpha 0.99, no momentum), or AdamW (0.9, 0.999)."""
+    kind = torch.optim.RMSprop if settings.optimizer == "rmsprop" else torch.optim.AdamW
+    return kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def learning_rate(step: int, num_steps: int, settings: Train) -> float:
+    """The rate of optimizer step `step`, from 0. Rises over the warm-up, and no step has rate 0."""
+    warmup = math.ceil(settings.warmup * num_steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    gone = (step - warmup) / max(1, num_steps - warmup)
+    match settings.schedule:
+        case "linear":
+            return settings.learning_rate * (1 - gone)
+        case "cosine":
+            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * gone))
+        case "constant":
+            return settings.learning_rate
+
+
+def prove_same_model(objective: Objective, metrics: Mapping[str, float], dtype: str) -> None:
+    """Before the first update the policy is the opponent: every log-ratio is 0, and the loss is known.
+
+    Catches another template, adapter, dtype or stale weights before hours are spent on them.
+    """
+    if not objective.needs_opponent or objective.start_loss is None:
+        return
+    distance, loss = metrics["log_ratio"], metrics["loss"]
+    if distance <= SAME_MODEL[dtype] and abs(loss - objective.start_loss) <= START_LOSS[dtype]:
+        return
+    raise Stopped(
+        f"before the first update the policy should be its opponent, but it is not: their log-probs differ by "
+        f"{distance:.2g} nats per token ({SAME_MODEL[dtype]:g} allowed in {dtype}), and the loss is {loss:.6f} "
+        f"instead of {objective.start_loss:.6f}. What was scored and what is trained then differ in weights, tokens or "
+        "precision. Delete the iteration's score folder and run the same command again; if that does not help, it "
+        "is a bug of sparring: please report it"
+    )
+
+
+def stop_if_not_finite(
+    iteration: Iteration, step: int, loss: float, gradient_norm: float, batch: Sequence[Play]
+) -> None:
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return
+    raise Stopped(
+        f"iteration {iteration.index}, step {step + 1}: the loss is {loss}, the gradient norm {gradient_norm}. "
+        f"Nothing was updated; the last checkpoint is intact. Rows of this step: "
+        f"{', '.join(play.group.id for play in batch[:8])}{', ...' if len(batch) > 8 else ''}. "
+        "A lower train.learning_rate or train.dtype float32 may help; start it in another run directory"
+    )

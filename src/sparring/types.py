@@ -1,0 +1,137 @@
+"""The nouns. Everything else in sparring is a function from some of these to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+from annotated_types import Ge, Gt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Role = Literal["real", "generated", "proto"]
+"""Who wrote a response: the data set, the opponent, or the model that the run started from."""
+
+Finish = Literal["stop", "length"]
+"""Why a response ends: with its end token, or cut at a limit (then it has no end token)."""
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+
+TokenIds = Int[np.ndarray, " tokens"]
+
+Scores = Mapping[Role, Float[Tensor, "..."]]
+"""log p(response | prompt) in nats, summed over response tokens.
+`real` and `proto`: shape [batch]. `generated`: shape [batch, samples]."""
+
+Lengths = Mapping[Role, Int[Tensor, "..."]]
+"""Number of response tokens, in the shapes of `Scores`."""
+
+
+class Message(dict[str, str]):
+    """One turn of a conversation: {"role": "system" | "user" | "assistant" | "tool", "content": text}."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of supervised data. `messages` ends with the assistant turn that is the real answer."""
+
+    id: str  # of the content, so that it survives reordering; everything is joined by it
+    row: int  # where it stands in the user's file, from 1
+    messages: tuple[Message, ...]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as token ids. Every stage uses these ids; nothing is tokenized twice."""
+
+    id: str
+    row: int
+    prompt_ids: TokenIds
+    real_ids: TokenIds
+    real_finish: Finish
+    prompt: str  # for people and checkers; never tokenized again
+    real: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request for one sample. The answer is a function of these fields and the model alone."""
+
+    id: str
+    sample: int
+    token_ids: TokenIds
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample as drawn. With `finish` "stop" the last token is an end token."""
+
+    id: str
+    sample: int
+    token_ids: TokenIds
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its responses by role: the unit of scoring and of training."""
+
+    id: str
+    prompt_ids: TokenIds
+    responses: Mapping[Role, tuple[TokenIds, ...]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss and metrics of each example; nothing is reduced yet."""
+
+    per_example: Float[Tensor, " batch"]
+    metrics: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict[str, Tensor])
+
+
+class Objective(Protocol):
+    """A game: a pure function from log-probs to a loss per example.
+
+    roles            responses that the loss reads, given its coefficients
+    needs_opponent   whether it reads the opponent's log-probs
+    rounds           how many rounds of generated answers enter an iteration (SPIN: t-1 and t)
+    start_loss       the loss when policy and opponent are one model, or None where it depends on data
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def roles(self) -> tuple[Role, ...]: ...
+    @property
+    def needs_opponent(self) -> bool: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def start_loss(self) -> float | None: ...
+
+    def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss: ...
+
+    def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
+        """The game's own score of a response, elementwise over any shape."""
+        ...
+
+
+class Backend(Protocol):
+    """Draws answers. Order in is order out; token ids in, token ids out."""
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]: ...
+
+
+OpenBackend = Callable[[Path], AbstractContextManager[Backend]]
+"""An engine for the model in a folder, held for as long as it draws."""
