@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 from pydantic import model_validator as validator
+from pydantic.config import JsonDict
 
 from sparring.objectives import Sft, Space, Spin, Tspin
 from sparring.types import NonNegative, Positive
@@ -15,7 +16,7 @@ from sparring.types import NonNegative, Positive
 Share = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
-NEUTRAL = {"resume": "neutral"}
+NEUTRAL: JsonDict = {"resume": "neutral"}
 """Marks a setting that changes no result: a run may be continued with another value."""
 
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from sparring.errors import Refused
 
@@ -26,6 +27,17 @@ def accelerator() -> Accelerator:
 
 def device() -> torch.device:
     return accelerator().device
+
+
+def backward(loss: Tensor) -> None:
+    accelerator().backward(loss)
+
+
+def clip_gradient(model: nn.Module, max_norm: float) -> float:
+    """Scales the gradient down to `max_norm`; returns the norm that it had."""
+    norm = accelerator().clip_grad_norm_(model.parameters(), max_norm)
+    assert norm is not None
+    return float(norm)
 
 
 def peak_memory_mib() -> float:

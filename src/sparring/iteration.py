@@ -69,10 +69,10 @@ class Iteration:
         """The stages of this iteration: those whose work matters to its method."""
         if self.index < 0:
             return ("evaluate",) if self.is_evaluated else ()
-        objective = self.recipe.method
+        needs = self.recipe.method.needs
         needed = {
-            "generate": objective.rounds > 0,
-            "score": objective.needs_opponent,
+            "generate": needs.rounds > 0,
+            "score": needs.opponent,
             "train": True,
             "evaluate": self.is_evaluated,
         }
@@ -90,7 +90,7 @@ class Iteration:
 
     def rounds(self) -> list[int]:
         """The iterations whose generated answers this one plays with, the newest first."""
-        return list(range(self.index, max(-1, self.index - self.recipe.method.rounds), -1))
+        return list(range(self.index, max(-1, self.index - self.recipe.method.needs.rounds), -1))
 
     def seed(self, *coordinates: str | int) -> int:
         return seed_of(self.recipe.seed, self.index, *coordinates)

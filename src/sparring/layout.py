@@ -16,6 +16,9 @@ from torch import Tensor
 
 from sparring.types import Group, Lengths, Role, Scores
 
+Shape = tuple[tuple[Role, int], ...]
+"""The roles of a group in order, with the number of responses of each."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -24,11 +27,17 @@ class Layout:
     positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts the token
     targets: Int[Tensor, " tokens"]  # the response tokens, response after response
     num_tokens: Int[Tensor, " responses"]
-    shape: tuple[tuple[Role, int], ...]  # roles in order, with the number of responses of each
+    shape: Shape
 
     def to(self, device: torch.device) -> Layout:
-        moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.positions, self.targets))
-        return Layout(*moved, self.num_tokens.to(device), self.shape)
+        return Layout(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.positions.to(device),
+            self.targets.to(device),
+            self.num_tokens.to(device),
+            self.shape,
+        )
 
     def by_role(self, values: Tensor) -> Mapping[Role, Tensor]:
         """Splits per-response values, shape [responses], into the shapes that `Scores` has."""
@@ -52,10 +61,10 @@ def padded_rows(groups: Sequence[Group]) -> Layout:
     All groups must have the same roles with the same number of responses. Padding is told by length,
     never by a token's value: an end token inside a response is attended to and scored like any other.
     """
-    shape = tuple((role, len(responses)) for role, responses in groups[0].responses.items())
+    shape = shape_of(groups[0])
     prompts, responses = [], []
     for group in groups:
-        if tuple((role, len(r)) for role, r in group.responses.items()) != shape:
+        if shape_of(group) != shape:
             raise ValueError(f"group {group.id} has other responses than {groups[0].id}")
         for role, count in shape:
             prompts += [group.prompt_ids] * count
@@ -79,6 +88,10 @@ def padded_rows(groups: Sequence[Group]) -> Layout:
         num_tokens=torch.from_numpy(num_response),
         shape=shape,
     )
+
+
+def shape_of(group: Group) -> Shape:
+    return tuple((role, len(responses)) for role, responses in group.responses.items())
 
 
 def row_tokens(group: Group) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparring.errors import Refused
 from sparring.kernels import linear_logprob
-from sparring.layout import Layout, micro_batches, padded_rows
+from sparring.layout import Layout, micro_batches, padded_rows, shape_of
 from sparring.types import Group, Role
 
 # Elements of one block of float32 logits (128 MiB). More response tokens go through the head in blocks.
@@ -54,7 +54,14 @@ class Scorer(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def precision(self) -> AbstractContextManager[None]:
+    @property
+    def head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise Refused(f"{type(self.model).__name__} has no linear output head; a causal language model is needed")
+        return head
+
+    def precision(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -76,7 +83,7 @@ class Scorer(nn.Module):
     def token_logprobs(
         self, states: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " tokens"]:
-        head = self.model.get_output_embeddings()
+        head = self.head
         block = max(1, MAX_LOGITS // head.weight.shape[0])
 
         def logprob(states: Tensor, targets: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def check_head(self) -> None:
         """Compares with the model's own logits once, in float32: an unknown head is refused, never wrong."""
-        vocab = self.model.get_output_embeddings().weight.shape[0]
+        vocab = self.head.weight.shape[0]
         ids = (torch.arange(1, 9, device=self.device) * 7919 % vocab)[None]
         mask = torch.ones_like(ids)
         layout = Layout(
@@ -137,11 +144,9 @@ def score_groups(
 
     `advance` is told how many groups and tokens each micro-batch had.
     """
-    shape = {role: len(responses) for role, responses in groups[0].responses.items()}
-    result: dict[Role, np.ndarray] = {
-        role: np.empty((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
-        for role, count in shape.items()
-    }
+    result: dict[Role, np.ndarray] = {}
+    for role, count in shape_of(groups[0]):
+        result[role] = np.empty((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
     for indices in micro_batches(groups, token_budget):
         layout = padded_rows([groups[i] for i in indices]).to(scorer.device)
         for role, values in layout.scores(scorer(layout)).items():

@@ -173,12 +173,12 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
         say(f"note: {sum(data.rejected.values())} rows cannot be used, listed in {run.data / 'rejected.jsonl'}")
     if data.num_cut:
         say(
-            f"note: {data.num_cut:,} of {data.num_train + data.num_held_out:,} real answers were cut, as generated ones "
-            f"are, at generate.max_new_tokens ({recipe.generate.max_new_tokens}) or train.max_length"
+            f"note: {data.num_cut:,} of {data.num_train + data.num_held_out:,} real answers were cut, as generated "
+            f"ones are, at generate.max_new_tokens ({recipe.generate.max_new_tokens}) or train.max_length"
         )
     if data.max_length < recipe.train.max_length:
         say(f"note: the model's context is {data.max_length} tokens, so train.max_length is that")
-    if recipe.method.rounds and (recipe.generate.temperature != 1 or recipe.generate.top_p != 1):
+    if recipe.method.needs.rounds and (recipe.generate.temperature != 1 or recipe.generate.top_p != 1):
         say(
             "note: the games are defined on true samples of the opponent (temperature 1, top_p 1); with "
             f"temperature {recipe.generate.temperature:g} and top_p {recipe.generate.top_p:g} their fixed points move"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from sparring.errors import Refused
+from sparring.types import Generation
 
 disable_progress_bar()  # ours says what takes long
 
@@ -29,8 +32,9 @@ def resolve_model(name: str) -> Path:
 
     The snapshot's folder is named by the commit, so what is recorded is the exact version.
     """
-    if Path(name).exists():
-        return check_model_folder(Path(name).absolute())
+    folder = Path(name).resolve()
+    if folder.exists():
+        return check_model_folder(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Refused(
             f"model: there is no folder {Path(name).absolute()}; relative paths start at the working directory"
@@ -81,7 +85,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Refused(f"model: {folder} cannot be loaded: {error}") from error
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -97,8 +102,13 @@ def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[in
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
         declared.update([eos] if isinstance(eos, int) else eos or [])
     if tokenizer.eos_token_id is not None:
-        declared.add(tokenizer.eos_token_id)
+        declared.add(cast(int, tokenizer.eos_token_id))
     return declared
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generation]) -> list[str]:
+    """Answers as people read them. Only for people and checkers: nothing is ever tokenized again."""
+    return cast(list[str], tokenizer.batch_decode([a.token_ids.tolist() for a in answers], skip_special_tokens=True))
 
 
 def context_length(folder: Path) -> int | None:

@@ -55,8 +55,7 @@ def train(iteration: Iteration) -> None:
     work.mkdir(parents=True, exist_ok=True)
     reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
 
-    accelerator = distributed.accelerator()
-    model = load_model(iteration.opponent, dtype=torch.float32, device=accelerator.device)
+    model = load_model(iteration.opponent, dtype=torch.float32, device=distributed.device())
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # checkpointing works in training mode only; every dropout is 0
@@ -78,8 +77,8 @@ def train(iteration: Iteration) -> None:
             metrics = forward_backward(scorer, objective, batch, settings.micro_batch_tokens)
             if step == 0:
                 prove_same_model(objective, metrics, settings.dtype)
-            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clipping or math.inf)
-            stop_if_not_finite(iteration, step, metrics["loss"], float(gradient_norm), batch)
+            gradient_norm = distributed.clip_gradient(model, settings.gradient_clipping or math.inf)
+            stop_if_not_finite(iteration, step, metrics["loss"], gradient_norm, batch)
             rate = learning_rate(step, num_steps, settings)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
@@ -91,7 +90,7 @@ def train(iteration: Iteration) -> None:
                 "epoch": (step + 1) / steps_per_epoch,
                 **metrics,
                 "learning_rate": rate,
-                "gradient_norm": float(gradient_norm),
+                "gradient_norm": gradient_norm,
                 "seconds": time.monotonic() - began,
             }
             log.write(json.dumps(line) + "\n")
@@ -130,9 +129,9 @@ def forward_backward(
         policy, lengths = layout.scores(scorer(layout)), layout.lengths()
         opponent = _stack(chosen, scorer.device)
         loss = objective(policy, opponent, lengths)
-        distributed.accelerator().backward(loss.per_example.sum() / len(batch))
+        distributed.backward(loss.per_example.sum() / len(batch))
         num_tokens += int(layout.attention_mask.sum())
-        detached = {role: logprob.detach() for role, logprob in policy.items()}
+        detached: Scores = {role: logprob.detach() for role, logprob in policy.items()}
         parts.append(
             {
                 "loss": loss.per_example.detach(),
@@ -147,11 +146,11 @@ def forward_backward(
 
 def load_plays(iteration: Iteration) -> list[Play]:
     """Every training row once per round in play, with the responses that the objective reads."""
-    objective = iteration.recipe.method
-    roles = objective.roles
+    needs = iteration.recipe.method.needs
+    roles = needs.roles
     answers = {t: iteration.generations(t) for t in iteration.rounds()} if "generated" in roles else {}
     proto = iteration.generations(0) if "proto" in roles else {}
-    scores = read_scores(iteration.stage("score") / "opponent.parquet") if objective.needs_opponent else None
+    scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else None
     plays = []
     for t in answers or (0,):
         for row in iteration.train_rows():
@@ -163,7 +162,7 @@ def load_plays(iteration: Iteration) -> list[Play]:
             opponent: dict[Role, np.ndarray] = {}
             if scores is not None:
                 drawn = [scores[row.id, "generated", t, sample] for sample in range(len(responses["generated"]))]
-                opponent["real"] = np.float32(scores[row.id, "real", 0, 0])
+                opponent["real"] = np.array(scores[row.id, "real", 0, 0], dtype=np.float32)
                 opponent["generated"] = np.array(drawn, dtype=np.float32)
             plays.append(Play(Group(row.id, row.prompt_ids, responses), opponent))
     return plays
@@ -171,9 +170,9 @@ def load_plays(iteration: Iteration) -> list[Play]:
 
 def inputs(iteration: Iteration) -> list[Path]:
     """What the stage reads beside data/."""
-    objective, run = iteration.recipe.method, iteration.run
-    rounds = set(iteration.rounds()) | ({0} if "proto" in objective.roles else set())
-    scored = [iteration.stage("score")] if objective.needs_opponent else []
+    needs, run = iteration.recipe.method.needs, iteration.run
+    rounds = set(iteration.rounds()) | ({0} if "proto" in needs.roles else set())
+    scored = [iteration.stage("score")] if needs.opponent else []
     return [iteration.opponent, *scored, *(run.stage(t, "generate") for t in sorted(rounds))]
 
 
@@ -210,7 +209,7 @@ def prove_same_model(objective: Objective, metrics: Mapping[str, float], dtype: 
 
     Catches another template, adapter, dtype or stale weights before hours are spent on them.
     """
-    if not objective.needs_opponent or objective.start_loss is None:
+    if objective.start_loss is None:
         return
     distance, loss = metrics["log_ratio"], metrics["loss"]
     if distance <= SAME_MODEL[dtype] and abs(loss - objective.start_loss) <= START_LOSS[dtype]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -100,25 +100,27 @@ class Loss:
     metrics: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict[str, Tensor])
 
 
-class Objective(Protocol):
-    """A game: a pure function from log-probs to a loss per example.
+class Needs(NamedTuple):
+    """What an objective reads, given its coefficients: nothing else is computed for it."""
 
-    roles            responses that the loss reads, given its coefficients
-    needs_opponent   whether it reads the opponent's log-probs
-    rounds           how many rounds of generated answers enter an iteration (SPIN: t-1 and t)
-    start_loss       the loss when policy and opponent are one model, or None where it depends on data
-    """
+    roles: tuple[Role, ...]
+    opponent: bool  # the opponent's log-probs
+    rounds: int  # how many rounds of generated answers enter an iteration (SPIN: t and t-1)
+
+
+class Objective(Protocol):
+    """A game: a pure function from log-probs to a loss per example."""
 
     @property
     def name(self) -> str: ...
+
     @property
-    def roles(self) -> tuple[Role, ...]: ...
+    def needs(self) -> Needs: ...
+
     @property
-    def needs_opponent(self) -> bool: ...
-    @property
-    def rounds(self) -> int: ...
-    @property
-    def start_loss(self) -> float | None: ...
+    def start_loss(self) -> float | None:
+        """The loss when policy and opponent are one model; None where it depends on the data."""
+        ...
 
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss: ...
 

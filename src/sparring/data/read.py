@@ -81,7 +81,9 @@ def _dataset(folder: Path, split: str) -> Iterator[tuple[int, Row | BadRow]]:
         raise Refused(f"data: {folder} is not a folder saved by datasets.save_to_disk: {error}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise Refused(f"data: {folder} has the splits {', '.join(dataset)}, not '{split}'; set data.split")
+            raise Refused(
+                f"data: {folder} has the splits {', '.join(map(str, dataset))}, not '{split}'; set data.split"
+            )
         dataset = dataset[split]
     return _numbered(dataset)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jinja2
 import numpy as np
@@ -127,7 +128,7 @@ class Renderer:
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -135,9 +136,11 @@ class Renderer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _with_start(self, text: str) -> list[int]:
         """Tokens of a plain text, begun with the start token if the tokenizer begins texts with one."""
@@ -163,7 +166,7 @@ class Renderer:
         end = wanted if wanted is not None else self.tokenizer.eos_token_id
         if end is None:
             raise Refused("data.end_token: neither the template nor the tokenizer has an end token; name one")
-        return EndOfTurn(end, is_in_template=False, num_after=0)
+        return EndOfTurn(cast(int, end), is_in_template=False, num_after=0)
 
     def _first_difference(self, prompt_ids: list[int], all_ids: list[int]) -> str:
         pairs = enumerate(zip(prompt_ids, all_ids, strict=False))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -37,7 +38,7 @@ OpponentScores = Mapping[tuple[str, str, int, int], float]
 """(row id, role, round, sample) -> log-prob. A real answer has round and sample 0."""
 
 
-def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object]]) -> None:
+def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
     table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
     pq.write_table(table, path, write_page_checksum=True)
 

@@ -21,9 +21,21 @@ from sparring.evaluate.verifiers import is_correct, make_extract
 from sparring.game import game_metrics, quadrants
 from sparring.iteration import Iteration
 from sparring.logprobs import Scorer, score_groups
-from sparring.model import load_model, load_tokenizer
+from sparring.model import load_model, load_tokenizer, texts_of
 from sparring.progress import track
-from sparring.types import Backend, Generation, Group, Objective, OpenBackend, Prompt, Rendered, Role, TokenIds
+from sparring.types import (
+    Backend,
+    Generation,
+    Group,
+    Lengths,
+    Objective,
+    OpenBackend,
+    Prompt,
+    Rendered,
+    Role,
+    Scores,
+    TokenIds,
+)
 
 ANSWERS = pa.schema(
     {
@@ -55,8 +67,8 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     with open_backend(iteration.policy) as backend:
         fresh = answer(iteration, backend, rows, greedy=False)
         greedy = answer(iteration, backend, rows, greedy=True) if is_checked else []
-    texts = tokenizer.batch_decode([a.token_ids for a in fresh], skip_special_tokens=True)
-    columns: dict[str, Sequence[object]] = {
+    texts = texts_of(tokenizer, fresh)
+    columns: dict[str, Sequence[object] | np.ndarray] = {
         "id": [row.id for row in rows],
         "token_ids": [a.token_ids for a in fresh],
         "finish": [a.finish for a in fresh],
@@ -66,7 +78,7 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     nothing = [None] * len(rows)
     greedy_texts, correct, greedy_correct = nothing, nothing, nothing
     if recipe.evaluate.checker is not None:
-        greedy_texts = tokenizer.batch_decode([a.token_ids for a in greedy], skip_special_tokens=True)
+        greedy_texts = texts_of(tokenizer, greedy)
         extract = make_extract(recipe.evaluate.checker)
         correct = [is_correct(extract, text, row.real) for text, row in zip(texts, rows, strict=True)]
         greedy_correct = [is_correct(extract, text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
@@ -172,17 +184,17 @@ def game(
 ) -> dict[str, float]:
     """The policy against its opponent, on the opponent's answers to held-out prompts."""
     is_first = bool(np.isnan(opponent.proto_logprob).all())  # the opponent's own answers are the proto answers
-    policy = {
+    policy: Scores = {
         "real": torch.from_numpy(scores["real"]),
         "generated": torch.from_numpy(scores["generated"][:, 1:]),
         "proto": torch.from_numpy(scores["proto"]),
     }
-    theirs = {
+    theirs: Scores = {
         "real": torch.from_numpy(opponent.real_logprob.copy()),
         "generated": torch.from_numpy(opponent.logprob.copy())[:, None],
         "proto": torch.from_numpy((opponent.logprob if is_first else opponent.proto_logprob).copy()),
     }
-    lengths = {
+    lengths: Lengths = {
         "real": torch.tensor([len(row.real_ids) for row in rows]),
         "generated": torch.tensor([len(ids) for ids in opponent.token_ids])[:, None],
         "proto": torch.tensor([len(ids) for ids in proto.token_ids]),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from sparring.seeds import uniforms
 from sparring.types import Generation, Prompt
@@ -90,10 +91,11 @@ class InverseTransform(LogitsProcessor):
         self.width = width
         self.warpers = warpers
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         step = input_ids.shape[1] - self.width
         chosen = choose(self.warpers(input_ids, scores), self.draws[:, step])
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+        only = torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+        return cast(torch.FloatTensor, only)
 
 
 def choose(scores: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

@@ -7,7 +7,7 @@ import time
 from sparring.commits import commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
-from sparring.model import load_tokenizer
+from sparring.model import load_tokenizer, texts_of
 from sparring.progress import track
 from sparring.types import OpenBackend, Prompt
 
@@ -46,7 +46,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
                 for answer in backend.generate(wanted):
                     answers.append(answer)
                     advance(1, len(answer.token_ids))
-                texts = tokenizer.batch_decode([a.token_ids for a in answers], skip_special_tokens=True)
+                texts = texts_of(tokenizer, answers)
                 commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
             num_tokens += sum(len(a.token_ids) for a in answers)
             num_stopped += sum(a.finish == "stop" for a in answers)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from sparring.types import Lengths, Loss, Role, Scores
+from sparring.types import Lengths, Loss, Needs, Scores
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,13 @@ class Sft:
     name: Literal["sft"] = "sft"
     average_logprobs: bool = True
 
-    roles: ClassVar[tuple[Role, ...]] = ("real",)
-    needs_opponent: ClassVar[bool] = False
-    rounds: ClassVar[int] = 0
-    start_loss: ClassVar[None] = None
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("real",), opponent=False, rounds=0)
+
+    @property
+    def start_loss(self) -> None:
+        return None
 
     def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
         return policy - opponent

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log, log1p
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparring.types import Lengths, Loss, Positive, Role, Scores
+from sparring.types import Lengths, Loss, Needs, Positive, Scores
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Space:
     name: Literal["space"] = "space"
     mu: Positive = 1.0
 
-    roles: ClassVar[tuple[Role, ...]] = ("real", "generated")
-    needs_opponent: ClassVar[bool] = True
-    rounds: ClassVar[int] = 1
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("real", "generated"), opponent=True, rounds=1)
 
     @property
     def start_loss(self) -> float:

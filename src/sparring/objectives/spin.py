@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from sparring.objectives.links import LINKS
-from sparring.types import Lengths, Loss, Positive, Role, Scores
+from sparring.types import Lengths, Loss, Needs, Positive, Scores
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Spin:
     loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     rounds: Literal[1, 2] = 2
 
-    roles: ClassVar[tuple[Role, ...]] = ("real", "generated")
-    needs_opponent: ClassVar[bool] = True
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("real", "generated"), opponent=True, rounds=self.rounds)
 
     @property
     def start_loss(self) -> float:

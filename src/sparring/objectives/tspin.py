@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from sparring.objectives.links import LINKS
-from sparring.types import Lengths, Loss, NonNegative, Positive, Role, Scores
+from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Scores
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class Tspin:
     loss: Literal["logistic", "exponential"] = "logistic"
     average_logprobs: bool = False
 
-    needs_opponent: ClassVar[bool] = False
-    rounds: ClassVar[int] = 1
-    start_loss: ClassVar[None] = None
+    @property
+    def needs(self) -> Needs:
+        roles: tuple[Role, ...] = ("real", "generated", "proto") if self.beta > 0 else ("real", "generated")
+        return Needs(roles, opponent=False, rounds=1)
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("real", "generated", "proto") if self.beta > 0 else ("real", "generated")
+    def start_loss(self) -> None:
+        return None
 
     def confidence(self, policy: Tensor, lengths: Tensor) -> Tensor:
         """The paper's c = alpha * log p_policy (eq. 6)."""
@@ -45,7 +46,7 @@ class Tspin:
 
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
         link = LINKS[self.loss]
-        c = {role: self.confidence(policy[role], lengths[role]) for role in self.roles}
+        c = {role: self.confidence(policy[role], lengths[role]) for role in self.needs.roles}
         current = link(c["real"][:, None] - c["generated"]).mean(dim=-1)
         if self.beta == 0:
             return Loss(current, {"loss/current": current})
