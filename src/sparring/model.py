@@ -36,9 +36,7 @@ def resolve_model(name: str) -> Path:
     if folder.exists():
         return check_model_folder(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise Refused(
-            f"model: there is no folder {Path(name).absolute()}; relative paths start at the working directory"
-        )
+        raise Refused(f"model: there is no folder {folder}; relative paths start at the working directory")
     repo, _, revision = name.partition("@")
     try:
         return Path(

@@ -59,8 +59,9 @@ class Renderer:
                 r'"### Instruction: {prompt}\n\n### Response: "'
             )
         self.end = self._end_of_turn(end_token)
-        bos = tokenizer.bos_token_id
-        self.start = [bos] if bos is not None and tokenizer(SENTINEL)["input_ids"][:1] == [bos] else []
+        bos = cast(int | None, tokenizer.bos_token_id)
+        begins = bos is not None and cast(list[int], tokenizer(SENTINEL)["input_ids"])[:1] == [bos]
+        self.start = [bos] if bos is not None and begins else list[int]()
 
     @property
     def template_digest(self) -> str:
@@ -144,7 +145,7 @@ class Renderer:
 
     def _with_start(self, text: str) -> list[int]:
         """Tokens of a plain text, begun with the start token if the tokenizer begins texts with one."""
-        return [*self.start, *self._tokens(text)]
+        return self.start + self._tokens(text)
 
     def _end_of_turn(self, end_token: str | None) -> EndOfTurn:
         wanted = None

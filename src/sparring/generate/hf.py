@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class HfBackend:
             mask[width - len(prompt.token_ids) :] = 1
         max_new_tokens = max(p.max_new_tokens for p in prompts)
         sampler = [] if greedy else [self._sampler(prompts, max_new_tokens, width)]
-        output = self.model.generate(
+        output = cast(Any, self.model).generate(
             input_ids=torch.from_numpy(input_ids).to(self.model.device),
             attention_mask=torch.from_numpy(attention_mask).to(self.model.device),
             logits_processor=LogitsProcessorList(sampler),
