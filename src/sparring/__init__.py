@@ -1,0 +1,35 @@
+"""Self-play fine-tuning of language models: SPIN, T-SPIN and SPACE, end to end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparring.config import Recipe
+    from sparring.errors import Refused, RunMismatch, Stopped
+    from sparring.loop import play
+    from sparring.objectives import OBJECTIVES
+    from sparring.recipe_file import load_recipe
+    from sparring.results import Results
+
+__all__ = ["OBJECTIVES", "Recipe", "Refused", "Results", "RunMismatch", "Stopped", "load_recipe", "play"]
+
+_HOMES = {
+    "OBJECTIVES": "sparring.objectives",
+    "Recipe": "sparring.config",
+    "Refused": "sparring.errors",
+    "Results": "sparring.results",
+    "RunMismatch": "sparring.errors",
+    "Stopped": "sparring.errors",
+    "load_recipe": "sparring.recipe_file",
+    "play": "sparring.loop",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports on first use, so that `sparring --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparring' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

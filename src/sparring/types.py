@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -22,7 +22,7 @@ Finish = Literal["stop", "length"]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 
-TokenIds = Int[np.ndarray, " tokens"]
+TokenIds = Int[np.ndarray, " _"]
 
 Scores = Mapping[Role, Float[Tensor, "..."]]
 """log p(response | prompt) in nats, summed over response tokens.
@@ -108,6 +108,7 @@ class Needs(NamedTuple):
     rounds: int  # how many rounds of generated answers enter an iteration (SPIN: t and t-1)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A game: a pure function from log-probs to a loss per example."""
 
@@ -129,6 +130,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Draws answers. Order in is order out; token ids in, token ids out."""
 

@@ -1,2 +1,113 @@
-def write_report(run):
-    pass
+"""A run directory -> one self-contained HTML file: no script, no request, model text escaped."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+
+from sparring.commits import replace_file
+from sparring.recipe_file import dump_recipe
+from sparring.report.figures import draw
+from sparring.report.samples import collect, visible
+from sparring.results import Results
+from sparring.rundir import RunDir
+
+TABLE = (
+    ("held_out_nll", "held-out NLL", "nats per token of the real answers; lower is better"),
+    ("greedy_accuracy", "greedy accuracy", "share of right answers, decoded greedily"),
+    ("sampled_accuracy", "sampled accuracy", "share of right answers, one sample each"),
+    (
+        "rewards/accuracies",
+        "reward accuracy",
+        "held-out rows whose real answer has the higher reward; 0.5: equilibrium",
+    ),
+    ("rewards/margins", "reward margin", "reward of the real answer minus that of the opponent's"),
+    ("advantages/current", "current advantage", "log p(real) - log p(opponent's answer), nats"),
+    (
+        "advantages/history_logps",
+        "historical advantage",
+        "log p(opponent's answer) - log p(first model's), nats",
+    ),
+    ("kl_from_opponent", "KL from opponent", "nats per answer"),
+    ("kl_from_start", "KL from start", "nats per answer"),
+    ("entropy", "entropy", "nats per token of its own samples"),
+    ("length", "answer length", "tokens, mean"),
+    ("length_ratio", "length / real", "mean length over that of the real answers"),
+    ("end_rate", "ended", "share of answers with an end token"),
+    ("distinct_2", "distinct-2", "different pairs of tokens over all pairs"),
+    ("repetition", "repetition", "share of 4-grams that an answer repeats"),
+    ("copy_rate", "copies", "share of answers equal to the real one"),
+)
+"""Metric, its heading, what it means."""
+
+QUADRANTS = (
+    ("quadrants/higher_reward_higher_likelihood", "higher reward, higher likelihood"),
+    ("quadrants/higher_reward_lower_likelihood", "higher reward, lower likelihood"),
+    ("quadrants/lower_reward_higher_likelihood", "lower reward, higher likelihood"),
+    ("quadrants/lower_reward_lower_likelihood", "lower reward, lower likelihood"),
+)
+
+
+def write_report(run: RunDir) -> Path:
+    """Writes report.html from whatever is there, also in the middle of a run."""
+    results = Results(run.root)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["visible"] = visible
+    evaluations = results.evaluations()
+    best = results.best()
+    html = environment.get_template("report.html.j2").render(
+        name=run.root.name,
+        method=results.recipe.method,
+        results=results,
+        data=results.data,
+        best=best,
+        story=story(results),
+        evaluations=evaluations,
+        table=[row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())],
+        quadrants=QUADRANTS,
+        stages=results.stages(),
+        missing=[s for s in results.stages() if s.state != "done"],
+        figures=draw(results),
+        samples=collect(results),
+        recipe=dump_recipe(results.recipe),
+        env=run.env.read_text(encoding="utf-8") if run.env.is_file() else "",
+        version=version("sparring"),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+    replace_file(run.report, html)
+    return run.report
+
+
+def story(results: Results) -> str:
+    """What was played and what came of it, in a few sentences."""
+    evaluations, best = results.evaluations(), results.best()
+    played = [index for index in evaluations if index >= 0]
+    if results.data is None:
+        return "The run has not read its data yet."
+    text = (
+        f"{results.recipe.method.name} played {len(played)} of {results.recipe.iterations} iterations on "
+        f"{results.data.num_train:,} prompts. "
+    )
+    if best is None or -1 not in evaluations or not played:
+        return text + "There is nothing to compare yet."
+    metric, start = best.metric, evaluations[-1][best.metric]
+    name = metric.replace("_", " ")
+    last = evaluations[played[-1]][metric]
+    if best.iteration < 0:
+        text += f"No iteration beats the starting model by {name} ({start:.4f}; the last one has {last:.4f}). "
+    else:
+        text += f"The best by {name} is iteration {best.iteration}: {best.value:.4f}, from {start:.4f} at the start. "
+        if best.iteration != played[-1]:
+            text += f"After it the metric got worse again, to {last:.4f}. "
+    error = evaluations[max(best.iteration, -1)].get(f"{metric}_stderr")
+    if error is not None and best.iteration >= 0 and abs(best.value - start) < 2 * error:
+        text += (
+            f"The difference is smaller than two standard errors of one measurement ({error:.4f}): "
+            "more held-out rows would be needed to tell it from chance. "
+        )
+    return text

@@ -1,0 +1,108 @@
+"""The command line. Thin: every command is one call. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparring.errors import Refused, Stopped
+
+app = typer.Typer(
+    name="sparring",
+    help="Self-play fine-tuning of language models: SPIN, T-SPIN and SPACE, end to end.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
+    run_dir: RunDirectory,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's, e.g. train.epochs=1"),
+    ] = None,
+) -> None:
+    """Play a recipe. The same command again continues where it stopped, or says that all is done."""
+    from sparring.loop import play
+
+    play(recipe, run_dir, overrides or ())
+
+
+@app.command()
+def status(
+    run_dir: RunDirectory,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show every stage of every iteration: done, running or to do, with times and headline numbers."""
+    from sparring.results import Results
+    from sparring.status import print_status
+
+    results = Results(run_dir)
+    if as_json:
+        typer.echo(json.dumps(results.as_json(), indent=1))
+    else:
+        print_status(results)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="generate, score, train or evaluate.")],
+    run_dir: RunDirectory,
+    iteration: Annotated[int, typer.Option("--iteration", help="From 0; -1 is the starting model.")],
+) -> None:
+    """Run one stage of a run by hand. The stages before it must be done."""
+    from sparring.loop import run_one_stage
+
+    if not run_one_stage(run_dir, name, iteration):
+        typer.echo(f"{name} of iteration {iteration} is done already")
+
+
+@app.command()
+def report(run_dir: RunDirectory) -> None:
+    """Write report.html from whatever the run has by now."""
+    from sparring.report import write_report
+    from sparring.rundir import RunDir
+
+    typer.echo(write_report(RunDir(run_dir)))
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
+    method: Annotated[str, typer.Option(help="sft, spin, tspin or space.")] = "space",
+) -> None:
+    """Train a tiny model on small reasoning problems, then let it play. No GPU, no network, a few minutes."""
+    from sparring.demo import play_demo
+
+    play_demo(run_dir, method)
+
+
+def main() -> None:
+    """The entry point: our own refusals as one message, everything else as a bug."""
+    os.umask(0o077)  # a run directory holds the user's data
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except Refused as refusal:
+        typer.secho(f"error: {refusal}", fg="red", err=True)
+        sys.exit(2)
+    except Stopped as stop:
+        typer.secho(f"stopped: {stop}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command continues", err=True)
+        sys.exit(130)
+    except OSError as error:
+        typer.secho(f"stopped: {error}. What was committed is intact; the same command continues", fg="red", err=True)
+        sys.exit(1)

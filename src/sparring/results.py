@@ -1,0 +1,142 @@
+"""What a run has produced so far: the state of every stage, the metrics, the best iteration. Reads only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from sparring.commits import Json, is_committed, read_manifest
+from sparring.config import Recipe
+from sparring.errors import Refused
+from sparring.iteration import DataSummary, Iteration
+from sparring.recipe_file import load_recipe
+from sparring.rundir import RunDir
+
+State = Literal["done", "running", "to do"]
+
+HEADLINES = (
+    "held_out_nll",
+    "greedy_accuracy",
+    "sampled_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "alignment",
+    "length",
+    "end_rate",
+)
+"""The evaluation metrics that stand in the one-line summary of an iteration, where they exist."""
+
+
+@dataclass(frozen=True)
+class StageState:
+    iteration: int  # -1 is the model that the run starts from
+    stage: str
+    state: State
+    seconds: float | None
+    progress: str | None  # of a stage that has begun
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Best:
+    iteration: int  # -1: no iteration is better than the start
+    metric: str
+    value: float
+
+
+class Results:
+    """A run directory, read. What is not there yet is left out, so it works at any moment of a run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.run = RunDir(root)
+        if not self.run.recipe.is_file():
+            raise Refused(f"{self.run.root} is not a run directory: it has no recipe.yaml")
+        self.recipe: Recipe = load_recipe(self.run.recipe)
+
+    @cached_property
+    def data(self) -> DataSummary | None:
+        return DataSummary.read(self.run.data / "summary.json") if is_committed(self.run.data) else None
+
+    @cached_property
+    def iterations(self) -> list[Iteration]:
+        """The start (-1) and every iteration of the recipe."""
+        return [Iteration(self.run, self.recipe.at(index), index) for index in range(-1, self.recipe.iterations)]
+
+    def stages(self) -> list[StageState]:
+        if self.data is None:
+            return []
+        found: list[StageState] = []
+        is_owned = self.run.owner() is not None
+        for iteration in self.iterations:
+            for stage in iteration.stages:
+                path = iteration.stage(stage)
+                is_next = all(other.state == "done" for other in found)
+                if is_committed(path):
+                    info = read_manifest(path).info
+                    metrics = self.evaluation(iteration.index) or {} if stage == "evaluate" else {}
+                    kept = {name: metrics[name] for name in HEADLINES if name in metrics}
+                    seconds = float(str(info["seconds"]))
+                    found.append(StageState(iteration.index, stage, "done", seconds, None, kept))
+                else:
+                    state: State = "running" if is_owned and is_next else "to do"
+                    found.append(StageState(iteration.index, stage, state, None, _progress(path), {}))
+        return found
+
+    def evaluation(self, index: int) -> dict[str, float] | None:
+        """The held-out metrics of an iteration's policy, or of the start (-1)."""
+        folder = Iteration(self.run, self.recipe, index).stage("evaluate")
+        if not is_committed(folder):
+            return None
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        every = {index: self.evaluation(index) for index in range(-1, self.recipe.iterations)}
+        return {index: metrics for index, metrics in every.items() if metrics is not None}
+
+    def training(self, index: int) -> list[dict[str, float]]:
+        """The lines of an iteration's metrics.jsonl, of a training that is still going on too."""
+        final = self.run.stage(index, "train") / "metrics.jsonl"
+        path = final if final.is_file() else final.parent.with_name(".train.partial") / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]  # the last one may be half written
+
+    def best(self) -> Best | None:
+        """The iteration with the best value of evaluate.save_best_by; the earlier one of equals."""
+        metric = self.recipe.evaluate.save_best_by
+        sign = 1 if metric == "held_out_nll" else -1
+        values = {index: m[metric] for index, m in self.evaluations().items()}
+        if not values:
+            return None
+        index = min(values, key=lambda i: (sign * values[i], i))
+        return Best(index, metric, values[index])
+
+    def as_json(self) -> Json:
+        best = self.best()
+        return {
+            "run": str(self.run.root),
+            "method": self.recipe.method.name,
+            "iterations": self.recipe.iterations,
+            "owner": self.run.owner(),
+            "data": asdict(self.data) if self.data else None,
+            "stages": [asdict(stage) for stage in self.stages()],
+            "best": asdict(best) if best else None,
+            "report": str(self.run.report) if self.run.report.is_file() else None,
+        }
+
+
+def _progress(path: Path) -> str | None:
+    """How far a stage that is not committed has come, from what it keeps on disk."""
+    work = path.with_name(f".{path.name}.partial")
+    if parts := len(list(work.glob("part-*.parquet"))):
+        return f"{parts} parts"
+    metrics = work / "metrics.jsonl"
+    if metrics.is_file():
+        steps = metrics.read_bytes().count(b"\n")
+        return f"{steps} steps"
+    return None

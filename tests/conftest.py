@@ -1,0 +1,64 @@
+"""What the tests share: shapes checked while they run, one thread, a tiny model, and the real input if it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# executes the shapes in the signatures; before any module of sparring is imported
+install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from sparring.config import Recipe
+from sparring.demo import make_model, make_tokenizer, problems
+from sparring.model import save_model
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real model, which lie beside the project on the machines where it is developed."""
+    if not (SHARED / "models" / "stories260K").is_dir():
+        pytest.skip(f"the real input is not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, a random two-layer Llama with a chat template, and rows.jsonl, 60 problems."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = problems(60, seed=1)
+    tokenizer = make_tokenizer(rows)
+    model = make_model(tokenizer, width=32, layers=2, seed=0)
+    save_model(model, tokenizer, folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_recipe(tiny: Path) -> Callable[..., Recipe]:
+    """A recipe that plays in seconds: `make_recipe("spin", train={"epochs": 1})`."""
+
+    def make(method: str | dict[str, object] = "spin", **sections: object) -> Recipe:
+        raw: dict[str, object] = {
+            "model": str(tiny / "model"),
+            "method": method,
+            "iterations": 2,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 16},
+            "train": {"learning_rate": 1e-3, "batch_size": 16, "micro_batch_tokens": 256, "dtype": "float32"},
+            "evaluate": {"checker": "number"},
+        }
+        for name, section in sections.items():
+            default = raw.get(name)
+            raw[name] = {**default, **section} if isinstance(default, dict) and isinstance(section, dict) else section
+        return Recipe.model_validate(raw)
+
+    return make

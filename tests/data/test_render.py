@@ -1,0 +1,209 @@
+"""The token contract, over the chat templates that people use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from sparring.data.read import BadRow
+from sparring.data.render import Renderer
+from sparring.errors import Refused
+from sparring.types import Example, Message, Rendered
+
+SPECIAL = [
+    "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|end|>",
+    "<|user|>", "<|assistant|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]",
+]  # fmt: skip
+CORPUS = ["Hello there, how are you today?", "The answer is 42. Yes, it is!", "### Instruction: ### Response: "] * 20
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set sys = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set sys = '' %}{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<s>[INST] ' + (sys if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + "
+    "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% if m['role'] == 'assistant' %}{% set r = 'model' %}{% else %}{% set r = m['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + r + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '</s>' }}{% endif %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama-2": (LLAMA2, "</s>"),
+    "llama-3": (LLAMA3, "<|eot_id|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "zephyr": (ZEPHYR, "</s>"),
+    "phi-3, with a second end": (PHI3, "<|end|>"),
+    "bare, without an end": (BARE, "</s>"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS, BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def renderer(tokenizer: PreTrainedTokenizerFast, template: str | None, **settings: object) -> Renderer:
+    options: dict[str, object] = {"end_token": None, "max_length": 200, "max_response": None, **settings}
+    return Renderer(tokenizer, template=template, **options)  # type: ignore[arg-type]
+
+
+def example(answer: str = "Yes, it is!", *before: tuple[str, str]) -> Example:
+    turns = before or (("user", "Hello there"),)
+    messages = [Message(role=role, content=text) for role, text in (*turns, ("assistant", answer))]
+    return Example("id", 7, tuple(messages))
+
+
+def text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_is_a_strict_prefix_and_the_answer_ends_with_its_token(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    template, end = TEMPLATES[name]
+    render = renderer(tokenizer, template)
+    row = render(example())
+    assert tokenizer.convert_ids_to_tokens(render.end.id) == end
+    assert row.real_ids[-1] == render.end.id
+    assert (row.real_ids == render.end.id).sum() == 1, "one end, and nothing after it"
+    assert row.real_finish == "stop"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello there"}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert text(tokenizer, row.prompt_ids) == prompt == row.prompt
+    assert "Yes, it is!" in text(tokenizer, row.real_ids)
+    assert "Hello" not in text(tokenizer, row.real_ids), "no user token is scored"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-2", "llama-3", "zephyr"])
+def test_system_and_earlier_turns_are_in_the_prompt(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    before = (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "how are you"))
+    row = renderer(tokenizer, TEMPLATES[name][0])(example("The answer", *before))
+    prompt, answer = text(tokenizer, row.prompt_ids), text(tokenizer, row.real_ids)
+    assert all(part in prompt for part in ("Be brief.", "Hello", "Hi.", "how are you"))
+    assert not any(part in answer for part in ("brief", "Hi.", "how are"))
+
+
+def test_a_template_that_refuses_a_row_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BadRow, match="System role not supported"):
+        renderer(tokenizer, GEMMA)(example("Yes", ("system", "s"), ("user", "u")))
+
+
+def test_a_template_that_does_not_keep_the_prefix_is_refused_row_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    changing = CHATML.replace("{% for m in messages %}", "{{ messages | length }}{% for m in messages %}")
+    with pytest.raises(BadRow, match="not a prefix of the whole: token 0 is .* in the prompt alone"):
+        renderer(tokenizer, changing)(example())
+
+
+def test_templates_are_sandboxed(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(Refused, match=r"data\.template"):
+        renderer(tokenizer, "{{ ''.__class__.__mro__ }}{{ messages }}")
+
+
+def test_text_template_gives_its_last_space_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = renderer(tokenizer, "### Instruction: {prompt}\n\n### Response: ")(example())
+    assert text(tokenizer, row.prompt_ids) == "<s>### Instruction: Hello there\n\n### Response:"
+    assert text(tokenizer, row.real_ids) == " Yes, it is!</s>"
+    whole = tokenizer("### Instruction: Hello there\n\n### Response: Yes, it is!")["input_ids"]
+    assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], "the tokens of the whole text, one start, one end"
+
+
+def test_text_template_slots_are_filled_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    render = renderer(tokenizer, "{system}|{prompt}|")
+    row = render(example("Yes", ("system", "say {prompt}"), ("user", "{system} x")))
+    assert text(tokenizer, row.prompt_ids) == "<s>say {prompt}|{system} x|"
+    with pytest.raises(BadRow, match="no {system}"):
+        renderer(tokenizer, "{prompt}")(example("Yes", ("system", "s"), ("user", "u")))
+    with pytest.raises(BadRow, match="several turns"):
+        render(example("Yes", ("user", "u"), ("assistant", "a"), ("user", "v")))
+
+
+def test_answers_that_hold_an_end_token_s_text_survive(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = renderer(tokenizer, ZEPHYR)(example("a </s> b"))
+    assert text(tokenizer, row.real_ids) == "a </s> b</s>"
+    row = renderer(tokenizer, CHATML)(example("He is my friend"))
+    assert text(tokenizer, row.real_ids) == "He is my friend<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, "{prompt}\n"])
+def test_a_cut_answer_is_marked_and_gets_no_end(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    whole = renderer(tokenizer, template)(example("The answer is 42. " * 5))
+    n = len(whole.real_ids)
+
+    def cut(**limits: int) -> Rendered:
+        return renderer(tokenizer, template, **limits)(example("The answer is 42. " * 5))
+
+    for row in (cut(max_response=n - 1), cut(max_length=len(whole.prompt_ids) + n - 1)):
+        assert row.real_finish == "length"
+        assert row.real_ids.tolist() == whole.real_ids[:-1].tolist()
+    assert cut(max_response=n).real_finish == "stop", "an answer that just fits is whole"
+
+
+def test_the_answer_gets_all_the_room_that_the_prompt_leaves(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = renderer(tokenizer, "{prompt}:", max_length=40)(example("The answer is 42. " * 30))
+    assert len(row.prompt_ids) + len(row.real_ids) == 40
+    with pytest.raises(BadRow, match=r"the prompt has \d+ tokens, which leaves no room \(train.max_length is 40\)"):
+        renderer(tokenizer, "{prompt}:", max_length=40)(example("Yes", ("user", "Hello there " * 40)))
+
+
+def test_settings_that_cannot_work_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(Refused, match="no chat template, so give a text"):
+        renderer(tokenizer, None)
+    with pytest.raises(Refused, match="does not say where the {prompt} goes"):
+        renderer(tokenizer, "### Response:")
+    with pytest.raises(Refused, match="no token '<nope>'"):
+        renderer(tokenizer, CHATML, end_token="<nope>")
+    render = renderer(tokenizer, "{prompt}", end_token="<s>")
+    assert render(example()).real_ids[-1] == 1, "an end token of the recipe's own choice"
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(Refused, match="end token"):
+        renderer(bare, "{prompt}")
+
+
+def test_one_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template in (LLAMA3, "{prompt}"):
+        ids = renderer(tokenizer, template)(example()).prompt_ids.tolist()
+        assert ids.count(1) == 1 and ids[0] == 1
+    assert 1 not in renderer(tokenizer, CHATML)(example()).prompt_ids, "none where the template has none"
+
+
+def test_the_template_has_a_name_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    digests = {renderer(tokenizer, template).template_digest for template in (CHATML, ZEPHYR, "{prompt}", "{prompt} ")}
+    assert len(digests) == 4
