@@ -39,6 +39,7 @@ def load_checkpoint(work: Path, model: nn.Module, optimizer: Optimizer, metrics:
             verify(folder)
         except Stopped as problem:
             say(f"  passing over a damaged checkpoint: {problem}")
+            shutil.rmtree(folder)  # ours, and made again on the way
             continue
         _restore(folder, model, optimizer)
         shutil.copyfile(folder / "metrics.jsonl", metrics)

@@ -108,6 +108,9 @@ def commit(final: Path, *, reads: Mapping[str, str] | None = None, info: Json | 
 
 def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> None:
     """Makes the folder `work`, which lies beside `final`, the committed directory `final`."""
+    if final.exists():
+        raise Stopped(f"{final} is in the way: it is no committed folder of this run; move it away")
+    (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
     files: dict[str, Json] = {}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         sync(path)

@@ -35,8 +35,9 @@ GAME_RATE, GAME_ROWS, ITERATIONS = 1e-4, 4000, 3
 
 
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
-SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
-TOKEN = r" ?[A-Za-z]+| ?[0-9]| ?####|[^A-Za-z0-9 ]| "
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL = (PAD, "<|user|>", "<|assistant|>", END)
+WORD = r" ?[A-Za-z]+| ?[0-9]| ?####|[^A-Za-z0-9 ]| "
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -67,7 +68,7 @@ def problem(random: random.Random, largest: int) -> tuple[str, str]:
 
 def problems(count: int, seed: int, largest: int = 12) -> list[dict[str, str]]:
     """Different problems as rows of the question/answer form."""
-    source, found = random.Random(seed), dict[str, str]()
+    source, found = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
     while len(found) < count:
         question, answer = problem(source, largest)
         found[question] = answer
@@ -76,13 +77,13 @@ def problems(count: int, seed: int, largest: int = 12) -> list[dict[str, str]]:
 
 def make_tokenizer(rows: Sequence[dict[str, str]]) -> PreTrainedTokenizerFast:
     """Words and single digits, with a chat template whose turns end with <|end|>."""
-    words = {word for row in rows for text in row.values() for word in re.findall(TOKEN, text)}
+    words = {word for row in rows for text in row.values() for word in re.findall(WORD, text)}
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(words)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<|pad|>"))
-    tokenizer.pre_tokenizer = Split(Regex(TOKEN), "isolated")
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = Split(Regex(WORD), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -101,8 +102,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, s
             max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=SPECIAL.index(END),
+            pad_token_id=SPECIAL.index(PAD),
         )
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     final = iteration.stage(stage)
     if is_committed(final):
         iteration.run.check_lineage(final)
+        shutil.rmtree(iteration.run.work(final), ignore_errors=True)  # left by a death just after the commit
         return False
     recipe = iteration.recipe
     engine = partial(

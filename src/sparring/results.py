@@ -100,7 +100,7 @@ class Results:
     def training(self, index: int) -> list[dict[str, float]]:
         """The lines of an iteration's metrics.jsonl, of a training that is still going on too."""
         final = self.run.stage(index, "train") / "metrics.jsonl"
-        path = final if final.is_file() else final.parent.with_name(".train.partial") / "metrics.jsonl"
+        path = final if final.is_file() else self.run.work(final.parent) / "metrics.jsonl"
         if not path.is_file():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -132,7 +132,7 @@ class Results:
 
 def _progress(path: Path) -> str | None:
     """How far a stage that is not committed has come, from what it keeps on disk."""
-    work = path.with_name(f".{path.name}.partial")
+    work = RunDir.work(path)
     if parts := len(list(work.glob("part-*.parquet"))):
         return f"{parts} parts"
     metrics = work / "metrics.jsonl"

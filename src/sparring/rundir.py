@@ -38,6 +38,11 @@ class RunDir:
     def stage(self, index: int, stage: str) -> Path:
         return self.iteration(index) / stage
 
+    @staticmethod
+    def work(stage: Path) -> Path:
+        """Where a stage keeps what it has so far: parts, checkpoints."""
+        return stage.with_name(f".{stage.name}.partial")
+
     def model(self, index: int) -> Path:
         """The policy that iteration `index` trained: the opponent of the next one."""
         return self.stage(index, "train") / "model"
@@ -87,7 +92,7 @@ class RunDir:
         try:
             lock.acquire()
         except Timeout as error:
-            owner = self.owner()
+            owner = self._wait_for_owner()
             held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
             raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
         try:
@@ -108,6 +113,14 @@ class RunDir:
             return owner
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def _wait_for_owner(self) -> Json | None:
+        """An owner signs a moment after it took the lock."""
+        for _ in range(20):
+            if owner := self.owner():
+                return owner
+            time.sleep(0.05)
+        return None
 
     def sweep(self) -> None:
         """Removes what commits that never ended left behind. Only ever called by the owner."""

@@ -51,7 +51,7 @@ def train(iteration: Iteration) -> None:
     settings, objective = iteration.recipe.train, iteration.recipe.method
     plays = load_plays(iteration)
     final = iteration.stage("train")
-    work = final.with_name(".train.partial")
+    work = iteration.run.work(final)
     work.mkdir(parents=True, exist_ok=True)
     reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
 

@@ -33,7 +33,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     reads = run.reads(run.data, iteration.opponent)
     tokenizer = load_tokenizer(iteration.opponent)
     final = iteration.stage("generate")
-    work = final.with_name(".generate.partial")
+    work = run.work(final)
     num_tokens = num_stopped = 0
     with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
         for part in range(0, len(prompts), PART_PROMPTS):

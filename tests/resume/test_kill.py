@@ -1,0 +1,174 @@
+"""Killed anywhere and run again, a run ends with the bytes of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import sparring.generate.stage
+from sparring.config import Recipe
+from sparring.loop import play
+from sparring.recipe_file import dump_recipe
+from sparring.rundir import RunDir
+
+MakeRecipe = Callable[..., Recipe]
+
+CLOCKS = {"seconds"}
+
+# every place where a run of two iterations can be told to die, and several passes of those that repeat
+STAGES = ("data", "evaluate", "generate", "score", "train")
+POINTS = [
+    "replace-recipe.yaml",
+    "replace-env.json",
+    *(f"{when}-{what}" for what in STAGES for when in ("before-manifest", "before-rename", "committed")),
+    *(f"before-rename-{what}:2" for what in ("generate", "score", "train")),
+    "before-rename-evaluate:3",
+    *(f"{when}-part:{n}" for when in ("before", "after") for n in (1, 2, 4)),
+    "before-manifest-step-00000002",
+    "before-rename-step-00000002",
+    "committed-step-00000002",
+    "before-rename-step-00000004:2",
+    *(f"train-step:{n}" for n in (1, 2, 3, 5, 6, 8, 17)),
+    "checkpoint:1",
+    "checkpoint:3",
+    "replace-report.html",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Path) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(tiny / "model"),
+            "method": "spin",
+            "iterations": 2,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 12},
+            "train": {"learning_rate": 1e-3, "batch_size": 16, "dtype": "float32", "checkpoint_every": 2},
+            "evaluate": {"checker": "number"},
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+
+
+@pytest.fixture(scope="module")
+def clean(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The run that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+        return play(recipe, tmp_path_factory.mktemp("clean") / "run")
+
+
+def content(run: RunDir) -> dict[str, object]:
+    """Everything that a run leaves but clocks: files byte by byte, metrics without their seconds."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in run.root.rglob("*") if p.is_file()):
+        name = path.relative_to(run.root).as_posix()
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+        elif path.name not in ("MANIFEST.json", "env.json", "report.html", ".lock"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def die_at(point: str, recipe: Recipe, folder: Path) -> int:
+    """Plays in a child process that dies at `point`; returns its exit status."""
+    child = os.fork()
+    if child == 0:
+        os.environ["SPARRING_FAIL_AT"] = point
+        try:
+            play(recipe, folder)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_dies_at(point: str, recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
+    assert die_at(point, recipe, tmp_path / "run") == 137, "the point was never passed"
+    assert content(play(recipe, tmp_path / "run")) == content(clean)
+
+
+def test_dies_again_while_it_recovers(recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
+    for point in ("before-part:2", "before-rename-step-00000002", "train-step:1", "committed-train", "train-step:7"):
+        assert die_at(point, recipe, tmp_path / "run") == 137
+    assert content(play(recipe, tmp_path / "run")) == content(clean)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_is_killed_at_a_random_moment(seed: int, recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
+    """A real SIGKILL, several times, whenever it comes; also while the run recovers from the one before."""
+    source = random.Random(seed)
+    kills = 0
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                play(recipe, tmp_path / "run")
+            finally:
+                os._exit(0)
+        time.sleep(source.uniform(0.05, 1.5))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert kills > 0
+    assert content(play(recipe, tmp_path / "run")) == content(clean)
+
+
+def test_the_command_line_survives_a_kill(recipe: Recipe, tmp_path: Path) -> None:
+    """As a user sees it: the process is killed, the same command ends the run, with the same model as one run."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "sparring", "run", str(file), str(tmp_path / "run"), "threads=1"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "iter-00" / "generate").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    straight = [*command[:5], str(tmp_path / "straight"), "threads=1"]
+    subprocess.run(straight, check=True)
+    one, two = (RunDir(tmp_path / name).model(1) / "model.safetensors" for name in ("run", "straight"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
+    assert die_at("train-step:6", recipe, tmp_path / "run") == 137
+    work = tmp_path / "run" / "iter-00" / ".train.partial"
+    newest = sorted(work.glob("step-*"))[-1]
+    assert newest.name == "step-00000004" and (work / "step-00000002").is_dir()
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        damaged = bytearray((newest / name).read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        (newest / name).write_bytes(damaged)
+    assert content(play(recipe, tmp_path / "run")) == content(clean)
+
+
+def test_controls_that_must_fail(
+    recipe: Recipe, clean: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison can fail: a resume that forgets the moments, and random numbers of another seed, are seen."""
+    import sparring.checkpoint
+
+    assert die_at("train-step:4", recipe, tmp_path / "forgets") == 137
+    with monkeypatch.context() as patch:
+        patch.setattr(sparring.checkpoint, "load_file", lambda path: {} if "optimizer" in path.name else real(path))
+        real = __import__("safetensors.torch", fromlist=["load_file"]).load_file
+        forgets = play(recipe, tmp_path / "forgets")
+    assert content(forgets) != content(clean)
+    other = play(recipe.model_copy(update={"seed": 1}), tmp_path / "other")
+    assert content(other) != content(clean)

@@ -1,0 +1,147 @@
+"""The command line as a user meets it: exit codes, messages, and a start without waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparring.config import Recipe
+from sparring.loop import play
+from sparring.recipe_file import dump_recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def sparring(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sparring", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run and its recipe beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = Recipe.model_validate(
+        {
+            "model": str(tiny / "model"),
+            "method": "space",
+            "iterations": 1,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 8},
+            "train": {"epochs": 1, "dtype": "float32"},
+            "evaluate": {"checker": "number"},
+            "threads": 1,
+        }
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    play(recipe, folder / "run")
+    return folder
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['sparring', '--help']\n"
+        "from sparring.cli import app\n"
+        "try:\n    app()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'pyarrow', 'matplotlib', 'numpy', 'pydantic'}\n"
+        "found = heavy & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in ("run", "status", "stage", "report", "demo"):
+        assert command in result.stdout
+
+
+def test_run_again_says_that_all_is_done(finished: Path) -> None:
+    result = sparring("run", finished / "recipe.yaml", finished / "run")
+    assert result.returncode == 0, result.stderr
+    assert "all was done already" in result.stderr
+
+
+def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "recipe.yaml").read_text()
+    (tmp_path / "typo.yaml").write_text(text.replace("epochs:", "epoch:"))
+    cases = {
+        ("run", tmp_path / "nowhere.yaml", tmp_path / "run"): "there is no file",
+        ("run", tmp_path / "typo.yaml", tmp_path / "run"): "did you mean 'train.epochs'",
+        ("run", finished / "recipe.yaml", finished / "run", "train.epochs=2"): "train.epochs is 2, but the run was",
+        ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "there is no file",
+        ("status", tmp_path): "is not a run directory",
+        ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
+        ("report", tmp_path): "is not a run directory",
+        ("demo", tmp_path / "demo", "--method", "dpo"): "one of sft, spin, tspin, space",
+    }
+    for arguments, message in cases.items():
+        result = sparring(*arguments)
+        assert result.returncode == 2, (arguments, result.stderr)
+        assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_damage_is_exit_code_one(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    file = tmp_path / "run" / "iter-00" / "generate" / "part-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    result = sparring("run", finished / "recipe.yaml", tmp_path / "run")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("stopped: ") and "part-00000.parquet is damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_status_for_people_and_for_programs(finished: Path) -> None:
+    people = sparring("status", finished / "run")
+    assert people.returncode == 0
+    for word in ("space", "generate", "score", "train", "evaluate", "done", "best by held_out_nll"):
+        assert word in people.stdout
+    programs = json.loads(sparring("status", finished / "run", "--json").stdout)
+    assert programs["method"] == "space" and programs["iterations"] == 1
+    assert [(s["iteration"], s["stage"], s["state"]) for s in programs["stages"]] == [
+        (-1, "evaluate", "done"),
+        (0, "generate", "done"),
+        (0, "score", "done"),
+        (0, "train", "done"),
+        (0, "evaluate", "done"),
+    ]
+    assert programs["best"]["metric"] == "held_out_nll"
+    assert all(s["seconds"] > 0 for s in programs["stages"])
+
+
+def test_status_of_a_run_that_goes_on(finished: Path, tmp_path: Path) -> None:
+    """While another process holds the run: what it is at, and how far."""
+    import shutil
+
+    from sparring.results import Results
+    from sparring.rundir import RunDir
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter-00" / "train")
+    shutil.rmtree(tmp_path / "run" / "iter-00" / "evaluate")
+    work = tmp_path / "run" / "iter-00" / ".train.partial"
+    work.mkdir()
+    (work / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n{"st')
+    with RunDir(tmp_path / "run").own():
+        states = {(s.iteration, s.stage): (s.state, s.progress) for s in Results(tmp_path / "run").stages()}
+    assert states[0, "train"] == ("running", "2 steps")
+    assert states[0, "evaluate"] == ("to do", None)
+    assert Results(tmp_path / "run").training(0)[-1]["step"] == 2, "a half-written line is left out"
+
+
+def test_report_writes_the_file_and_says_where(finished: Path) -> None:
+    result = sparring("report", finished / "run")
+    assert result.returncode == 0
+    assert result.stdout.strip() == str(finished / "run" / "report.html")
+
+
+def test_what_a_run_writes_is_for_its_owner_only(finished: Path, tmp_path: Path) -> None:
+    assert sparring("run", finished / "recipe.yaml", tmp_path / "private").returncode == 0
+    for path in (tmp_path / "private", *(tmp_path / "private").rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path

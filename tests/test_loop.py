@@ -1,0 +1,205 @@
+"""play(): one command from rows to report; the same command again; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparring
+from sparring.commits import is_committed
+from sparring.config import Recipe
+from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.iteration import Iteration
+from sparring.loop import play, run_one_stage
+from sparring.objectives import OBJECTIVES
+from sparring.recipe_file import dump_recipe
+from sparring.results import Results
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each artifact was written; the notes of the session are written by every start."""
+    notes = {"recipe.yaml", "env.json", ".lock"}
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in notes}
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_one_command_plays_everything(make_recipe: MakeRecipe, tmp_path: Path, method: str) -> None:
+    recipe = make_recipe(method)
+    run = play(recipe, tmp_path / "run")
+    for index in range(-1, 2):
+        iteration = Iteration(run, recipe.at(index), index)
+        assert all(is_committed(iteration.stage(stage)) for stage in iteration.stages)
+    assert not list(run.root.rglob(".*.partial")) and not list(run.root.rglob("*.tmp-*"))
+    model = AutoModelForCausalLM.from_pretrained(run.model(1))
+    tokenizer = AutoTokenizer.from_pretrained(run.model(1))
+    assert model.dtype == torch.float32 and tokenizer.chat_template
+    assert run.report.read_text().startswith("<!doctype html>")
+    results = Results(run.root)
+    assert [s.state for s in results.stages()] == ["done"] * len(results.stages())
+    assert len(results.evaluations()) == 3
+    written = stamps(run.root)
+    play(recipe, tmp_path / "run")
+    assert stamps(run.root) == written, "the same command again does nothing"
+
+
+def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(make_recipe("space")))
+    run = sparring.play(file, tmp_path / "run", ["iterations=1", "train.epochs=1"])
+    assert is_committed(run.stage(0, "evaluate")) and not run.iteration(1).exists()
+    assert sparring.OBJECTIVES["space"]().mu == 1.0
+    assert set(sparring.__all__) <= set(dir(sparring)) | set(sparring._HOMES)
+    with pytest.raises(AttributeError):
+        _ = sparring.nothing_of_this_name
+
+
+def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("spin", train={"epochs": 1})
+    first, second = play(recipe, tmp_path / "one"), play(recipe, tmp_path / "two")
+    for t in range(2):
+        assert bytes_of(first.model(t)) == bytes_of(second.model(t))
+        for stage in ("generate", "score", "evaluate"):
+            assert first.digest(first.stage(t, stage)) == second.digest(second.stage(t, stage))
+    other = play(make_recipe("spin", train={"epochs": 1}, seed=1), tmp_path / "three")
+    assert bytes_of(first.model(0)) != bytes_of(other.model(0)), "a control that must differ"
+
+
+def test_more_iterations_continue_a_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    longer = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    straight = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "straight")
+    assert bytes_of(longer.model(1)) == bytes_of(straight.model(1))
+
+
+def test_other_settings_are_refused_with_a_diff(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    before = bytes_of(tmp_path / "run")
+    with pytest.raises(RunMismatch) as caught:
+        play(make_recipe("space", iterations=1, train={"epochs": 2, "learning_rate": 1e-4}), tmp_path / "run")
+    assert "train.epochs is 2, but the run was started with 1" in str(caught.value)
+    assert "train.learning_rate is 0.0001, but the run was started with 0.001" in str(caught.value)
+    after = bytes_of(tmp_path / "run")
+    assert before == after, "nothing was touched"
+
+
+def test_changed_rows_are_refused(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(tiny / "rows.jsonl", rows)
+    recipe = make_recipe("space", iterations=1, data={"train": str(rows)}, train={"epochs": 1})
+    play(recipe, tmp_path / "run")
+    rows.write_text(rows.read_text().replace("eggs", "pens"))
+    with pytest.raises(RunMismatch, match=r"rows\.jsonl has changed since"):
+        play(recipe, tmp_path / "run")
+
+
+def test_damaged_artifacts_are_found_and_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("space", iterations=2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    weights = run.model(0) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(Stopped, match=r"model\.safetensors is damaged.*delete .*iter-00/train"):
+        play(recipe, tmp_path / "run")
+
+
+def test_a_deleted_stage_is_made_again_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    before = bytes_of(run.model(1))
+    for stage in ("generate", "score", "train"):
+        shutil.rmtree(run.stage(1, stage))
+    run = play(recipe, tmp_path / "run")
+    assert bytes_of(run.model(1)) == before
+
+
+def test_stages_by_hand(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("space", iterations=2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    expected = bytes_of(run.model(1))
+    shutil.rmtree(run.iteration(1))
+    with pytest.raises(Refused, match="'generate' of iteration 1 comes first"):
+        run_one_stage(run.root, "train", 1)
+    for stage in ("generate", "score", "train", "evaluate"):
+        assert run_one_stage(run.root, stage, 1)
+    assert not run_one_stage(run.root, "evaluate", 1), "done already"
+    assert bytes_of(run.model(1)) == expected
+    with pytest.raises(Refused, match="iterations 0 to 1"):
+        run_one_stage(run.root, "train", 2)
+    with pytest.raises(Refused, match="has no stage 'polish'"):
+        run_one_stage(run.root, "polish", 1)
+    with pytest.raises(Refused, match="is not a run yet"):
+        run_one_stage(tmp_path / "nowhere", "train", 0)
+
+
+def test_tspin_has_no_score_stage(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("tspin", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    with pytest.raises(Refused, match="tspin has no stage 'score'"):
+        run_one_stage(run.root, "score", 0)
+
+
+def test_one_owner(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("space", iterations=1, train={"epochs": 1})
+    found: list[str] = []
+
+    def contend() -> None:
+        try:
+            play(recipe, tmp_path / "run")
+        except Refused as refusal:
+            found.append(str(refusal))
+
+    threads = [threading.Thread(target=contend) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(f"in use by process {os.getpid()}" in message for message in found)
+    assert is_committed(tmp_path / "run" / "iter-00" / "evaluate")
+
+
+def test_paths_with_spaces_and_another_working_directory(
+    make_recipe: MakeRecipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "a folder with spaces and ünïcode"
+    shutil.copytree(tiny, home)
+    monkeypatch.chdir(home)
+    recipe = make_recipe("space", iterations=1, model="model", data={"train": "rows.jsonl"}, train={"epochs": 1})
+    run = play(recipe, "runs/my run")
+    assert run.report.is_file()
+    written = stamps(run.root)
+    play(recipe, "runs/my run")
+    assert stamps(run.root) == written
+
+
+def test_sessions_are_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("sft", iterations=1, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    play(recipe, tmp_path / "run")
+    sessions = json.loads(run.env.read_text())
+    assert len(sessions) == 2
+    assert sessions[0]["versions"]["torch"] == torch.__version__
+    assert {"device", "threads", "host", "started"} <= set(sessions[0])
+
+
+def test_the_best_iteration_is_named_by_the_chosen_metric(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("sft", iterations=2, train={"epochs": 2, "learning_rate": 1e-2})
+    run = play(recipe, tmp_path / "run")
+    results = Results(run.root)
+    values = {i: m["held_out_nll"] for i, m in results.evaluations().items()}
+    best = results.best()
+    assert best is not None and best.value == min(values.values()) and values[best.iteration] == best.value
+    assert best.iteration >= 0, "training on the rows helps"

@@ -1,0 +1,165 @@
+"""The report: renders at every moment, holds no script and no foreign markup, asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sparring.config import Recipe
+from sparring.errors import Refused
+from sparring.loop import play
+from sparring.report import write_report
+from sparring.report.samples import visible
+from sparring.results import Results
+from sparring.rundir import RunDir
+
+MakeRecipe = Callable[..., Recipe]
+
+ALLOWED = set(
+    re.findall(
+        r"\S+",
+        """html head meta title style body h1 h2 p b small div table tr th td figure figcaption details summary pre ul li
+        span svg g path defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title
+        dc:date text""",
+    )
+)
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "<iframe src=javascript:alert(1)></iframe>",
+    "</pre></td></table><form action=//evil.example><input name=x>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<style>@import url(//evil.example/x.css)</style>",
+    "<link rel=stylesheet href=//evil.example/x.css>",
+    "{{ 7*7 }}{% for x in y %}",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<!--<script>-->",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "\x1b]0;title\x07\x1b[31mred",
+    "\u202eright to left\u2066",
+    "<math><mtext></mtext><mglyph><style><img src=x onerror=alert(1)>",
+]
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(html: str) -> Elements:
+    elements = Elements()
+    elements.feed(html)
+    return elements
+
+
+def assert_inert(html: str) -> Elements:
+    elements = parse(html)
+    for tag, attributes in elements.tags:
+        assert tag in ALLOWED, tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value is not None and value.startswith("#"), (tag, name, value)
+    policy = next(a["content"] for t, a in elements.tags if t == "meta" and "http-equiv" in a)
+    assert policy is not None and policy.startswith("default-src 'none'") and "script-src" not in policy
+    return elements
+
+
+def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    hostile = [{"question": p, "answer": p + " #### 1"} for p in PAYLOADS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hostile))
+    recipe = make_recipe(
+        "spin",
+        iterations=1,
+        data={"train": str(tmp_path / "rows.jsonl"), "held_out": str(tmp_path / "held.jsonl"), "max_rejected": 1.0},
+        generate={"max_new_tokens": 40},
+        train={"epochs": 1},
+    )
+    name = "run <b onmouseover=alert(1)>"
+    run = play(recipe, tmp_path / name)
+    html = run.report.read_text()
+    elements = assert_inert(html)
+    shown = "".join(elements.text)
+    for payload in PAYLOADS:
+        assert visible(payload) in shown, payload
+    assert name in shown
+    assert "49" not in re.findall(r"row \d+: .*?(49)", shown), "templates in data are not rendered"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+
+
+def test_nothing_is_fetched_and_it_is_small(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    html = run.report.read_text()
+    assert_inert(html)
+    namespaces = "http://www.w3.org|http://purl.org|http://creativecommons.org|https://matplotlib.org"
+    assert not re.findall(rf"https?://(?!{namespaces.replace('http://', '').replace('https://', '')})[^\"' ]*", html)
+    assert len(html) < 5_000_000
+
+
+def test_the_same_run_gives_the_same_bytes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+
+    def text() -> str:
+        return re.sub(r"Written by sparring .*", "", write_report(RunDir(run.root)).read_text())
+
+    assert text() == text()
+
+
+def test_it_renders_at_every_moment_and_says_what_is_missing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Stage by stage taken away again, from the end to the start."""
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    stages = Results(run.root).stages()
+    for count, stage in enumerate(reversed(stages), start=1):
+        folder = run.start if stage.iteration < 0 else run.iteration(stage.iteration)
+        shutil.rmtree(folder / stage.stage)
+        html = write_report(RunDir(run.root)).read_text()
+        assert_inert(html)
+        assert "Not there yet" in html
+        assert [s.state for s in Results(run.root).stages()].count("to do") == count
+    shutil.rmtree(run.data)
+    assert "has not read its data yet" in write_report(RunDir(run.root)).read_text()
+    run.recipe.unlink()
+    with pytest.raises(Refused, match="is not a run directory"):
+        write_report(RunDir(run.root))
+
+
+def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    shown = "".join(parse(run.report.read_text()).text)
+    for t in range(2):
+        metrics = json.loads((run.stage(t, "evaluate") / "metrics.json").read_text())
+        for name in ("held_out_nll", "sampled_accuracy", "rewards/margins", "length"):
+            assert f"{metrics[name]:.4g}" in shown
+
+
+def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    still = "".join(parse(run.report.read_text()).text)
+    assert "No iteration beats the starting model" in still or "tell it from chance" in still
+    worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
+    assert "No iteration beats the starting model" in "".join(parse(worse.report.read_text()).text)
+
+
+def test_long_texts_are_cut_and_controls_spelled_out() -> None:
+    assert visible("a\x1bb\u202ec") == "a\\u001bb\\u202ec"
+    assert visible("line\nnext\ttab") == "line\nnext\ttab"
+    assert visible("x" * 10_000).endswith("[...]") and len(visible("x" * 10_000)) < 5_000

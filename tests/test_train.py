@@ -1,0 +1,230 @@
+"""The inner loop: what a step is, whatever the micro-batching; what it refuses to go on with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparring.config import Recipe, Train
+from sparring.errors import Stopped
+from sparring.iteration import Iteration
+from sparring.logprobs import Scorer
+from sparring.loop import play
+from sparring.model import load_model
+from sparring.objectives import OBJECTIVES, Sft, Space, Spin, Tspin
+from sparring.rundir import RunDir
+from sparring.train import Play, forward_backward, learning_rate, load_plays, make_optimizer, prove_same_model
+from sparring.types import Group, Objective
+
+MakeRecipe = Callable[..., Recipe]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plays() -> list[Play]:
+    random = np.random.default_rng(0)
+
+    def tokens() -> np.ndarray:
+        return random.integers(4, 40, random.integers(1, 12)).astype(np.int32)
+
+    return [
+        Play(
+            Group(str(i), tokens(), {"real": (tokens(),), "generated": (tokens(),), "proto": (tokens(),)}),
+            {
+                "real": np.array(-30.0 - i, dtype=np.float32),
+                "generated": np.array([-28.0], dtype=np.float32),
+                "proto": np.array(-29.0, dtype=np.float32),
+            },
+        )
+        for i in range(13)
+    ]
+
+
+@pytest.mark.parametrize("objective", [Spin(), Tspin(), Space(), Sft()], ids=lambda o: o.name)
+def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, plays: list[Play], tiny: Path) -> None:
+    """13 examples of unequal lengths, in one piece, in pieces of other sizes, one by one."""
+    results = []
+    for budget in (10_000, 150, 1):
+        model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+        metrics = forward_backward(Scorer(model), objective, plays, budget)
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for metrics, gradient in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(gradient, results[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[Play], tiny: Path) -> None:
+    model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+    together = forward_backward(Scorer(model), Spin(), plays, 100)["loss"]
+    alone = [forward_backward(Scorer(model), Spin(), [one], 100)["loss"] for one in plays]
+    assert together == pytest.approx(float(np.mean(alone)), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_step_zero_is_the_published_constant_in_every_iteration(
+    make_recipe: MakeRecipe, tmp_path: Path, method: str
+) -> None:
+    run = play(make_recipe(method, iterations=3, train={"epochs": 1}), tmp_path / "run")
+    for t in range(3):
+        lines = [json.loads(line) for line in (run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()]
+        first = lines[0]
+        expected = OBJECTIVES[method]().start_loss
+        if expected is not None:
+            assert first["loss"] == pytest.approx(expected, abs=1e-5)
+            assert first["rewards/real"] == pytest.approx(0, abs=1e-5)
+            assert first["rewards/generated"] == pytest.approx(0, abs=1e-5)
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+
+
+def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """SPIN: rounds t and t-1 from iteration 1 on. T-SPIN: this round, and the first one as proto. SPACE: this round."""
+    counts = {}
+    for method in ("spin", "tspin", "space", "sft"):
+        recipe = make_recipe(method, iterations=3, train={"epochs": 1})
+        run = play(recipe, tmp_path / method)
+        for t in range(3):
+            iteration = Iteration(run, recipe.at(t), t)
+            plays = load_plays(iteration)
+            counts[method, t] = len(plays)
+            rows = {row.id for row in iteration.train_rows()}
+            assert {p.group.id for p in plays} == rows
+            if method == "tspin":
+                assert ("proto" in plays[0].group.responses) == (t > 0)
+                for one in plays if t > 0 else []:
+                    first = iteration.generations(0)[one.group.id][0].token_ids
+                    assert np.array_equal(one.group.responses["proto"][0], first)
+            if method == "spin" and t > 0:
+                drawn = [iteration.generations(r) for r in (t, t - 1)]
+                halves = [plays[: len(rows)], plays[len(rows) :]]
+                for half, answers in zip(halves, drawn, strict=True):
+                    for one in half:
+                        expected = answers[one.group.id][0].token_ids
+                        assert np.array_equal(one.group.responses["generated"][0], expected)
+    assert counts == {
+        **{("spin", t): 48 * (1 + (t > 0)) for t in range(3)},
+        **{(method, t): 48 for method in ("tspin", "space", "sft") for t in range(3)},
+    }
+    run = RunDir(tmp_path / "spin")
+    assert not (tmp_path / "tspin" / "iter-00" / "score").exists(), "T-SPIN reads no opponent"
+    assert not (tmp_path / "sft" / "iter-00" / "generate").exists(), "SFT reads no generated answer"
+    reads = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["reads"]
+    assert set(reads) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
+    assert reads["iter-01/train/model"] == run.digest(run.model(1)), "iteration t's scores name the model of t-1"
+
+
+def test_both_rounds_are_scored_by_the_current_opponent(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    iteration = Iteration(run, recipe.at(1), 1)
+    plays = load_plays(iteration)
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    metrics = forward_backward(Scorer(model), recipe.method, plays, 256)
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["log_ratio"] < 1e-5
+
+
+def test_another_model_than_the_opponent_is_found_before_the_first_update(plays: list[Play], tiny: Path) -> None:
+    model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+    for objective in (Spin(), Space()):
+        metrics = forward_backward(Scorer(model), objective, plays, 1000)
+        with pytest.raises(Stopped, match="the policy should be its opponent, but it is not"):
+            prove_same_model(objective, metrics, "float32")
+    for objective in (Tspin(), Sft()):
+        prove_same_model(objective, {}, "float32")  # they read no opponent
+
+
+def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """In float32 it tells models apart that one update at a usual rate made different."""
+    recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
+    run = play(recipe, tmp_path / "run")
+    plays = load_plays(Iteration(run, recipe, 0))
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    metrics = forward_backward(Scorer(model), Space(), plays, 256)
+    with pytest.raises(Stopped):
+        prove_same_model(Space(), metrics, "float32")
+
+
+def test_a_non_finite_loss_stops_before_the_update(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparring.train
+
+    real, calls = sparring.train.forward_backward, []
+
+    def poisoned(*args: object) -> dict[str, float]:
+        calls.append(1)
+        metrics = real(*args)  # type: ignore[arg-type]
+        return {**metrics, "loss": math.nan} if len(calls) == 3 else metrics
+
+    monkeypatch.setattr(sparring.train, "forward_backward", poisoned)
+    recipe = make_recipe("space", iterations=1, train={"checkpoint_every": 1})
+    with pytest.raises(Stopped, match=r"iteration 0, step 3: the loss is nan.*Nothing was updated"):
+        play(recipe, tmp_path / "run")
+    work = tmp_path / "run" / "iter-00" / ".train.partial"
+    assert sorted(p.name for p in work.glob("step-*")) == ["step-00000001", "step-00000002"]
+    monkeypatch.undo()
+    clean = play(recipe, tmp_path / "clean")
+    continued = play(recipe, tmp_path / "run")
+    assert clean.digest(clean.model(0)) == continued.digest(continued.model(0))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules(schedule: str) -> None:
+    settings = Train.model_validate({"learning_rate": 1.0, "schedule": schedule, "warmup": 0.1})
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(rates) == 1.0 and min(rates) > 0, "no step is wasted on a rate of 0"
+    after = rates[10:]
+    if schedule == "constant":
+        assert set(after) == {1.0}
+    else:
+        assert after == sorted(after, reverse=True)
+        assert rates[55] == pytest.approx(0.5)
+    assert learning_rate(0, 1, settings) == 1.0
+
+
+def test_optimizers_are_torch_s_own(tiny: Path) -> None:
+    model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+    rmsprop = make_optimizer(Train(), model)
+    assert isinstance(rmsprop, torch.optim.RMSprop)
+    assert (rmsprop.defaults["alpha"], rmsprop.defaults["momentum"], rmsprop.defaults["weight_decay"]) == (0.99, 0, 0)
+    adamw = make_optimizer(Train(optimizer="adamw", weight_decay=0.1), model)
+    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"optimizer": "adamw"}])
+def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, object]) -> None:
+    recipe = make_recipe("space", iterations=1, train={"epochs": 4, "learning_rate": 3e-3, **change})
+    run = play(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+
+
+def test_gradient_checkpointing_changes_no_number(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    plain = play(make_recipe("spin", iterations=1), tmp_path / "plain")
+    saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved")
+    for name in ("loss", "gradient_norm"):
+        values = [
+            [json.loads(line)[name] for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
+            for run in (plain, saved)
+        ]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_dropout_is_off(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "dropout"
+    shutil.copytree(tiny / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    model = load_model(folder, dtype=torch.float32, device=CPU).train()
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,0 +1,170 @@
+"""The shipped objectives, unchanged, in a game small enough to be exact: their optima are the closed forms.
+
+A policy is a softmax over five outcomes. Expectations are sums over all pairs and triples of outcomes, so there
+is no sampling; the minimum is found with L-BFGS in float64. The numbers are those of the golden toy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparring.objectives import Space, Spin, Tspin
+from sparring.types import Objective
+
+P_DATA = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05], dtype=torch.float64)
+P_OPPONENT = torch.tensor([0.10, 0.30, 0.20, 0.15, 0.25], dtype=torch.float64)
+P_FIRST = torch.tensor([0.20, 0.20, 0.10, 0.20, 0.30], dtype=torch.float64)
+
+
+def expected_loss(objective: Objective, logp: Tensor, opponent: Tensor, noise: Tensor, first: Tensor) -> Tensor:
+    """E over real ~ p_data, generated ~ noise, proto ~ first, by summing over all their outcomes."""
+    n = len(logp)
+    real, generated, proto = (i.flatten() for i in torch.meshgrid(*[torch.arange(n)] * 3, indexing="ij"))
+    weight = P_DATA[real] * noise[generated] * first[proto]
+    policy = {"real": logp[real], "generated": logp[generated][:, None], "proto": logp[proto]}
+    reference = opponent.log()
+    against = {"real": reference[real], "generated": reference[generated][:, None]}
+    lengths = {role: torch.ones_like(value, dtype=torch.long) for role, value in policy.items()}
+    return (weight * objective(policy, against, lengths).per_example).sum()
+
+
+def solve(objective: Objective, opponent: Tensor, noise: Tensor | None = None, first: Tensor = P_FIRST) -> Tensor:
+    logits = opponent.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = expected_loss(objective, logits.log_softmax(0), opponent, opponent if noise is None else noise, first)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return logits.detach().softmax(0)
+
+
+def tilted(exponent: float, base: Tensor = P_OPPONENT, against: Tensor | None = None) -> Tensor:
+    """base * (p_data / against) ** exponent, normalised."""
+    weights = base * (P_DATA / (base if against is None else against)) ** exponent
+    return weights / weights.sum()
+
+
+def total_variation(p: Tensor) -> float:
+    return 0.5 * (p - P_DATA).abs().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("objective", "closed_form"),
+    [
+        *((Spin(lambda_=scale), tilted(1 / scale)) for scale in (0.5, 1.0, 2.0)),
+        *((Spin(lambda_=scale, loss="exponential"), tilted(1 / (2 * scale))) for scale in (0.5, 1.0)),
+        (Tspin(beta=0.0), tilted(1.0, torch.ones(5, dtype=torch.float64), P_OPPONENT)),
+        (Tspin(alpha=2.0, beta=0.0), tilted(0.5, torch.ones(5, dtype=torch.float64), P_OPPONENT)),
+        *((Space(mu=mu), P_DATA) for mu in (0.5, 1.0, 3.0, 7.0)),
+    ],
+    ids=repr,
+)
+def test_optimum_is_the_closed_form(objective: Objective, closed_form: Tensor) -> None:
+    torch.testing.assert_close(solve(objective, P_OPPONENT), closed_form, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "noise", "golden"),
+    [
+        (Spin(lambda_=0.5), None, [0.767386, 0.099920, 0.095923, 0.031974, 0.004796]),
+        (Spin(lambda_=2.0), None, [0.220231, 0.301563, 0.220231, 0.134863, 0.123113]),
+        (Spin(lambda_=1.0), (P_FIRST + P_OPPONENT) / 2, [0.276481, 0.311041, 0.276481, 0.088869, 0.047127]),
+        (Tspin(beta=0.0), None, [0.597015, 0.124378, 0.149254, 0.099502, 0.029851]),
+        (Tspin(alpha=2.0, beta=0.0), None, [0.386355, 0.176346, 0.193178, 0.157729, 0.086392]),
+        (Tspin(beta=0.1), None, [0.537655, 0.141865, 0.170483, 0.107442, 0.042555]),
+    ],
+    ids=repr,
+)
+def test_golden_optima(objective: Objective, noise: Tensor | None, golden: list[float]) -> None:
+    assert solve(objective, P_OPPONENT, noise).tolist() == pytest.approx(golden, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "minimum"),
+    [(Spin(lambda_=scale), 0.530485) for scale in (0.5, 1.0, 2.0)]
+    + [(Space(mu=mu), loss) for mu, loss in ((0.5, 0.836760), (1, 1.209836), (3, 1.977838), (7, 2.688473))],
+    ids=repr,
+)
+def test_golden_minima(objective: Objective, minimum: float) -> None:
+    at_best = solve(objective, P_OPPONENT).log()
+    assert expected_loss(objective, at_best, P_OPPONENT, P_OPPONENT, P_FIRST).item() == pytest.approx(minimum, abs=1e-6)
+
+
+def gradient(objective: Objective, p: Tensor) -> Tensor:
+    logits = p.log().clone().requires_grad_()
+    expected_loss(objective, logits.log_softmax(0), p, p, P_FIRST).backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale"),
+    [(Spin(lambda_=0.1), 0.05), (Spin(lambda_=2.0), 1.0), (Space(mu=1.0), 0.5), (Space(mu=3.0), 0.75)],
+    ids=repr,
+)
+def test_the_first_step_is_a_scaled_sft_step(objective: Objective, scale: float) -> None:
+    """With true samples: lambda/2 (SPIN), mu/(1+mu) (SPACE) times the gradient of E_data[-log p]."""
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    (-(P_DATA * logits.log_softmax(0)).sum()).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(gradient(objective, P_OPPONENT), scale * logits.grad)
+
+
+def test_greedy_samples_break_the_sft_identity() -> None:
+    """A control: the opponent's most likely answer in place of a sample moves the first step."""
+    greedy = torch.zeros_like(P_OPPONENT)
+    greedy[P_OPPONENT.argmax()] = 1.0
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    expected_loss(Space(), logits.log_softmax(0), P_OPPONENT, greedy, P_FIRST).backward()
+    assert logits.grad is not None
+    assert (logits.grad - gradient(Space(), P_OPPONENT)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("objective", [Spin(lambda_=0.1), Spin(lambda_=5.0), Space(), Space(mu=7.0)], ids=repr)
+def test_the_data_distribution_is_a_fixed_point(objective: Objective) -> None:
+    torch.testing.assert_close(gradient(objective, P_DATA), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_the_data_distribution_is_no_fixed_point_of_tspin() -> None:
+    flat = torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(solve(Tspin(beta=0.0), P_DATA), flat, atol=1e-6, rtol=0)
+
+
+def distances(round_of: Callable[[int, Tensor], Tensor], rounds: int) -> list[float]:
+    p, found = P_FIRST, []
+    for t in range(rounds):
+        p = round_of(t, p)
+        found.append(total_variation(p))
+    return found
+
+
+def test_exact_play() -> None:
+    """Whole games from p_0: SPIN contracts for lambda above 1/2 and diverges below; T-SPIN oscillates, damped by history."""
+    assert distances(lambda t, p: solve(Spin(lambda_=2.0), p), 4) == pytest.approx(
+        [0.139, 0.062, 0.030, 0.015], abs=1e-3
+    )
+    assert distances(lambda t, p: solve(Spin(lambda_=5.0), p), 4) == pytest.approx(
+        [0.259, 0.192, 0.144, 0.108], abs=1e-3
+    )
+    assert distances(lambda t, p: solve(Spin(lambda_=0.4), p), 4) == pytest.approx(
+        [0.214, 0.772, 0.320, 0.942], abs=2e-3
+    )
+    assert distances(lambda t, p: solve(Tspin(beta=0.0), p), 4) == pytest.approx([0.138, 0.350, 0.138, 0.350], abs=1e-3)
+    damped = distances(lambda t, p: solve(Tspin(beta=0.1 if t else 0.0), p), 5)
+    assert damped == pytest.approx([0.138, 0.236, 0.113, 0.168, 0.120], abs=1e-3)
+    assert distances(lambda t, p: solve(Space(), p), 2) == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_spin_start_loss_is_exact() -> None:
+    assert expected_loss(Spin(), P_OPPONENT.log(), P_OPPONENT, P_OPPONENT, P_FIRST).item() == pytest.approx(math.log(2))
