@@ -34,7 +34,7 @@ def shared() -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, a random two-layer Llama with a chat template, and rows.jsonl, 60 problems."""
     folder = tmp_path_factory.mktemp("tiny")
-    rows = problems(60, seed=1)
+    rows = problems(60, seed=1, largest=12)
     tokenizer = make_tokenizer(rows)
     model = make_model(tokenizer, width=32, layers=2, seed=0)
     save_model(model, tokenizer, folder / "model")

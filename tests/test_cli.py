@@ -75,7 +75,7 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("status", tmp_path): "is not a run directory",
         ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
         ("report", tmp_path): "is not a run directory",
-        ("demo", tmp_path / "demo", "--method", "dpo"): "one of sft, spin, tspin, space",
+        ("demo", tmp_path / "demo", "--method", "dpo"): "one of all, tspin, space, spin, sft",
     }
     for arguments, message in cases.items():
         result = sparring(*arguments)

@@ -80,7 +80,7 @@ def report(run_dir: RunDirectory) -> None:
 @app.command()
 def demo(
     run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
-    method: Annotated[str, typer.Option(help="sft, spin, tspin or space.")] = "space",
+    method: Annotated[str, typer.Option(help="tspin, space, spin, sft, or all of them.")] = "all",
 ) -> None:
     """Train a tiny model on small reasoning problems, then let it play. No GPU, no network, a few minutes."""
     from sparring.demo import play_demo

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -22,17 +24,18 @@ from sparring.config import Recipe
 from sparring.errors import Refused
 from sparring.loop import play
 from sparring.model import save_model
-from sparring.objectives import OBJECTIVES
 from sparring.progress import say
 from sparring.results import Results
-from sparring.status import print_status
 
-NUM_TRAIN, NUM_HELD_OUT = 8000, 1000
+NUM_TRAIN, NUM_HELD_OUT, LARGEST = 1000, 1000, 9
 WIDTH, LAYERS = 64, 2
 TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 64, "dtype": "float32", "warmup": 0.05}
-START_RATE, START_EPOCHS = 5e-3, 7
-GAME_RATE, GAME_ROWS, ITERATIONS = 1e-4, 4000, 3
+START = {**TRAIN, "learning_rate": 4e-3, "schedule": "constant", "epochs": 40}
+GAME = {**TRAIN, "learning_rate": 1e-4, "schedule": "linear", "epochs": 2}
+ITERATIONS = 3
 
+METHODS = ("tspin", "space", "spin", "sft")
+"""What the demo plays, each from the same start with the same settings. SFT is the control."""
 
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 PAD, END = "<|pad|>", "<|end|>"
@@ -66,7 +69,7 @@ def problem(random: random.Random, largest: int) -> tuple[str, str]:
     return question, f"{step}={result} #### {result}"
 
 
-def problems(count: int, seed: int, largest: int = 12) -> list[dict[str, str]]:
+def problems(count: int, seed: int, largest: int) -> list[dict[str, str]]:
     """Different problems as rows of the question/answer form."""
     source, found = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
     while len(found) < count:
@@ -108,25 +111,31 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, s
     )
 
 
-def play_demo(root: Path, method: str) -> None:
-    """Writes ROOT/start (a tiny model trained by SFT), ROOT/METHOD and ROOT/control (SFT going on), and reports."""
-    if method not in OBJECTIVES:
-        raise Refused(f"--method {method}: one of {', '.join(OBJECTIVES)}")
-    say(f"demo in {root}: {NUM_TRAIN:,} training problems, {NUM_HELD_OUT:,} held out")
-    write_task(root / "task", seed=0)
-    say("\n1. the starting model: supervised fine-tuning from random weights")
-    start = play(start_recipe(root, seed=0), root / "start")
-    say(f"\n2. {method}: the model plays against itself")
-    played = play(game_recipe(root, start.model(0), method, seed=0), root / method)
-    print_status(Results(played.root))
-    say(f"\nopen {played.report} in a browser")
+def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
+    """Writes ROOT/task, ROOT/start (a tiny model trained by SFT) and ROOT/METHOD; returns the run directories.
+
+    The same call again continues what was interrupted. `seed` makes other problems and another model.
+    """
+    if method not in (*METHODS, "all"):
+        raise Refused(f"--method {method}: one of all, {', '.join(METHODS)}")
+    chosen = METHODS if method == "all" else (method,)
+    write_task(root / "task", seed)
+    say("the starting model: supervised fine-tuning from random weights")
+    start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start")
+    runs = []
+    for name in chosen:
+        say("")
+        recipe = demo_recipe(root, start.model(0), name, seed, iterations=ITERATIONS, train=GAME)
+        runs.append(play(recipe, root / name).root)
+    print_comparison(runs)
+    return runs
 
 
 def write_task(folder: Path, seed: int) -> None:
     """The problems as rows, and a model with random weights."""
     if is_committed(folder):
         return
-    rows = problems(NUM_TRAIN + NUM_HELD_OUT, seed)
+    rows = problems(NUM_TRAIN + NUM_HELD_OUT, seed, LARGEST)
     tokenizer = make_tokenizer(rows)
     with commit(folder) as work:
         for name, part in (("train", rows[:NUM_TRAIN]), ("held_out", rows[NUM_TRAIN:])):
@@ -135,42 +144,47 @@ def write_task(folder: Path, seed: int) -> None:
         save_model(make_model(tokenizer, width=WIDTH, layers=LAYERS, seed=seed), tokenizer, work / "model")
 
 
-def recipe(root: Path, model: Path, seed: int, **sections: object) -> Recipe:
+def demo_recipe(
+    root: Path, model: Path, method: str, seed: int, *, iterations: int, train: Mapping[str, object]
+) -> Recipe:
     return Recipe.model_validate(
         {
             "model": str(model),
+            "method": method,
+            "iterations": iterations,
+            "data": {"train": str(root / "task" / "train.jsonl"), "held_out": str(root / "task" / "held_out.jsonl")},
+            "generate": {"max_new_tokens": 24, "batch_size": 256},
+            "train": train,
+            "evaluate": {"checker": "number"},
             "seed": seed,
             "threads": 1,  # on tensors this small a second thread costs more than it brings
-            "generate": {"max_new_tokens": 24, "batch_size": 256},
-            "evaluate": {"checker": "number", "save_best_by": "greedy_accuracy"},
-            **sections,
         }
     )
 
 
-def start_recipe(root: Path, seed: int) -> Recipe:
-    return recipe(
-        root,
-        root / "task" / "model",
-        seed,
-        method="sft",
-        iterations=1,
-        data={"train": str(root / "task" / "train.jsonl"), "held_out": str(root / "task" / "held_out.jsonl")},
-        train={**TRAIN, "learning_rate": START_RATE, "epochs": START_EPOCHS, "schedule": "cosine"},
-    )
+def print_comparison(runs: Sequence[Path]) -> None:
+    """The starting model and what each method made of it."""
+    table = Table(title="held-out problems: the start, and after the last iteration", box=None)
+    for column in ("", "NLL", "greedy accuracy", "sampled accuracy", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for number, run in enumerate(runs):
+        results = Results(run)
+        evaluations = results.evaluations()
+        if number == 0:
+            table.add_row("start", *_cells(evaluations[-1]), "")
+        seconds = sum(stage.seconds or 0 for stage in results.stages() if stage.iteration >= 0)
+        table.add_row(results.recipe.method.name, *_cells(evaluations[max(evaluations)]), f"{seconds:.0f}")
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print("sft is the control: as many rows and updates, without a game. The reports, one per method:")
+    for run in runs:
+        console.print(f"  {run / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
-def game_recipe(root: Path, model: Path, method: str, seed: int) -> Recipe:
-    return recipe(
-        root,
-        model,
-        seed,
-        method=method,
-        iterations=ITERATIONS,
-        data={
-            "train": str(root / "task" / "train.jsonl"),
-            "held_out": str(root / "task" / "held_out.jsonl"),
-            "limit": GAME_ROWS,
-        },
-        train={**TRAIN, "learning_rate": GAME_RATE, "epochs": 1},
+def _cells(metrics: Mapping[str, float]) -> tuple[str, ...]:
+    return (
+        f"{metrics['held_out_nll']:.4f} ± {metrics['held_out_nll_stderr']:.4f}",
+        f"{metrics['greedy_accuracy']:.3f} ± {metrics['greedy_accuracy_stderr']:.3f}",
+        f"{metrics['sampled_accuracy']:.3f} ± {metrics['sampled_accuracy_stderr']:.3f}",
     )

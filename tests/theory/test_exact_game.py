@@ -150,7 +150,7 @@ def distances(round_of: Callable[[int, Tensor], Tensor], rounds: int) -> list[fl
 
 
 def test_exact_play() -> None:
-    """Whole games from p_0: SPIN contracts for lambda above 1/2 and diverges below; T-SPIN oscillates, damped by history."""
+    """Whole games: SPIN contracts for lambda above 1/2, diverges below; T-SPIN oscillates, damped by history."""
     assert distances(lambda t, p: solve(Spin(lambda_=2.0), p), 4) == pytest.approx(
         [0.139, 0.062, 0.030, 0.015], abs=1e-3
     )
