@@ -69,7 +69,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [run.name for run in runs] == ["tspin", "space", "spin", "sft"]
     starts = [Results(run).evaluations()[-1] for run in runs]
     assert all(start == starts[0] for start in starts), "one start for all"
-    assert starts[0]["held_out_nll"] < Results(tmp_path / "demo" / "start").evaluations()[-1]["held_out_nll"] - 1
+    assert starts[0]["held_out_nll"] < Results(tmp_path / "demo" / "start").evaluations()[-1]["held_out_nll"] - 0.5
     printed = capsys.readouterr().out
     for word in ("start", "tspin", "space", "spin", "sft", "greedy accuracy", "report.html"):
         assert word in printed

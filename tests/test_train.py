@@ -83,6 +83,16 @@ def test_step_zero_is_the_published_constant_in_every_iteration(
         assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
 
 
+@pytest.mark.parametrize("budget", [64, 8192])
+def test_the_proof_holds_in_bfloat16_whatever_the_batches(make_recipe: MakeRecipe, tmp_path: Path, budget: int) -> None:
+    recipe = make_recipe("space", iterations=2, train={"dtype": "bfloat16", "micro_batch_tokens": budget, "epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    for t in range(2):
+        first = json.loads((run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(2 * math.log(2), abs=2e-2)
+        assert first["log_ratio"] < 1e-3
+
+
 def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SPIN: rounds t and t-1 from iteration 1 on. T-SPIN: this round, and the first one as proto. SPACE: this round."""
     counts = {}

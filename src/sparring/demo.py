@@ -31,7 +31,7 @@ NUM_TRAIN, NUM_HELD_OUT, LARGEST = 1000, 1000, 9
 WIDTH, LAYERS = 64, 2
 TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 64, "dtype": "float32", "warmup": 0.05}
 START = {**TRAIN, "learning_rate": 4e-3, "schedule": "constant", "epochs": 40}
-GAME = {**TRAIN, "learning_rate": 1e-4, "schedule": "linear", "epochs": 2}
+GAME = {**TRAIN, "learning_rate": 3e-4, "schedule": "linear", "epochs": 2}
 ITERATIONS = 3
 
 METHODS = ("tspin", "space", "spin", "sft")

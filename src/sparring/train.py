@@ -31,9 +31,10 @@ from sparring.progress import track
 from sparring.seeds import permutation
 from sparring.types import Group, Objective, Role, Scores
 
-# How far the log-probs of one model may differ between two batches, in nats per token, by dtype: what is
-# tolerated at the first step, where the policy still is the opponent. Measured in tests/test_train.py.
-SAME_MODEL = {"float32": 1e-4, "bfloat16": 2e-2}
+# What is tolerated at the first step, where the policy still is the opponent: mean |log-ratio| in nats per token, and
+# the loss's distance from its constant. Zero where scoring and training cut the same batches; otherwise products of
+# other shapes round otherwise: 2.5e-5 nats per token and 3e-3 in the loss were measured in bfloat16 on a small model.
+SAME_MODEL = {"float32": 1e-5, "bfloat16": 5e-3}
 START_LOSS = {"float32": 1e-3, "bfloat16": 5e-2}
 
 

@@ -12,6 +12,7 @@ from sparring.commits import replace_file
 from sparring.recipe_file import dump_recipe
 from sparring.report.figures import draw
 from sparring.report.samples import collect, visible
+from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir
 
@@ -21,9 +22,10 @@ TABLE = (
     ("sampled_accuracy", "sampled accuracy", "share of right answers, one sample each"),
     (
         "rewards/accuracies",
-        "reward accuracy",
-        "held-out rows whose real answer has the higher reward; 0.5: equilibrium",
+        "won",
+        "share of rows whose real answer has the higher reward; at equilibrium as many as lost",
     ),
+    ("rewards/ties", "tied", "share of rows on which both answers have the same reward"),
     ("rewards/margins", "reward margin", "reward of the real answer minus that of the opponent's"),
     ("advantages/current", "current advantage", "log p(real) - log p(opponent's answer), nats"),
     (
@@ -81,33 +83,3 @@ def write_report(run: RunDir) -> Path:
     )
     replace_file(run.report, html)
     return run.report
-
-
-def story(results: Results) -> str:
-    """What was played and what came of it, in a few sentences."""
-    evaluations, best = results.evaluations(), results.best()
-    played = [index for index in evaluations if index >= 0]
-    if results.data is None:
-        return "The run has not read its data yet."
-    text = (
-        f"{results.recipe.method.name} played {len(played)} of {results.recipe.iterations} iterations on "
-        f"{results.data.num_train:,} prompts. "
-    )
-    if best is None or -1 not in evaluations or not played:
-        return text + "There is nothing to compare yet."
-    metric, start = best.metric, evaluations[-1][best.metric]
-    name = metric.replace("_", " ")
-    last = evaluations[played[-1]][metric]
-    if best.iteration < 0:
-        text += f"No iteration beats the starting model by {name} ({start:.4f}; the last one has {last:.4f}). "
-    else:
-        text += f"The best by {name} is iteration {best.iteration}: {best.value:.4f}, from {start:.4f} at the start. "
-        if best.iteration != played[-1]:
-            text += f"After it the metric got worse again, to {last:.4f}. "
-    error = evaluations[max(best.iteration, -1)].get(f"{metric}_stderr")
-    if error is not None and best.iteration >= 0 and abs(best.value - start) < 2 * error:
-        text += (
-            f"The difference is smaller than two standard errors of one measurement ({error:.4f}): "
-            "more held-out rows would be needed to tell it from chance. "
-        )
-    return text

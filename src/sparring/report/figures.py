@@ -84,9 +84,11 @@ HELD_OUT = (
     ),
     (
         "The game on held-out rows",
-        "Reward accuracy against the opponent: 0.5 is equilibrium.",
+        "Rows won against the opponent, and ties: at equilibrium as many are won as lost. Alignment: share in "
+        "which reward and likelihood order the two answers alike.",
         (
-            Curve("rewards/accuracies", "reward accuracy", "real"),
+            Curve("rewards/accuracies", "won", "real"),
+            Curve("rewards/ties", "tied", "proto", is_dashed=True),
             Curve("alignment", "alignment", "other", is_dashed=True),
         ),
     ),
