@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -9,11 +10,13 @@ from typing import cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +26,18 @@ from sparring.errors import Refused
 from sparring.types import Generation
 
 disable_progress_bar()  # ours says what takes long
+
+USAGE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+"""How a model is used: its tokenizer, its template, its defaults for generation."""
 
 WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -71,26 +86,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise Refused(f"model: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {error}") from error
+
+
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly."""
+    config = load_config(folder)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Refused(f"model: {folder} cannot be loaded: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refused(f"model: the weights in {folder} cannot be loaded: {error}") from error
     torch.nn.Module.to(model, device)
     return model.eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain model folder that transformers, vLLM and the next iteration load."""
+    """A plain model folder, as transformers writes it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
+    """Weights and config of a trained model, beside the files of `origin` that say how to use it, byte by byte.
+
+    The tokenizer has not changed, and a generation_config.json that transformers calls invalid when it is asked to
+    write it (a temperature without do_sample, as some models ship) must not cost a finished training.
+    """
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for pattern in USAGE_FILES:
+        for file in sorted(origin.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
 
 
 def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -111,5 +147,4 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generation]) 
 
 def context_length(folder: Path) -> int | None:
     """The most positions that the model was built for, None where its config does not say."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)

@@ -26,7 +26,7 @@ from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
 from sparring.layout import micro_batches, padded_rows
 from sparring.logprobs import Scorer
-from sparring.model import load_model, load_tokenizer, save_model
+from sparring.model import load_model, save_successor
 from sparring.progress import track
 from sparring.seeds import permutation
 from sparring.types import Group, Objective, Role, Scores
@@ -109,7 +109,7 @@ def train(iteration: Iteration) -> None:
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
     with commit(final, reads=reads, info=info) as folder:
-        save_model(model, load_tokenizer(iteration.opponent), folder / "model")
+        save_successor(model, iteration.opponent, folder / "model")
         shutil.copyfile(metrics_file, folder / "metrics.jsonl")
     shutil.rmtree(work)
 

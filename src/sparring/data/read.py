@@ -90,11 +90,12 @@ def _dataset(folder: Path, split: str) -> Iterator[tuple[int, Row | BadRow]]:
 
 def _hub(name: str, split: str) -> Iterator[tuple[int, Row | BadRow]]:
     from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
 
     repo, _, revision = name.partition("@")
     try:
         dataset = load_dataset(repo, split=split, revision=revision or None)
-    except Exception as error:  # the hub client raises many kinds; each means that the data are not there
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise Refused(
             f"data: there is no file {Path(name).absolute()}, and the hub did not give '{name}' ({split}): {error}"
         ) from error
