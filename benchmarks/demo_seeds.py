@@ -1,27 +1,45 @@
-"""What the README says about the demo, over several seeds: each has other problems and another model.
+"""What the README says about the demo: several seeds, each with other problems and another model, and several rates.
 
-    python benchmarks/demo_seeds.py FOLDER --seeds 5        writes benchmarks/results/demo_seeds.json
+    python benchmarks/demo_seeds.py FOLDER --seeds 6        writes benchmarks/results/demo_seeds.json
 
-Differences are paired by seed; intervals are 95 %, by Student's t over seeds.
+Every method is given every learning rate. Differences are paired by seed; intervals are 95 %, Student's t over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from sparring.demo import METHODS, play_demo
+from sparring.demo import GAME, ITERATIONS, METHODS, START, demo_recipe, write_task
+from sparring.loop import play
 from sparring.results import Results
 
 METRICS = ("held_out_nll", "greedy_accuracy", "sampled_accuracy")
+RATES = (3e-5, 1e-4, 3e-4)
 # quantiles of Student's t at 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Found = dict[tuple[str, float], dict[int, list[dict[str, float]]]]
+"""(method, rate) -> iteration -> metrics of each seed."""
+
+
+def play_seed(folder: Path, seed: int, found: Found) -> None:
+    write_task(folder / "task", seed)
+    recipe = demo_recipe(folder, folder / "task" / "model", "sft", seed, iterations=1, train=START)
+    start = play(recipe, folder / "start")
+    for method in METHODS:
+        for rate in RATES:
+            settings = {**GAME, "learning_rate": rate}
+            recipe = demo_recipe(folder, start.model(0), method, seed, iterations=ITERATIONS, train=settings)
+            run = play(recipe, folder / f"{method}-{rate:g}")
+            for iteration, metrics in Results(run.root).evaluations().items():
+                found.setdefault((method, rate), {}).setdefault(iteration, []).append(metrics)
 
 
 def interval(values: np.ndarray) -> dict[str, object]:
@@ -33,56 +51,54 @@ def interval(values: np.ndarray) -> dict[str, object]:
     }
 
 
+def summarise(found: Found) -> dict[str, object]:
+    def values(method: str, rate: float, iteration: int, metric: str) -> np.ndarray:
+        return np.array([metrics[metric] for metrics in found[method, rate][iteration]])
+
+    last = ITERATIONS - 1
+    arms: dict[str, object] = {}
+    for method, rate in found:
+        best_sft = np.min([values("sft", r, t, "held_out_nll") for r in RATES for t in range(ITERATIONS)], axis=0)
+        arms[f"{method}, {rate:g}"] = {
+            "by_iteration": {
+                metric: {
+                    "start" if t < 0 else str(t): interval(values(method, rate, t, metric))
+                    for t in range(-1, ITERATIONS)
+                }
+                for metric in METRICS
+            },
+            "last_minus_start": {
+                m: interval(values(method, rate, last, m) - values(method, rate, -1, m)) for m in METRICS
+            },
+            "last_minus_last_of_sft": {
+                m: interval(values(method, rate, last, m) - values("sft", rate, last, m)) for m in METRICS
+            },
+            "last_nll_minus_best_of_sft": interval(values(method, rate, last, "held_out_nll") - best_sft),
+        }
+    return arms
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if platform.system() == "Linux" else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=6)
     arguments = parser.parse_args()
-    found: dict[str, dict[int, list[dict[str, float]]]] = {method: {} for method in METHODS}
-    seconds = []
+    found: Found = {}
     for seed in range(arguments.seeds):
-        start = time.monotonic()
-        for run in play_demo(arguments.folder / f"seed-{seed}", seed=seed):
-            for iteration, metrics in Results(run).evaluations().items():
-                found[run.name].setdefault(iteration, []).append(metrics)
-        seconds.append(round(time.monotonic() - start, 1))
-
-    def values(method: str, iteration: int, metric: str) -> np.ndarray:
-        return np.array([metrics[metric] for metrics in found[method][iteration]])
-
-    last = max(found["sft"])
+        play_seed(arguments.folder / f"seed-{seed}", seed, found)
     result = {
-        "what": "sparring demo, all methods, seeds 0 to n-1",
-        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, one thread",
+        "what": f"the demo's task and settings, seeds 0 to {arguments.seeds - 1}, every method with every learning rate",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread",
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers")},
-        "seconds_per_demo": seconds,
-        "by_iteration": {
-            method: {
-                metric: {("start" if t < 0 else t): interval(values(method, t, metric)) for t in sorted(found[method])}
-                for metric in METRICS
-            }
-            for method in METHODS
-        },
-        "last_minus_start": {
-            method: {m: interval(values(method, last, m) - values(method, -1, m)) for m in METRICS}
-            for method in METHODS
-        },
-        "last_minus_sft": {
-            method: {m: interval(values(method, last, m) - values("sft", last, m)) for m in METRICS}
-            for method in METHODS
-            if method != "sft"
-        },
-        "best_sft_nll_minus_last": {
-            method: interval(
-                np.min([values("sft", t, "held_out_nll") for t in range(last + 1)], axis=0)
-                - values(method, last, "held_out_nll")
-            )
-            for method in METHODS
-        },
+        "arms": summarise(found),
     }
     target = Path(__file__).parent / "results" / "demo_seeds.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: result[k] for k in ("seconds_per_demo", "last_minus_start", "last_minus_sft")}, indent=1))
 
 
 if __name__ == "__main__":
