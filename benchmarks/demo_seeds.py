@@ -92,7 +92,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         play_seed(arguments.folder / f"seed-{seed}", seed, found)
     result = {
-        "what": f"the demo's task and settings, seeds 0 to {arguments.seeds - 1}, every method with every learning rate",
+        "what": f"the demo's task, seeds 0 to {arguments.seeds - 1}, every method with every learning rate",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread",
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers")},
         "arms": summarise(found),

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparring.config import Recipe
+from sparring.data.tables import read_table
 from sparring.errors import Refused
 from sparring.loop import play
 from sparring.report import write_report
 from sparring.report.samples import visible
+from sparring.report.story import paired_difference, story
 from sparring.results import Results
 from sparring.rundir import RunDir
 
@@ -150,10 +153,25 @@ def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_pa
 
 def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
-    still = "".join(parse(run.report.read_text()).text)
-    assert "No iteration beats the starting model" in still or "tell it from chance" in still
+    told = story(Results(run.root))
+    assert "No iteration beats the starting model" in told or "a change of -0.0000" in told
     worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
-    assert "No iteration beats the starting model" in "".join(parse(worse.report.read_text()).text)
+    assert "No iteration beats the starting model" in story(Results(worse.root))
+
+
+def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Against the plain formulas: the change is that of the metrics, its error that of the row-wise differences."""
+    run = play(make_recipe("sft", iterations=1, train={"learning_rate": 3e-3}), tmp_path / "run")
+    results = Results(run.root)
+    before, after = results.evaluations()[-1], results.evaluations()[0]
+    tables = [read_table(folder / "evaluate" / "answers.parquet") for folder in (run.start, run.iteration(0))]
+    change, error = paired_difference(results, "sampled_accuracy", 0)
+    assert change == pytest.approx(after["sampled_accuracy"] - before["sampled_accuracy"])
+    right = [np.array(table["is_correct"].to_pylist(), dtype=float) for table in tables]
+    assert error == pytest.approx((right[1] - right[0]).std() / len(right[0]) ** 0.5)
+    change, error = paired_difference(results, "held_out_nll", 0)
+    assert change == pytest.approx(after["held_out_nll"] - before["held_out_nll"], abs=1e-5)
+    assert 0 < error < after["held_out_nll_stderr"] + before["held_out_nll_stderr"]
 
 
 def test_long_texts_are_cut_and_controls_spelled_out() -> None:
