@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from sparring.recipe_file import known_keys, make_recipe
@@ -16,6 +18,16 @@ def test_the_readme_s_recipe_is_the_default_recipe() -> None:
     text = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     small = make_recipe({"model": "path-or-hub-id", "method": "tspin", "data": {"train": "rows.jsonl"}})
     assert make_recipe(yaml.safe_load(text)) == small
+
+
+def test_the_readme_s_loss_runs() -> None:
+    code = next(
+        c for c in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "Space" in c
+    )
+    names: dict[str, object] = {}
+    exec(code, names)
+    expected = math.log1p(math.exp(-2)) + math.log(2)  # real 2 nats above the opponent, generated level with it
+    assert float(names["loss"]) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
 def test_every_key_is_documented() -> None:

@@ -37,6 +37,7 @@ class StageState:
     stage: str
     state: State
     seconds: float | None
+    peak_memory_mib: float | None  # of the process, or of the device where it counts its own
     progress: str | None  # of a stage that has begun
     metrics: Mapping[str, float]
 
@@ -79,11 +80,11 @@ class Results:
                     info = read_manifest(path).info
                     metrics = self.evaluation(iteration.index) or {} if stage == "evaluate" else {}
                     kept = {name: metrics[name] for name in HEADLINES if name in metrics}
-                    seconds = float(str(info["seconds"]))
-                    found.append(StageState(iteration.index, stage, "done", seconds, None, kept))
+                    seconds, memory = (float(str(info[name])) for name in ("seconds", "peak_memory_mib"))
+                    found.append(StageState(iteration.index, stage, "done", seconds, memory, None, kept))
                 else:
                     state: State = "running" if is_owned and is_next else "to do"
-                    found.append(StageState(iteration.index, stage, state, None, _progress(path), {}))
+                    found.append(StageState(iteration.index, stage, state, None, None, _progress(path), {}))
         return found
 
     def evaluation(self, index: int) -> dict[str, float] | None:

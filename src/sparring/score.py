@@ -52,6 +52,10 @@ def score(iteration: Iteration) -> None:
     with commit(
         iteration.stage("score"),
         reads=reads,
-        info={"seconds": time.monotonic() - start, "responses": len(columns["id"])},
+        info={
+            "seconds": time.monotonic() - start,
+            "peak_memory_mib": distributed.peak_memory_mib(),
+            "responses": len(columns["id"]),
+        },
     ) as folder:
         write_table(folder / "opponent.parquet", SCORES, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from sparring import distributed
 from sparring.commits import commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
@@ -56,6 +57,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
         reads=reads,
         info={
             "seconds": time.monotonic() - start,
+            "peak_memory_mib": distributed.peak_memory_mib(),
             "answers": len(prompts),
             "tokens": num_tokens,
             "end_rate": num_stopped / len(prompts),
