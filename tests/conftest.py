@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # executes the shapes in the signatures; before any module of sparring is imported
@@ -18,6 +19,8 @@ from sparring.demo import make_model, make_tokenizer, problems
 from sparring.model import save_model
 
 torch.set_num_threads(1)
+settings.register_profile("no deadline", deadline=None)  # a loaded machine is slow, not wrong
+settings.load_profile("no deadline")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel
 
-import sparring.logprobs
 from sparring.errors import Refused
-from sparring.kernels import linear_logprob
+from sparring.kernels import chunked, linear_logprob
 from sparring.layout import padded_rows
 from sparring.logprobs import Scorer, score_groups, sequence_logprobs
 from sparring.types import Group
@@ -174,7 +173,8 @@ def test_blocks_of_the_head_change_nothing(llama: PreTrainedModel, monkeypatch: 
         return [values.detach(), *(p.grad.clone() for p in llama.parameters() if p.grad is not None)]
 
     whole = gradients()
-    monkeypatch.setattr(sparring.logprobs, "MAX_LOGITS", VOCAB * 4)
+    monkeypatch.setattr(chunked, "BLOCK", VOCAB * 4)
+    monkeypatch.setattr(chunked, "KEPT", VOCAB * 9)
     for expected, found in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import sparring.score
+import sparring.train
 from sparring.config import Recipe, Train
+from sparring.distributed import smaller_budget
 from sparring.errors import Stopped
 from sparring.iteration import Iteration
+from sparring.layout import Layout
 from sparring.logprobs import Scorer
 from sparring.loop import play
 from sparring.model import load_model
@@ -57,6 +61,49 @@ def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, pl
     for metrics, gradient in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-5, abs=1e-5)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-5, rtol=1e-4)
+
+
+class SmallMemory(Scorer):
+    """Runs out of memory as torch does, above so many tokens."""
+
+    tokens = 300
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        if layout.computed_tokens > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(layout)
+
+
+def test_a_step_that_runs_out_of_memory_begins_anew_in_smaller_pieces(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("space", iterations=2, train={"micro_batch_tokens": 2000})
+    plain = play(recipe, tmp_path / "plain")
+    for module in (sparring.train, sparring.score):
+        monkeypatch.setattr(module, "Scorer", SmallMemory)
+    small = play(recipe, tmp_path / "small")
+    assert "memory ran out at 2,000 tokens at a time; going on with 1,000" in capsys.readouterr().err
+    for t in range(2):
+        for name in ("loss", "gradient_norm"):
+            values = [
+                [json.loads(line)[name] for line in (run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()]
+                for run in (plain, small)
+            ]
+            assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_a_single_group_that_does_not_fit_stops_with_a_remedy(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparring.train, "Scorer", SmallMemory)
+    monkeypatch.setattr(SmallMemory, "tokens", 10)
+    with pytest.raises(Stopped, match=r"single prompt and its answers .* train.max_length"):
+        play(make_recipe("tspin", iterations=1), tmp_path / "run")
+
+
+def test_other_errors_are_not_taken_for_memory(plays: list[Play], tiny: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        smaller_budget(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1000, 10)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[Play], tiny: Path) -> None:

@@ -8,9 +8,11 @@ from functools import cache
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from sparring.errors import Refused
+from sparring.errors import Refused, Stopped
+from sparring.progress import say
 
 
 @cache
@@ -46,3 +48,21 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def smaller_budget(error: RuntimeError, token_budget: int, largest: int) -> int:
+    """Half of `token_budget`, if `error` says that memory ran out; any other error goes on its way.
+
+    `largest` is the least that can be computed at a time, the tokens of the largest group.
+    """
+    if not should_reduce_batch_size(error):
+        raise error
+    if token_budget <= largest:
+        raise Stopped(
+            f"memory ran out on a single prompt and its answers ({largest:,} tokens). A smaller train.max_length or "
+            "generate.max_new_tokens, or train.gradient_checkpointing: true may help; start it in another run directory"
+        ) from error
+    clear_device_cache(garbage_collection=True)
+    smaller = max(largest, token_budget // 2)
+    say(f"  memory ran out at {token_budget:,} tokens at a time; going on with {smaller:,}")
+    return smaller

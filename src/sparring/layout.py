@@ -1,43 +1,55 @@
 """How a list of groups becomes tensors.
 
-This version gives every response a padded row of its own, prompt included. It is the readable form;
-what a layout promises is only that `positions`, `targets` and `response` name the response tokens.
+`shared_row` packs groups into one row in which the responses of a group share their prompt; `padded_rows`
+gives every response a row of its own, prompt included. The second is the readable form, and what models get
+whose layers cannot share a prompt. What a layout promises is only that `positions`, `targets` and
+`num_tokens` name the response tokens.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparring.types import Group, Lengths, Role, Scores
+from sparring.attention import SharedPrompts
+from sparring.types import Group, Lengths, Role, Scores, TokenIds
 
 Shape = tuple[tuple[Role, int], ...]
 """The roles of a group in order, with the number of responses of each."""
 
+Kind = Literal["shared", "padded"]
+
 
 @dataclass(frozen=True)
 class Layout:
+    """Responses are in the order of the groups and of their roles. Distinct ones: equal answers to a prompt share."""
+
     input_ids: Int[Tensor, "rows time"]
+    position_ids: Int[Tensor, "rows time"]
     attention_mask: Int[Tensor, "rows time"]
+    shared_prompts: SharedPrompts | None
     positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts the token
-    targets: Int[Tensor, " tokens"]  # the response tokens, response after response
+    targets: Int[Tensor, " tokens"]  # the tokens of the distinct responses, one after another
+    distinct: tuple[int, ...]  # tokens of each distinct response
+    which: Int[Tensor, " responses"]  # the distinct response that each response is
     num_tokens: Int[Tensor, " responses"]
     shape: Shape
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model reads, without padding."""
+        return int(self.attention_mask.sum())
+
     def to(self, device: torch.device) -> Layout:
-        return Layout(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.num_tokens.to(device),
-            self.shape,
-        )
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Layout(**{**vars(self), **tensors})
 
     def by_role(self, values: Tensor) -> Mapping[Role, Tensor]:
         """Splits per-response values, shape [responses], into the shapes that `Scores` has."""
@@ -55,20 +67,58 @@ class Layout:
         return self.by_role(self.num_tokens)
 
 
+def arrange(kind: Kind, groups: Sequence[Group]) -> Layout:
+    return shared_row(groups) if kind == "shared" else padded_rows(groups)
+
+
+def shared_row(groups: Sequence[Group]) -> Layout:
+    """One row: prompt, its distinct responses, the next prompt, ... Positions restart after each prompt.
+
+    All groups must have the same roles with the same number of responses.
+    """
+    shape = common_shape(groups)
+    sizes, tokens, position_ids, positions, targets, which = [], [], [], [], [], []
+    start = num_distinct = 0
+    for group in groups:
+        responses, first_of = distinct_responses(group)
+        prompt = len(group.prompt_ids)
+        sizes.append((prompt, *(len(r) for r in responses)))
+        tokens += [group.prompt_ids, *responses]
+        position_ids.append(np.arange(prompt))
+        at = start + prompt
+        for response in responses:
+            position_ids.append(np.arange(prompt, prompt + len(response)))
+            # the state before a token predicts it; before a response's first token that is the prompt's last
+            positions += [np.array([start + prompt - 1]), np.arange(at, at + len(response) - 1)]
+            targets.append(response)
+            at += len(response)
+        which += [num_distinct + i for i in first_of]
+        num_distinct += len(responses)
+        start = at
+    lengths = [n for _, *rest in sizes for n in rest]
+    return Layout(
+        input_ids=_row(tokens),
+        position_ids=_row(position_ids),
+        attention_mask=torch.ones(1, start, dtype=torch.long),
+        shared_prompts=SharedPrompts(tuple(sizes)),
+        positions=_row(positions)[0],
+        targets=_row(targets)[0],
+        distinct=tuple(lengths),
+        which=torch.tensor(which),
+        num_tokens=torch.tensor([lengths[i] for i in which]),
+        shape=shape,
+    )
+
+
 def padded_rows(groups: Sequence[Group]) -> Layout:
     """One row per response: prompt + response, padded on the right.
 
     All groups must have the same roles with the same number of responses. Padding is told by length,
     never by a token's value: an end token inside a response is attended to and scored like any other.
     """
-    shape = shape_of(groups[0])
-    prompts, responses = [], []
-    for group in groups:
-        if shape_of(group) != shape:
-            raise ValueError(f"group {group.id} has other responses than {groups[0].id}")
-        for role, count in shape:
-            prompts += [group.prompt_ids] * count
-            responses += group.responses[role]
+    shape = common_shape(groups)
+    prompts = [group.prompt_ids for group in groups for _ in responses_of(group)]
+    responses = [response for group in groups for response in responses_of(group)]
     num_prompt = np.array([len(p) for p in prompts])
     num_response = np.array([len(r) for r in responses])
     time = int((num_prompt + num_response).max())
@@ -82,41 +132,100 @@ def padded_rows(groups: Sequence[Group]) -> Layout:
     token_at = np.flatnonzero(is_response)
     return Layout(
         input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.arange(time).expand(len(prompts), time),
         attention_mask=torch.from_numpy((column < end).astype(np.int64)),
+        shared_prompts=None,
         positions=torch.from_numpy(token_at - 1),  # the state before a token predicts it
         targets=torch.from_numpy(input_ids.reshape(-1)[token_at]),
+        distinct=tuple(num_response.tolist()),
+        which=torch.arange(len(responses)),
         num_tokens=torch.from_numpy(num_response),
         shape=shape,
     )
+
+
+def _row(parts: Sequence[np.ndarray]) -> Int[Tensor, "1 time"]:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
 def shape_of(group: Group) -> Shape:
     return tuple((role, len(responses)) for role, responses in group.responses.items())
 
 
+def common_shape(groups: Sequence[Group]) -> Shape:
+    shape = shape_of(groups[0])
+    for group in groups:
+        if shape_of(group) != shape:
+            raise ValueError(f"group {group.id} has other responses than {groups[0].id}")
+    return shape
+
+
+def responses_of(group: Group) -> list[TokenIds]:
+    return [response for responses in group.responses.values() for response in responses]
+
+
+def distinct_responses(group: Group) -> tuple[list[TokenIds], list[int]]:
+    """The different responses, and which of them each response is.
+
+    Computing equal answers once is exact for every game: their log-probs are equal, and gradients add up.
+    """
+    place: dict[tuple[int, ...], int] = {}
+    which = [place.setdefault(tuple(response.tolist()), len(place)) for response in responses_of(group)]
+    return [responses_of(group)[which.index(i)] for i in range(len(place))], which
+
+
+def group_tokens(kind: Kind, group: Group) -> int:
+    """Tokens of a micro-batch of this group alone, padding included."""
+    if kind == "padded":
+        return len(responses_of(group)) * row_tokens(group)
+    return len(group.prompt_ids) + sum(len(response) for response in distinct_responses(group)[0])
+
+
 def row_tokens(group: Group) -> int:
-    """Length of the group's longest row."""
-    return len(group.prompt_ids) + max(len(r) for rs in group.responses.values() for r in rs)
+    """Length of the group's longest padded row."""
+    return len(group.prompt_ids) + max(len(r) for r in responses_of(group))
 
 
-def num_rows(group: Group) -> int:
-    return sum(len(responses) for responses in group.responses.values())
+def micro_batches(kind: Kind, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
+    """Indices into `groups`, cut so that no micro-batch holds more than `token_budget` tokens, the largest first.
 
-
-def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[list[int]]:
-    """Indices into `groups`, longest first, cut so that padded rows hold at most `token_budget` tokens.
-
-    Longest first: the most memory is needed at once, not after hours. A group that is larger than the
+    Largest first: the most memory is needed at once, not after hours. A group that is larger than the
     budget stands alone.
     """
+    if kind == "padded":
+        return list(_padded_batches(groups, token_budget))
+    return _packed_batches([group_tokens("shared", group) for group in groups], token_budget)
+
+
+def _packed_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Best fit decreasing: each group goes where it leaves the least room."""
+    batches: list[list[int]] = []
+    filled: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens left, batch), ascending
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = bisect_left(room, (sizes[index], -1))
+        if place == len(room):
+            left, batch = token_budget, len(batches)
+            batches.append([])
+            filled.append(0)
+        else:
+            left, batch = room.pop(place)
+        batches[batch].append(index)
+        filled[batch] += sizes[index]
+        insort(room, (left - sizes[index], batch))
+    return [batches[b] for b in sorted(range(len(batches)), key=lambda b: (-filled[b], b))]
+
+
+def _padded_batches(groups: Sequence[Group], token_budget: int) -> Iterator[list[int]]:
     batch: list[int] = []
     rows = width = 0
     for index in sorted(range(len(groups)), key=lambda i: (-row_tokens(groups[i]), i)):
+        group_rows = len(responses_of(groups[index]))
         width = width if batch else row_tokens(groups[index])
-        if batch and (rows + num_rows(groups[index])) * width > token_budget:
+        if batch and (rows + group_rows) * width > token_budget:
             yield batch
             batch, rows, width = [], 0, row_tokens(groups[index])
         batch.append(index)
-        rows += num_rows(groups[index])
+        rows += group_rows
     if batch:
         yield batch

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from sparring import attention
+from sparring.attention import why_not_shared
+from sparring.distributed import smaller_budget
 from sparring.errors import Refused
 from sparring.kernels import linear_logprob
-from sparring.layout import Layout, micro_batches, padded_rows, shape_of
-from sparring.types import Group, Role
+from sparring.layout import Kind, Layout, arrange, group_tokens, micro_batches, padded_rows, shape_of, shared_row
+from sparring.types import Group, Role, TokenIds
 
-# Elements of one block of float32 logits (128 MiB). More response tokens go through the head in blocks.
-MAX_LOGITS = 2**25
+# nats, of a few tokens in float32: far above rounding, far below anything that is wrong
+PROBE_TOLERANCE = 1e-3
 
 
 def sequence_logprobs(
@@ -41,14 +43,22 @@ class Scorer(nn.Module):
     Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through
     the vocabulary head: the rows of the hidden states are selected before the product. A module, so that
     a distributed wrapper sees its forward.
+
+    `kind` is the layout that the model is given: "shared" where it computes what padded rows do, else
+    "padded", with the reason in `why_padded`. The model's attention is then sparring's, which is torch's
+    wherever no shared prompts are passed.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, kind: Kind = "shared") -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.scale, self.softcap = head_settings(model)
+        self.kind: Kind = "padded"
+        self.why_padded: str | None = None
         self.check_head()
+        if kind == "shared":
+            self.why_padded = why_not_shared(model) or self.share_prompts()
 
     @property
     def device(self) -> torch.device:
@@ -71,55 +81,67 @@ class Scorer(nn.Module):
             return self.logprobs(layout)
 
     def logprobs(self, layout: Layout) -> Float[Tensor, " responses"]:
-        hidden = self.model.base_model(
-            input_ids=layout.input_ids, attention_mask=layout.attention_mask, use_cache=False
-        ).last_hidden_state
-        states = hidden.flatten(0, 1)[layout.positions]
-        token_logprobs = self.token_logprobs(states, layout.targets)
-        # segment by segment, not a scatter: the same order of additions on every run and device
-        segments = token_logprobs.split(layout.num_tokens.tolist())
-        return torch.stack([segment.sum() for segment in segments])
-
-    def token_logprobs(
-        self, states: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens"]
-    ) -> Float[Tensor, " tokens"]:
+        hidden = self.model.base_model(**model_inputs(layout), use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, layout.positions)
         head = self.head
-        block = max(1, MAX_LOGITS // head.weight.shape[0])
-
-        def logprob(states: Tensor, targets: Tensor) -> Tensor:
-            return linear_logprob(states, head.weight, head.bias, targets, scale=self.scale, softcap=self.softcap)
-
-        if len(targets) <= block:
-            return logprob(states, targets)
-        blocks = zip(states.split(block), targets.split(block), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([logprob(s, t) for s, t in blocks])
-        # recomputed in the backward pass, so that one block of logits exists at a time
-        return torch.cat([checkpoint(logprob, s, t, use_reentrant=False, preserve_rng_state=False) for s, t in blocks])
+        token_logprobs = linear_logprob(
+            states, head.weight, head.bias, layout.targets, scale=self.scale, softcap=self.softcap
+        )
+        # segment by segment, not a scatter: the same order of additions on every run and device
+        sums = torch.stack([segment.sum() for segment in token_logprobs.split(layout.distinct)])
+        return sums.index_select(0, layout.which)
 
     @torch.no_grad()
     def check_head(self) -> None:
         """Compares with the model's own logits once, in float32: an unknown head is refused, never wrong."""
-        vocab = self.head.weight.shape[0]
-        ids = (torch.arange(1, 9, device=self.device) * 7919 % vocab)[None]
-        mask = torch.ones_like(ids)
-        layout = Layout(
-            input_ids=ids,
-            attention_mask=mask,
-            positions=torch.arange(7, device=self.device),
-            targets=ids[0, 1:],
-            num_tokens=torch.tensor([7]),
-            shape=(("real", 1),),
-        )
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        expected = sequence_logprobs(logits, ids, torch.arange(8, device=self.device)[None] > 0)
+        ids = self.probe()
+        group = Group("probe", ids[:1], {"real": (ids[1:],)})
+        layout = padded_rows([group]).to(self.device)
+        logits = self.model(**model_inputs(layout), use_cache=False).logits
+        expected = sequence_logprobs(logits, layout.input_ids, torch.arange(len(ids), device=self.device)[None] > 0)
         ours = self.logprobs(layout)
-        if not torch.allclose(ours, expected, rtol=0, atol=1e-3):
+        if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE):
             raise Refused(
                 f"{type(self.model).__name__} does something between its hidden states and its logits that sparring "
                 f"does not know: log p of a test sequence is {expected.item():.4f}, computed from the head alone "
                 f"{ours.item():.4f}. Please report the model type '{self.model.config.model_type}'."
             )
+
+    @torch.no_grad()
+    def share_prompts(self) -> str | None:
+        """Gives the model sparring's attention and compares with padded rows once; the reason if it is taken back."""
+        ids = self.probe()
+        groups = [
+            Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
+        ]
+        expected = self.logprobs(padded_rows(groups).to(self.device))
+        before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
+        self.model.set_attn_implementation(attention.NAME)
+        try:
+            difference = float((self.logprobs(shared_row(groups).to(self.device)) - expected).abs().max())
+        except TypeError as error:
+            problem = f"its forward does not take what shared prompts need ({error})"
+        else:
+            if difference <= PROBE_TOLERANCE:
+                self.kind = "shared"
+                return None
+            problem = f"log-probs of shared rows differ from those of padded rows by {difference:.2g}"
+        self.model.set_attn_implementation(before)
+        return problem
+
+    def probe(self) -> TokenIds:
+        """Some tokens of the vocabulary."""
+        return (np.arange(1, 9) * 7919 % self.head.weight.shape[0]).astype(np.int32)
+
+
+def model_inputs(layout: Layout) -> dict[str, object]:
+    inputs: dict[str, object] = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
+    if layout.shared_prompts is None:
+        return {**inputs, "attention_mask": layout.attention_mask}
+    # a mask in four dimensions is passed on as it is: without one, transformers would guess from the positions
+    # that the row holds unrelated sequences, and build a mask of the whole row
+    nothing = layout.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return {**inputs, "attention_mask": nothing, "shared_prompts": layout.shared_prompts}
 
 
 def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -142,14 +164,27 @@ def score_groups(
 ) -> dict[Role, Float[np.ndarray, ...]]:
     """log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
 
-    `advance` is told how many groups and tokens each micro-batch had.
+    `advance` is told how many groups and tokens each micro-batch had. Where memory runs out, the rest is
+    cut into smaller micro-batches.
     """
     result: dict[Role, np.ndarray] = {}
     for role, count in shape_of(groups[0]):
         result[role] = np.empty((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
-    for indices in micro_batches(groups, token_budget):
-        layout = padded_rows([groups[i] for i in indices]).to(scorer.device)
-        for role, values in layout.scores(scorer(layout)).items():
-            result[role][indices] = values.cpu().numpy()
-        advance(len(indices), int(layout.attention_mask.sum()))
+    left = list(range(len(groups)))
+    while left:
+        largest = max(group_tokens(scorer.kind, groups[i]) for i in left)
+        done: set[int] = set()
+        for batch in micro_batches(scorer.kind, [groups[i] for i in left], token_budget):
+            indices = [left[i] for i in batch]
+            layout = arrange(scorer.kind, [groups[i] for i in indices]).to(scorer.device)
+            try:
+                logprobs = scorer(layout)
+            except RuntimeError as error:
+                token_budget = smaller_budget(error, token_budget, largest)
+                break
+            for role, values in layout.scores(logprobs).items():
+                result[role][indices] = values.cpu().numpy()
+            done.update(indices)
+            advance(len(indices), layout.computed_tokens)
+        left = [i for i in left if i not in done]
     return result

@@ -24,10 +24,10 @@ from sparring.data.tables import read_scores
 from sparring.errors import Stopped
 from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
-from sparring.layout import micro_batches, padded_rows
+from sparring.layout import arrange, group_tokens, micro_batches
 from sparring.logprobs import Scorer
 from sparring.model import load_model, save_successor
-from sparring.progress import track
+from sparring.progress import say, track
 from sparring.seeds import permutation
 from sparring.types import Group, Objective, Role, Scores
 
@@ -61,11 +61,14 @@ def train(iteration: Iteration) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # checkpointing works in training mode only; every dropout is 0
     scorer = Scorer(model, getattr(torch, settings.dtype))
+    if scorer.why_padded:
+        say(f"  every answer computes its prompt again, since {scorer.why_padded}")
     optimizer = make_optimizer(settings, model)
 
     steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
     num_steps = settings.epochs * steps_per_epoch
     metrics_file = work / "metrics.jsonl"
+    token_budget = settings.micro_batch_tokens
     done = load_checkpoint(work, model, optimizer, metrics_file)
     with track(f"train {iteration.index}", num_steps) as advance, metrics_file.open("a", encoding="utf-8") as log:
         advance(done, 0)
@@ -75,7 +78,14 @@ def train(iteration: Iteration) -> None:
             order = permutation(len(plays), iteration.seed("order", epoch))
             batch = [plays[i] for i in order[place * settings.batch_size : (place + 1) * settings.batch_size]]
 
-            metrics = forward_backward(scorer, objective, batch, settings.micro_batch_tokens)
+            while True:
+                try:
+                    metrics = forward_backward(scorer, objective, batch, token_budget)
+                    break
+                except RuntimeError as error:
+                    largest = max(group_tokens(scorer.kind, play.group) for play in batch)
+                    token_budget = distributed.smaller_budget(error, token_budget, largest)
+                    optimizer.zero_grad(set_to_none=True)  # the step begins anew, so its mathematics stays the same
             if step == 0:
                 prove_same_model(objective, metrics, settings.dtype)
             gradient_norm = distributed.clip_gradient(model, settings.gradient_clipping or math.inf)
@@ -106,6 +116,7 @@ def train(iteration: Iteration) -> None:
         "seconds": time.monotonic() - start,
         "steps": num_steps,
         "plays": len(plays),
+        "layout": scorer.kind,
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
     with commit(final, reads=reads, info=info) as folder:
@@ -124,14 +135,14 @@ def forward_backward(
     """
     parts: list[Mapping[str, Tensor]] = []
     num_tokens = 0
-    for indices in micro_batches([play.group for play in batch], token_budget):
+    for indices in micro_batches(scorer.kind, [play.group for play in batch], token_budget):
         chosen = [batch[i] for i in indices]
-        layout = padded_rows([play.group for play in chosen]).to(scorer.device)
+        layout = arrange(scorer.kind, [play.group for play in chosen]).to(scorer.device)
         policy, lengths = layout.scores(scorer(layout)), layout.lengths()
         opponent = _stack(chosen, scorer.device)
         loss = objective(policy, opponent, lengths)
         distributed.backward(loss.per_example.sum() / len(batch))
-        num_tokens += int(layout.attention_mask.sum())
+        num_tokens += layout.computed_tokens
         detached: Scores = {role: logprob.detach() for role, logprob in policy.items()}
         parts.append(
             {

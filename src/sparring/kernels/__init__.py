@@ -1,5 +1,5 @@
-"""From hidden states to log-probs of tokens. `reference.py` is the specification."""
+"""From hidden states to log-probs of tokens. `reference.py` is the specification, `chunked.py` what runs."""
 
-from sparring.kernels.reference import linear_logprob
+from sparring.kernels.chunked import linear_logprob
 
 __all__ = ["linear_logprob"]
