@@ -36,7 +36,7 @@ def test_space_mistral_7b() -> None:
 
 def test_the_7b_recipes_share_data_template_and_batch() -> None:
     recipes = [load_recipe(path) for path in sorted(RECIPES.glob("*-7b.yaml"))]
-    assert len(recipes) == 3
+    assert len(recipes) == 4
     for recipe in recipes:
         assert recipe.data == recipes[0].data
         assert recipe.data.template == "### Instruction: {prompt}\n\n### Response: "
@@ -44,7 +44,7 @@ def test_the_7b_recipes_share_data_template_and_batch() -> None:
 
 
 def test_there_is_a_tiny_recipe_for_each_method() -> None:
-    assert [path.stem for path in TINY] == ["tiny-sft", "tiny-space", "tiny-spin", "tiny-tspin"]
+    assert [path.stem for path in TINY] == ["tiny-sft", "tiny-space", "tiny-spin-lora", "tiny-spin", "tiny-tspin"]
 
 
 @pytest.mark.parametrize("path", TINY, ids=lambda p: p.stem)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ KEEP = 2
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: Optimizer, metrics: Path) -> None:
     """Commits work/step-N and removes all but the last two."""
     with commit(work / f"step-{step:08d}") as folder:
-        save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, folder / "model.safetensors")
+        save_file({name: p.detach().cpu() for name, p in trained(model)}, folder / "model.safetensors")
         save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
         shutil.copyfile(metrics, folder / "metrics.jsonl")
         write_json(folder / "state.json", {"step": step})
@@ -52,10 +53,15 @@ def has_checkpoint(work: Path) -> bool:
     return any(is_committed(folder) for folder in work.glob("step-*"))
 
 
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What changes from step to step: of a model with an adapter, the adapter."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained(model)
         for key, value in optimizer.state[parameter].items()
         if isinstance(value, Tensor)
     }

@@ -64,6 +64,32 @@ class Generate(Strict):
     batch_size: PositiveInt = 64
 
 
+class Adapter(Strict):
+    """A low-rank adapter in place of full fine-tuning. The names are those of peft's LoraConfig."""
+
+    r: PositiveInt = 16
+    lora_alpha: Positive = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Ends of module names, or one regular expression; "all-linear": every linear layer but the output head."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    merge: Literal["each_iteration"] | None = None
+    """None: one adapter, trained on from iteration to iteration. Else: a new one each time, merged when trained."""
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def is_zero(cls, value: float) -> float:
+        if value:
+            raise ValueError(f"{value:g} would make the policy differ from its opponent before the first step; set 0")
+        return value
+
+    def for_peft(self) -> dict[str, object]:
+        fields = self.model_dump(exclude={"merge"})
+        is_text = isinstance(self.target_modules, str)
+        return fields if is_text else {**fields, "target_modules": list(self.target_modules)}
+
+
 class Train(Strict):
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     learning_rate: Positive = 5e-7
@@ -109,6 +135,7 @@ class Recipe(Strict):
     method: Annotated[Sft | Spin | Tspin | Space, Field(discriminator="name")]
     iterations: Annotated[int, Field(ge=1, json_schema_extra=NEUTRAL)] = 4
     data: Data
+    adapter: Adapter | None = None
     generate: Generate = Generate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -116,6 +143,11 @@ class Recipe(Strict):
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None
     """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
+        return "float32" if self.adapter is None else self.train.dtype
 
     @validator(mode="before")
     @classmethod
@@ -156,7 +188,13 @@ class Recipe(Strict):
         return Recipe.model_validate(raw)
 
 
-SECTIONS: Mapping[str, type[Strict]] = {"data": Data, "generate": Generate, "train": Train, "evaluate": Evaluate}
+SECTIONS: Mapping[str, type[Strict]] = {
+    "data": Data,
+    "adapter": Adapter,
+    "generate": Generate,
+    "train": Train,
+    "evaluate": Evaluate,
+}
 
 
 def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from sparring.adapters import base_of, has_adapter, is_adapter, load_adapter, merge_adapter, save_adapter
+from sparring.commits import hash_path
 from sparring.errors import Refused
 from sparring.types import Generation
 
@@ -70,6 +72,8 @@ def resolve_model(name: str) -> Path:
 
 
 def check_model_folder(folder: Path) -> Path:
+    if is_adapter(folder):
+        raise Refused(f"model: {folder} is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it")
     if not (folder / "config.json").is_file():
         raise Refused(f"model: {folder} has no config.json, so it is not a transformers model folder")
     if not list(folder.glob("*.safetensors")):
@@ -81,30 +85,35 @@ def check_model_folder(folder: Path) -> Path:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(base_of(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"model: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(base_of(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {error}") from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly."""
+    """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly.
+
+    Of an adapter's folder: its base in `dtype`, with the adapter, in float32, in place.
+    """
     config = load_config(folder)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            base_of(folder), config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(f"model: the weights in {folder} cannot be loaded: {error}") from error
+    if is_adapter(folder):
+        load_adapter(model, folder)
     torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -118,9 +127,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
     """Weights and config of a trained model, beside the files of `origin` that say how to use it, byte by byte.
 
+    Of a model with an adapter, the adapter alone: its base has the rest.
     The tokenizer has not changed, and a generation_config.json that transformers calls invalid when it is asked to
     write it (a temperature without do_sample, as some models ship) must not cost a finished training.
     """
+    if has_adapter(model):
+        base = base_of(origin)
+        save_adapter(model, base, hash_path(base), folder)
+        return
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -129,9 +143,18 @@ def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """A plain model folder of an adapter and its base. The sum is made in float32, then kept in `dtype`."""
+    base = base_of(adapter)
+    model = merge_adapter(load_model(base, dtype=torch.float32, device=torch.device("cpu")), adapter)
+    torch.nn.Module.to(model, dtype)
+    save_successor(model, base, folder)
+
+
 def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every token at which the model's own files say that generation stops."""
     declared: set[int] = set()
+    folder = base_of(folder)
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
         declared.update([eos] if isinstance(eos, int) else eos or [])

@@ -37,7 +37,8 @@ def score(iteration: Iteration) -> None:
         for row in rows
     ]
     reads = run.reads(run.data, iteration.opponent, *(run.stage(t, "generate") for t in rounds))
-    model = load_model(iteration.opponent, dtype=torch.float32, device=distributed.device())
+    dtype = getattr(torch, iteration.recipe.weights_dtype)
+    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device())
     scorer = Scorer(model, getattr(torch, settings.dtype))
     with track(f"score {iteration.index}", len(groups)) as advance:
         scores = score_groups(scorer, groups, settings.micro_batch_tokens, advance)

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from sparring import distributed
+from sparring.adapters import train_adapter
 from sparring.checkpoint import load_checkpoint, save_checkpoint
 from sparring.commits import commit, failpoint
 from sparring.config import Train
@@ -26,7 +28,7 @@ from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
 from sparring.layout import arrange, group_tokens, micro_batches
 from sparring.logprobs import Scorer
-from sparring.model import load_model, save_successor
+from sparring.model import load_model, save_merged, save_successor
 from sparring.progress import say, track
 from sparring.seeds import permutation
 from sparring.types import Group, Objective, Role, Scores
@@ -56,7 +58,10 @@ def train(iteration: Iteration) -> None:
     work.mkdir(parents=True, exist_ok=True)
     reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
 
-    model = load_model(iteration.opponent, dtype=torch.float32, device=distributed.device())
+    dtype, adapter = getattr(torch, iteration.recipe.weights_dtype), iteration.recipe.adapter
+    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device())
+    if adapter is not None:
+        train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # checkpointing works in training mode only; every dropout is 0
@@ -120,9 +125,19 @@ def train(iteration: Iteration) -> None:
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
     with commit(final, reads=reads, info=info) as folder:
-        save_successor(model, iteration.opponent, folder / "model")
+        save_policy(model, iteration, folder / "model")
         shutil.copyfile(metrics_file, folder / "metrics.jsonl")
     shutil.rmtree(work)
+
+
+def save_policy(model: PreTrainedModel, iteration: Iteration, folder: Path) -> None:
+    """The next opponent: a whole model, or an adapter beside its base."""
+    adapter = iteration.recipe.adapter
+    if adapter is None or adapter.merge is None:
+        save_successor(model, iteration.opponent, folder)
+        return
+    save_successor(model, iteration.opponent, alone := folder.with_name("adapter"))
+    save_merged(alone, folder)
 
 
 def forward_backward(
@@ -198,7 +213,8 @@ def _stack(plays: Sequence[Play], device: torch.device) -> Scores:
 def make_optimizer(settings: Train, model: torch.nn.Module) -> Optimizer:
     """RMSProp as torch and the papers' code have it (alpha 0.99, no momentum), or AdamW (0.9, 0.999)."""
     kind = torch.optim.RMSprop if settings.optimizer == "rmsprop" else torch.optim.AdamW
-    return kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return kind(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def learning_rate(step: int, num_steps: int, settings: Train) -> float:

@@ -172,3 +172,23 @@ def test_controls_that_must_fail(
     assert content(forgets) != content(clean)
     other = play(recipe.model_copy(update={"seed": 1}), tmp_path / "other")
     assert content(other) != content(clean)
+
+
+@pytest.fixture(scope="module")
+def adapted(recipe: Recipe) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(by_alias=True), "adapter": {"r": 4, "lora_alpha": 8}})
+
+
+@pytest.fixture(scope="module")
+def clean_adapted(adapted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+        return play(adapted, tmp_path_factory.mktemp("clean") / "run")
+
+
+@pytest.mark.parametrize("point", ["train-step:3", "committed-train", "train-step:11"])
+def test_adapters_die_at(point: str, adapted: Recipe, clean_adapted: RunDir, tmp_path: Path) -> None:
+    """In the first iteration, between the two, and in the second, which starts from an adapter."""
+    assert die_at(point, adapted, tmp_path / "run") == 137
+    assert content(play(adapted, tmp_path / "run")) == content(clean_adapted)
+    assert (clean_adapted.model(1) / "adapter_model.safetensors").is_file()
