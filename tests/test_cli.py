@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ("run", "status", "stage", "report", "demo"):
+    for command in ("run", "status", "stage", "report", "demo", "export", "push"):
         assert command in result.stdout
 
 
@@ -75,6 +75,8 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("status", tmp_path): "is not a run directory",
         ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
         ("report", tmp_path): "is not a run directory",
+        ("export", finished / "run", finished): "is there already",
+        ("push", finished / "run", "me/model"): "was not made by 'sparring export'",
         ("demo", tmp_path / "demo", "--method", "dpo"): "one of all, tspin, space, spin, sft",
     }
     for arguments, message in cases.items():
@@ -139,6 +141,16 @@ def test_report_writes_the_file_and_says_where(finished: Path) -> None:
     result = sparring("report", finished / "run")
     assert result.returncode == 0
     assert result.stdout.strip() == str(finished / "run" / "report.html")
+
+
+def test_export_and_the_dry_run_of_push(finished: Path, tmp_path: Path) -> None:
+    result = sparring("export", finished / "run", tmp_path / "out", "--iteration", "0")
+    assert result.returncode == 0 and result.stdout.startswith("iteration 0: "), result.stderr
+    shown = sparring("push", tmp_path / "out", "me/model")
+    assert shown.returncode == 0 and "model.safetensors" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "with --yes, to the private repository me/model"
+    result = sparring("export", finished / "run", tmp_path / "pairs", "--pairs")
+    assert result.stdout.startswith("48 pairs: ")
 
 
 def test_what_a_run_writes_is_for_its_owner_only(finished: Path, tmp_path: Path) -> None:

@@ -78,6 +78,43 @@ def report(run_dir: RunDirectory) -> None:
 
 
 @app.command()
+def export(
+    run_dir: RunDirectory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    iteration: Annotated[str, typer.Option(help="best, or a number from 0.")] = "best",
+    merge: Annotated[bool, typer.Option("--merge", help="Of an adapter: add it to its base.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Default: the one that the run computed in.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Instead of a model: every round as preference data.")] = False,
+) -> None:
+    """Write a model that transformers and vLLM load, with its card, or the rounds as preference data."""
+    from sparring.export import export_model, export_pairs
+    from sparring.results import Results
+
+    if pairs:
+        typer.echo(f"{export_pairs(Results(run_dir), out):,} pairs: {out}")
+    else:
+        index = export_model(Results(run_dir), out, iteration=iteration, merge=merge, dtype=dtype)
+        typer.echo(f"iteration {index}: {out}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'sparring export' wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, only say what would be uploaded.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="For everybody; otherwise private.")] = False,
+) -> None:
+    """Upload an exported folder to the hub: a dry run unless --yes, private unless --public."""
+    from sparring.export import push
+
+    files = push(folder, repo, is_public=public, is_dry=not yes)
+    for file in files:
+        typer.echo(f"{file.stat().st_size:>14,}  {file.name}")
+    kind = "public" if public else "private"
+    typer.echo(f"{'uploaded to' if yes else 'with --yes, to'} the {kind} repository {repo}")
+
+
+@app.command()
 def demo(
     run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
     method: Annotated[str, typer.Option(help="tspin, space, spin, sft, or all of them.")] = "all",
