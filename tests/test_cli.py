@@ -54,7 +54,19 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ("run", "status", "stage", "report", "demo", "export", "push"):
+    for command in (
+        "run",
+        "status",
+        "stage",
+        "report",
+        "demo",
+        "export",
+        "push",
+        "init",
+        "doctor",
+        "preview",
+        "schema",
+    ):
         assert command in result.stdout
 
 
@@ -141,6 +153,17 @@ def test_report_writes_the_file_and_says_where(finished: Path) -> None:
     result = sparring("report", finished / "run")
     assert result.returncode == 0
     assert result.stdout.strip() == str(finished / "run" / "report.html")
+
+
+def test_init_then_doctor(tiny: Path, tmp_path: Path) -> None:
+    written = sparring("init", tmp_path / "r.yaml", "--model", tiny / "model", "--data", tiny / "rows.jsonl")
+    assert written.returncode != 0 and not (tmp_path / "r.yaml").exists(), "without a terminal nobody can be asked"
+    options = ["--model", tiny / "model", "--data", tiny / "rows.jsonl", "--method", "spin"]
+    assert sparring("init", tmp_path / "r.yaml", *options).returncode == 0
+    result = sparring("doctor", tmp_path / "r.yaml")
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "this recipe would run", result.stderr
+    result = sparring("doctor", tmp_path / "r.yaml", "data.end_token=nothing")
+    assert result.returncode == 2 and result.stdout.splitlines()[-1] == "this recipe would not run"
 
 
 def test_export_and_the_dry_run_of_push(finished: Path, tmp_path: Path) -> None:

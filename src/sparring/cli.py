@@ -40,6 +40,55 @@ def run(
 
 
 @app.command()
+def init(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")],
+    model: Annotated[str, typer.Option(prompt="model, a folder or a hub id", help="A folder or a hub id.")],
+    data: Annotated[str, typer.Option(prompt="rows, a file or a hub id", help="A file of rows or a hub id.")],
+    method: Annotated[str, typer.Option(prompt="method", help="spin, tspin, space or sft.")] = "tspin",
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter.")] = False,
+) -> None:
+    """Look at the rows and write a commented recipe for them. Asks for what is not given."""
+    from sparring.init import write_recipe
+
+    write_recipe(recipe, model=model, data=data, method=method, lora=lora)
+    typer.echo(f"{recipe}; next: sparring doctor {recipe}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Say within seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
+    from sparring.doctor import print_findings
+    from sparring.recipe_file import load_recipe
+
+    if not print_findings(load_recipe(recipe, overrides or ())):
+        raise typer.Exit(2)
+
+
+@app.command()
+def preview(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+) -> None:
+    """Show rows token by token, what is scored and what is not, and an answer of the model beside the real one."""
+    from sparring.preview import preview
+    from sparring.recipe_file import load_recipe
+
+    preview(load_recipe(recipe, overrides or ()), rows)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from sparring.recipe_file import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
 def status(
     run_dir: RunDirectory,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,

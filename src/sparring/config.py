@@ -25,6 +25,7 @@ class Strict(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
+        use_attribute_docstrings=True,
         alias_generator=lambda name: name.rstrip("_"),  # `lambda` is a word of Python's own
     )
 

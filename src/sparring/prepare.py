@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from sparring.commits import commit
 from sparring.config import Recipe
@@ -28,14 +29,7 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
     """Writes data/: train.parquet, held_out.parquet, rejected.jsonl and summary.json."""
     model = resolve_model(recipe.model)
     tokenizer = load_tokenizer(model)
-    context = context_length(model)
-    renderer = Renderer(
-        tokenizer,
-        template=_template(recipe),
-        end_token=recipe.data.end_token,
-        max_length=min(recipe.train.max_length, context or recipe.train.max_length),
-        max_response=recipe.generate.max_new_tokens if recipe.data.cap_real else None,
-    )
+    renderer = make_renderer(recipe, model, tokenizer)
     intake = Intake(recipe, renderer)
     rows = intake.take(recipe.data.train, recipe.data.limit)
     if isinstance(recipe.data.held_out, str):
@@ -69,6 +63,17 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
         (folder / "rejected.jsonl").write_text("".join(intake.log), encoding="utf-8")
         summary.write(folder / "summary.json")
     return summary
+
+
+def make_renderer(recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    context = context_length(model)
+    return Renderer(
+        tokenizer,
+        template=_template(recipe),
+        end_token=recipe.data.end_token,
+        max_length=min(recipe.train.max_length, context or recipe.train.max_length),
+        max_response=recipe.generate.max_new_tokens if recipe.data.cap_real else None,
+    )
 
 
 Keyed = tuple[str, Rendered]

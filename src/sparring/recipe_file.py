@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -43,6 +44,14 @@ def make_recipe(raw: object, lines: strict_yaml.Lines | None = None, source: str
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every setting written out."""
     return yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """For editors: what a recipe may hold. A method may also be its name alone."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    method = schema["properties"]["method"]
+    schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
