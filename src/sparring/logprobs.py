@@ -19,8 +19,8 @@ from sparring.kernels import linear_logprob
 from sparring.layout import Kind, Layout, arrange, group_tokens, micro_batches, padded_rows, shape_of, shared_row
 from sparring.types import Group, Role, TokenIds
 
-# nats, of a few tokens in float32: far above rounding, far below anything that is wrong
-PROBE_TOLERANCE = 1e-3
+# nats, of a few tokens: far above rounding, far below anything that is wrong
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def sequence_logprobs(
@@ -76,6 +76,11 @@ class Scorer(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def as_loaded(self) -> AbstractContextManager[object]:
+        """For comparisons: float32 weights in float32; others as they compute, since some models (Mamba) hand float32
+        states to a bfloat16 head, which only autocast multiplies."""
+        return nullcontext() if self.head.weight.dtype == torch.float32 else self.precision()
+
     def forward(self, layout: Layout) -> Float[Tensor, " responses"]:
         with self.precision():
             return self.logprobs(layout)
@@ -97,10 +102,12 @@ class Scorer(nn.Module):
         ids = self.probe()
         group = Group("probe", ids[:1], {"real": (ids[1:],)})
         layout = padded_rows([group]).to(self.device)
-        logits = self.model(**model_inputs(layout), use_cache=False).logits
-        expected = sequence_logprobs(logits, layout.input_ids, torch.arange(len(ids), device=self.device)[None] > 0)
-        ours = self.logprobs(layout)
-        if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE):
+        is_response = torch.arange(len(ids), device=self.device)[None] > 0
+        with self.as_loaded():
+            logits = self.model(**model_inputs(layout), use_cache=False).logits
+            expected = sequence_logprobs(logits, layout.input_ids, is_response)
+            ours = self.logprobs(layout)
+        if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE[self.head.weight.dtype]):
             raise Refused(
                 f"{type(self.model).__name__} does something between its hidden states and its logits that sparring "
                 f"does not know: log p of a test sequence is {expected.item():.4f}, computed from the head alone "
@@ -114,15 +121,17 @@ class Scorer(nn.Module):
         groups = [
             Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
         ]
-        expected = self.logprobs(padded_rows(groups).to(self.device))
+        with self.as_loaded():
+            expected = self.logprobs(padded_rows(groups).to(self.device))
         before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
         self.model.set_attn_implementation(attention.NAME)
         try:
-            difference = float((self.logprobs(shared_row(groups).to(self.device)) - expected).abs().max())
+            with self.as_loaded():
+                difference = float((self.logprobs(shared_row(groups).to(self.device)) - expected).abs().max())
         except TypeError as error:
             problem = f"its forward does not take what shared prompts need ({error})"
         else:
-            if difference <= PROBE_TOLERANCE:
+            if difference <= PROBE_TOLERANCE[self.head.weight.dtype]:
                 self.kind = "shared"
                 return None
             problem = f"log-probs of shared rows differ from those of padded rows by {difference:.2g}"
