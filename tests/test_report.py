@@ -1,7 +1,9 @@
-"""The report: renders at every moment, holds no script and no foreign markup, asks for nothing."""
+"""The report: renders at every moment, holds no foreign script or markup, asks for nothing."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -12,20 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sparring.report
 from sparring.config import Recipe
 from sparring.data.tables import read_table
 from sparring.errors import Refused
 from sparring.loop import play
 from sparring.report import write_report
-from sparring.report.samples import visible
+from sparring.report.alarms import alarms, shortcut, tell_apart
+from sparring.report.samples import collect, visible
 from sparring.report.story import paired_difference, story
 from sparring.results import Results
 from sparring.rundir import RunDir
+from sparring.types import Generation, Rendered
 
 MakeRecipe = Callable[..., Recipe]
 
 TAGS = """
     html head meta title style body h1 h2 p b small div table tr th td figure figcaption details summary pre ul li span
+    script label select option input
     svg g path defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title dc:date
 """
 ALLOWED = set(TAGS.split())
@@ -78,7 +84,11 @@ def assert_inert(html: str) -> Elements:
             if name in ("src", "href", "xlink:href", "action"):
                 assert value is not None and value.startswith("#"), (tag, name, value)
     policy = next(a["content"] for t, a in elements.tags if t == "meta" and "http-equiv" in a)
-    assert policy is not None and policy.startswith("default-src 'none'") and "script-src" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert [tag for tag, _ in elements.tags].count("script") == len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert scripts[0] == (Path(sparring.report.__file__).parent / "filter.js").read_text()
     return elements
 
 
@@ -157,6 +167,63 @@ def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) ->
     assert "No iteration beats the starting model" in told or "a change of -0.0000" in told
     worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
     assert "No iteration beats the starting model" in story(Results(worse.root))
+
+
+def test_alarms_are_raised_and_silent_where_they_should_be(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A random model that is pushed too hard, and one that is hardly touched."""
+    wild = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "wild")
+    found = alarms(Results(wild.root))
+    assert any(alarm.startswith("The likelihood of real answers falls: held-out NLL is ") for alarm in found)
+    assert "likelihood of real answers falls" in wild.report.read_text()
+    still = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    told = alarms(Results(still.root))
+    assert not any("likelihood" in alarm or "Lengths" in alarm or "stop" in alarm for alarm in told)
+    assert any(alarm.startswith("A shortcut is open in iteration 0") for alarm in told), "random answers never end"
+    assert (share := shortcut(Results(still.root), 0)) is not None and share > 0.9
+
+
+def test_the_shortcut_classifier_guesses_where_there_is_nothing_to_find() -> None:
+    """Answers of one distribution: half of them right. Longer ones on one side: nearly all."""
+    random = np.random.default_rng(0)
+
+    def pairs(factor: int) -> list[tuple[Rendered, Generation]]:
+        found = []
+        for row in range(400):
+            real, drawn = (random.integers(5, 9, size=random.integers(4, 9) * f).astype(np.int32) for f in (1, factor))
+            found.append((Rendered(str(row), row, real, real, "stop", "", ""), Generation(str(row), 0, drawn, "stop")))
+        return found
+
+    assert 0.42 < tell_apart(pairs(1)) < 0.58
+    assert tell_apart(pairs(3)) > 0.95
+
+
+def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for method in ("spin", "tspin"):
+        run = play(make_recipe(method, iterations=2, train={"epochs": 1}), tmp_path / method)
+        results = Results(run.root)
+        samples = collect(results)
+        metrics = results.evaluations()[1]
+        assert np.mean([s.margin for s in samples]) == pytest.approx(metrics["rewards/margins"], abs=1e-5)
+        assert np.mean([not s.is_misaligned for s in samples]) == pytest.approx(metrics["alignment"], abs=1e-6)
+        assert np.mean([not s.is_cut for s in samples]) == pytest.approx(metrics["end_rate"])
+
+
+def test_contrast_is_wcag_aa_in_light_and_dark() -> None:
+    style = (Path(sparring.report.__file__).parent / "report.html.j2").read_text()
+    schemes = re.findall(r":root \{ (.*?) \}", style)
+    assert len(schemes) == 2
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
+        for ink in ("ink", "soft", "good", "bad"):
+            for paper in ("paper", "card"):
+                light, dark = sorted((luminance(colours[ink]), luminance(colours[paper])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
 
 
 def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
-"""A run directory -> one self-contained HTML file: no script, no request, model text escaped."""
+"""A run directory -> one self-contained HTML file: no request, one script of ours, model text escaped."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from sparring.commits import replace_file
 from sparring.recipe_file import dump_recipe
+from sparring.report.alarms import alarms
 from sparring.report.figures import draw
 from sparring.report.samples import collect, visible
 from sparring.report.story import story
@@ -60,6 +65,7 @@ def write_report(run: RunDir) -> Path:
         loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["visible"] = visible
+    script = files("sparring.report").joinpath("filter.js").read_text(encoding="utf-8")
     evaluations = results.evaluations()
     best = results.best()
     html = environment.get_template("report.html.j2").render(
@@ -69,6 +75,9 @@ def write_report(run: RunDir) -> Path:
         data=results.data,
         best=best,
         story=story(results),
+        alarms=alarms(results),
+        script=Markup(script),  # noqa: S704  (a file of ours, and the only script that the policy lets run)
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         evaluations=evaluations,
         table=[row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())],
         quadrants=QUADRANTS,

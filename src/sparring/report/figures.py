@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind people can tell apart
-COLOURS = {"real": "#0072B2", "generated": "#D55E00", "proto": "#009E73", "other": "#555555"}
+COLOURS = {"real": "#0072B2", "generated": "#D55E00", "proto": "#009E73", "other": "#777777"}
+
+THEMED = {"#000000": "currentColor", "#ffffff": "none", "#eeeeee": "var(--line)", "#bbbbbb": "var(--soft)"}
+"""What follows the page, light or dark: ink, paper, grid, the lines between iterations."""
 
 
 @dataclass(frozen=True)
@@ -188,4 +191,6 @@ def _svg(plot: Callable[[Axes], None], *, has_legend: bool) -> Markup:
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     # safe: drawn by matplotlib from numbers and our own words; no text of a model or a user is in it
+    for fixed, themed in THEMED.items():
+        text = text.replace(fixed, themed)
     return Markup(text[text.index("<svg") :])  # noqa: S704

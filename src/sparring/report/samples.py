@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
 
 from sparring.commits import is_committed
 from sparring.data.tables import read_rendered, read_table
+from sparring.iteration import Iteration
 from sparring.progress import spelled_out
 from sparring.results import Results
 
@@ -30,11 +35,14 @@ class Answer:
     is_correct: bool | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     row: int
     prompt: str
     answers: list[Answer]
+    margin: float | None = None  # reward of the real answer minus that of the opponent's, in the last iteration
+    is_misaligned: bool = False  # reward and likelihood order the two differently
+    is_cut: bool = False  # the last answer has no end token
 
 
 def collect(results: Results) -> list[Sample]:
@@ -64,4 +72,29 @@ def collect(results: Results) -> list[Sample]:
                     answer["is_correct"],
                 )
             )
+        for sample in samples:
+            sample.is_cut = sample.answers[-1].finish == "length"
+        if iteration.index >= 0:
+            judge(results, iteration, samples)
     return samples
+
+
+def judge(results: Results, iteration: Iteration, samples: Sequence[Sample]) -> None:
+    """Margins of the game between this iteration's policy and its opponent."""
+    tables = [read_table(step.stage("evaluate") / "answers.parquet") for step in (iteration, iteration.before())]
+    policy, opponent = (table.slice(0, len(samples)) for table in tables)
+
+    def column(table: pa.Table, name: str) -> torch.Tensor:
+        return torch.from_numpy(table[name].to_numpy().copy())
+
+    real = column(policy, "real_logprob"), column(opponent, "real_logprob")
+    theirs = column(policy, "opponent_logprob"), column(opponent, "logprob")
+    lengths = (
+        torch.tensor([sample.answers[0].num_tokens for sample in samples]),
+        torch.tensor([len(ids) for ids in opponent["token_ids"].to_pylist()]),
+    )
+    reward = iteration.recipe.method.reward
+    margins = reward(*real, lengths[0]) - reward(*theirs, lengths[1])
+    gaps = real[0] - theirs[0]
+    for sample, margin, gap in zip(samples, margins.tolist(), gaps.tolist(), strict=True):
+        sample.margin, sample.is_misaligned = margin, margin * gap < 0
