@@ -140,6 +140,8 @@ class Recipe(Strict):
     generate: Generate = Generate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), json_schema_extra=NEUTRAL)
+    """Trackers that are told every number, beside metrics.jsonl."""
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None

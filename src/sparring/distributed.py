@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import xxhash
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -40,6 +46,31 @@ def clip_gradient(model: nn.Module, max_norm: float) -> float:
     norm = accelerator().clip_grad_norm_(model.parameters(), max_norm)
     assert norm is not None
     return float(norm)
+
+
+@contextmanager
+def tracking(names: Sequence[str], root: Path, settings: Mapping[str, object]) -> Iterator[None]:
+    """Within the block, what is logged goes to these trackers, as the run that `root` names."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise Refused(f"track: {missing[0]} is not installed; pip install '{missing[0]}', or leave it out")
+    found = accelerator()
+    found.log_with = filter_trackers(list(names), root)
+    found.project_configuration.logging_dir = str(root / "tensorboard")
+    hosted = {"name": root.name, "config": dict(settings), "resume": "allow"}
+    identity = xxhash.xxh3_64_hexdigest(str(root).encode())  # so that a continued run goes on in its own line
+    found.init_trackers(
+        "sparring", init_kwargs={"wandb": {**hosted, "id": identity, "dir": str(root)}, "trackio": hosted}
+    )
+    try:
+        yield
+    finally:
+        for tracker in found.trackers:
+            tracker.finish()
+        found.trackers.clear()
+
+
+def log(values: Mapping[str, float], step: int) -> None:
+    accelerator().log(dict(values), step=step)
 
 
 def peak_memory_mib() -> float:

@@ -28,6 +28,7 @@ from sparring.recipe_file import differences, dump_recipe, load_recipe
 from sparring.report import write_report
 from sparring.rundir import RunDir
 from sparring.score import score
+from sparring.tracking import steps_before, track_evaluation, tracking
 from sparring.train import train
 
 PACKAGES = ("sparring", "torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -53,10 +54,11 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
             prepare(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
-        for index in range(-1, recipe.iterations):
-            iteration = Iteration(run, recipe.at(index), index)
-            for stage in iteration.stages:
-                worked = run_stage(iteration, stage) or worked
+        with tracking(run, recipe.track, recipe.model_dump(by_alias=True, mode="json")):
+            for index in range(-1, recipe.iterations):
+                iteration = Iteration(run, recipe.at(index), index)
+                for stage in iteration.stages:
+                    worked = run_stage(iteration, stage) or worked
         if worked or not run.report.is_file():
             write_report(run)
         say(f"{'done' if worked else 'all was done already'}; report: {run.report}")
@@ -87,6 +89,8 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
             train(iteration)
         case "evaluate":
             evaluate(iteration, engine)
+            metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
+            track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)
         case _:
             raise ValueError(stage)
     where = "start" if iteration.index < 0 else f"iteration {iteration.index}"

@@ -31,6 +31,7 @@ from sparring.logprobs import Scorer
 from sparring.model import load_model, save_merged, save_successor
 from sparring.progress import say, track
 from sparring.seeds import permutation
+from sparring.tracking import steps_before, track_step
 from sparring.types import Group, Objective, Role, Scores
 
 # What is tolerated at the first step, where the policy still is the opponent: mean |log-ratio| in nats per token, and
@@ -72,6 +73,7 @@ def train(iteration: Iteration) -> None:
 
     steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
     num_steps = settings.epochs * steps_per_epoch
+    first_step = steps_before(iteration.run, iteration.index)
     metrics_file = work / "metrics.jsonl"
     token_budget = settings.micro_batch_tokens
     done = load_checkpoint(work, model, optimizer, metrics_file)
@@ -111,6 +113,7 @@ def train(iteration: Iteration) -> None:
             }
             log.write(json.dumps(line) + "\n")
             log.flush()
+            track_step(line, first_step + step + 1, iteration.index)
             advance(1, int(metrics["num_tokens"]))
             failpoint("train-step")
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < num_steps:
