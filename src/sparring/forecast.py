@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparring.config import Adapter, Recipe
-from sparring.logprobs import MAX_LOGITS
+from sparring.kernels.chunked import BLOCK, KEPT
 from sparring.model import load_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -52,7 +52,7 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
         num_parameters=num_parameters,
         num_trained=num_trained,
         state_bytes=frozen + num_trained * 4 * (2 + moments),
-        work_bytes=activations + 3 * 4 * MAX_LOGITS,
+        work_bytes=activations + 4 * (KEPT + 3 * BLOCK),
         disk_bytes=recipe.iterations * kept + 2 * num_trained * 4 * (1 + moments),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )
