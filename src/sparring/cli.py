@@ -127,6 +127,19 @@ def report(run_dir: RunDirectory) -> None:
 
 
 @app.command()
+def watch(
+    run_dir: RunDirectory, port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8707
+) -> None:
+    """Serve the report of a run that goes on, on this machine only, until interrupted. Writes nothing."""
+    from sparring.rundir import RunDir
+    from sparring.watch import make_server
+
+    with make_server(RunDir(run_dir), port) as server:
+        typer.echo(f"http://127.0.0.1:{server.server_port}/ (interrupt to stop)")
+        server.serve_forever()
+
+
+@app.command()
 def export(
     run_dir: RunDirectory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],

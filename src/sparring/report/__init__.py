@@ -60,6 +60,11 @@ QUADRANTS = (
 
 def write_report(run: RunDir) -> Path:
     """Writes report.html from whatever is there, also in the middle of a run."""
+    replace_file(run.report, render(run))
+    return run.report
+
+
+def render(run: RunDir) -> str:
     results = Results(run.root)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -68,7 +73,7 @@ def write_report(run: RunDir) -> Path:
     script = files("sparring.report").joinpath("filter.js").read_text(encoding="utf-8")
     evaluations = results.evaluations()
     best = results.best()
-    html = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         name=run.root.name,
         method=results.recipe.method,
         results=results,
@@ -90,5 +95,3 @@ def write_report(run: RunDir) -> Path:
         version=version("sparring"),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
-    replace_file(run.report, html)
-    return run.report

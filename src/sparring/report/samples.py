@@ -74,7 +74,7 @@ def collect(results: Results) -> list[Sample]:
             )
         for sample in samples:
             sample.is_cut = sample.answers[-1].finish == "length"
-        if iteration.index >= 0:
+        if iteration.index >= 0 and is_committed(iteration.before().stage("evaluate")):
             judge(results, iteration, samples)
     return samples
 
