@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ("run", "status", "stage", "report", "demo"):
+    for command in ("run", "status", "stage", "report", "compare", "demo"):
         assert command in result.stdout
 
 
@@ -74,6 +74,7 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "there is no file",
         ("status", tmp_path): "is not a run directory",
         ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
+        ("compare", finished / "recipe.yaml", tmp_path / "run", "--fractions", "half"): "write numbers with commas",
         ("report", tmp_path): "is not a run directory",
         ("demo", tmp_path / "demo", "--method", "dpo"): "one of all, tspin, space, spin, sft",
     }

@@ -134,7 +134,7 @@ def _held_out(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve])
         axes.set_xticks(list(evaluations), ["start" if i < 0 else str(i) for i in evaluations])
         axes.set_xlabel("iteration")
 
-    return _svg(plot, has_legend=len(curves) > 1)
+    return svg(plot, has_legend=len(curves) > 1)
 
 
 def _training(lines: list[tuple[int, list[dict[str, float]]]], curves: Sequence[Curve]) -> Markup:
@@ -159,10 +159,10 @@ def _training(lines: list[tuple[int, list[dict[str, float]]]], curves: Sequence[
                 offset += len(steps)
         axes.set_xlabel("optimizer step; a line where an iteration begins")
 
-    return _svg(plot, has_legend=len(curves) > 1)
+    return svg(plot, has_legend=len(curves) > 1)
 
 
-def _svg(plot: Callable[[Axes], None], *, has_legend: bool) -> Markup:
+def svg(plot: Callable[[Axes], None], *, has_legend: bool) -> Markup:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
