@@ -50,7 +50,11 @@ class Method:
 
     def recipe(self, base: Recipe, seed: int) -> Recipe:
         """The base recipe with this method: its own coefficients where the base names it, else the published ones."""
-        raw = {**base.model_dump(by_alias=True, mode="json"), "seed": seed}
+        raw = {
+            **base.model_dump(by_alias=True, mode="json"),
+            "seed": seed,
+            "stop": {},
+        }  # all arms are played to the end
         if base.method.name != self.name:
             raw["method"] = {"name": self.name}
             kept = {

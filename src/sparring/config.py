@@ -116,6 +116,15 @@ class Evaluate(Strict):
     )
 
 
+class Stop(Strict):
+    """When a run ends before its last iteration. A function of the evaluations, so the same when it is continued."""
+
+    equilibrium: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    """The policy wins as many held-out rows as it loses, within the error, and the guards have not moved."""
+    decline: NonNegativeInt = Field(default=0, json_schema_extra=NEUTRAL)
+    """So many iterations without a better value of evaluate.save_best_by; 0: never."""
+
+
 class Recipe(Strict):
     model: str
     method: Annotated[
@@ -127,6 +136,7 @@ class Recipe(Strict):
     generate: Generate = Generate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None
@@ -148,6 +158,8 @@ class Recipe(Strict):
     def consistent(self) -> Recipe:
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
+            raise ValueError("stop needs evaluate.held_out")
         for index in self.per_iteration:
             try:
                 self.at(index)
@@ -180,7 +192,13 @@ class Recipe(Strict):
         return Recipe.model_validate(raw)
 
 
-SECTIONS: Mapping[str, type[Strict]] = {"data": Data, "generate": Generate, "train": Train, "evaluate": Evaluate}
+SECTIONS: Mapping[str, type[Strict]] = {
+    "data": Data,
+    "generate": Generate,
+    "train": Train,
+    "evaluate": Evaluate,
+    "stop": Stop,
+}
 
 
 def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:

@@ -103,7 +103,7 @@ def draw(results: Results) -> list[Figure]:
         shown = [c for c in curves if any(c.metric in metrics for metrics in evaluations.values())]
         if shown and len(evaluations) > 1:
             figures.append(Figure(title, caption, _held_out(evaluations, shown)))
-    lines = [(index, results.training(index)) for index in range(results.recipe.iterations)]
+    lines = [(index, results.training(index)) for index in (i.index for i in results.iterations if i.index >= 0)]
     for title, caption, curves in TRAINING:
         shown = [c for c in curves if any(c.metric in line for _, ls in lines for line in ls)]
         if shown:
