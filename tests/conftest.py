@@ -35,13 +35,21 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/, a random two-layer Llama with a chat template, and rows.jsonl, 60 problems."""
+    """A folder with model/, a random two-layer Llama with a chat template, and rows.jsonl, 60 problems.
+
+    pairs.jsonl has the same ones as preference data: the rejected answer is another problem's.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     rows = problems(60, seed=1, largest=12)
     tokenizer = make_tokenizer(rows)
     model = make_model(tokenizer, width=32, layers=2, seed=0)
     save_model(model, tokenizer, folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs = [
+        {"prompt": row["question"], "chosen": row["answer"], "rejected": other["answer"]}
+        for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return folder
 
 
@@ -54,7 +62,7 @@ def make_recipe(tiny: Path) -> Callable[..., Recipe]:
             "model": str(tiny / "model"),
             "method": method,
             "iterations": 2,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "data": {"train": str(tiny / ("pairs.jsonl" if method == "dpo" else "rows.jsonl")), "held_out": 12},
             "generate": {"max_new_tokens": 16},
             "train": {"learning_rate": 1e-3, "batch_size": 16, "micro_batch_tokens": 256, "dtype": "float32"},
             "evaluate": {"checker": "number"},

@@ -75,6 +75,7 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "there is no file",
         ("status", tmp_path): "is not a run directory",
         ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
+        ("compare", finished / "recipe.yaml", tmp_path / "run", "--fractions", "half"): "write numbers with commas",
         ("report", tmp_path): "is not a run directory",
         ("export", finished / "run", finished): "is there already",
         ("push", finished / "run", "me/model"): "was not made by 'sparring export'",

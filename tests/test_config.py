@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparring import strict_yaml
 from sparring.config import SECTIONS, Recipe
 from sparring.errors import Refused
-from sparring.objectives import OBJECTIVES, Space, Spin, Tspin
+from sparring.objectives import OBJECTIVES, Dpo, Space, Spin, Tspin
 from sparring.recipe_file import differences, dump_recipe, known_keys, load_recipe, make_recipe
 
 SMALLEST = "model: m\nmethod: spin\ndata:\n  train: rows.jsonl\n"
@@ -86,6 +86,11 @@ def test_per_iteration_takes_any_coefficient(tmp_path: Path) -> None:
     assert [recipe.at(t).method for t in range(4)] == [Spin(), Spin(), Spin(), Spin(lambda_=5.0)]
 
 
+def test_a_later_phase_may_have_another_method(tmp_path: Path) -> None:
+    recipe = load(tmp_path, SMALLEST + "per_iteration: {3: {method: {name: dpo, beta: 0.05}, train.epochs: 1}}\n")
+    assert [recipe.at(t).method for t in range(4)] == [Spin(), Spin(), Spin(), Dpo(beta=0.05)]
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -94,6 +99,8 @@ def test_per_iteration_takes_any_coefficient(tmp_path: Path) -> None:
         ("{0: {method.name: tspin}}", "cannot change between iterations"),
         ("{0: {method.lambda: -1}}", "greater than 0"),
         ("{x: {method.lambda: 1}}", "per_iteration"),
+        ("{2: {method: sft}}", "per_iteration.3: spin plays with the answers of iteration 2, in which sft draws none"),
+        ("{0: {method: sft}, 1: {method: tspin}}", "per_iteration.1: tspin plays with the answers of iteration 0"),
     ],
 )
 def test_per_iteration_is_strict(tmp_path: Path, table: str, message: str) -> None:

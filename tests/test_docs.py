@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sparring.objectives import Space
 from sparring.recipe_file import known_keys, make_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -58,3 +60,12 @@ def test_no_room_without_an_honest_name_and_none_too_large() -> None:
     for path in (ROOT / "src").rglob("*.py"):
         assert path.stem not in ("utils", "util", "common", "base", "helpers", "misc", "core")
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_figures_script_plays_the_shipped_games() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "draw_exact_games"))
+    assert script["distances"](lambda t: Space())[1] == pytest.approx(0, abs=1e-6)
+    for name in script["GAMES"]:
+        page = "README" if name == "games" else name
+        assert (ROOT / "docs" / "objectives" / f"{name}.svg").read_text().startswith("<?xml")
+        assert f"({name}.svg)" in (ROOT / "docs" / "objectives" / f"{page}.md").read_text()

@@ -152,7 +152,7 @@ def test_init_looks_at_rows_and_tokenizer(tiny: Path, tmp_path: Path) -> None:
     odd.write_text('{"frage": "x", "antwort": "y"}\n')
     cases = {
         "Map them with data.columns": {"data": str(odd)},
-        "one of sft, spin, tspin, space": {"method": "dpo"},
+        "one of sft, spin, tspin, space": {"method": "ppo"},
         "there is no folder /nowhere": {"model": "/nowhere"},
     }
     for message, changes in cases.items():
@@ -175,6 +175,6 @@ def test_the_schema_accepts_recipes_and_nothing_else(make_recipe: MakeRecipe) ->
                 raw[section][key] = float(raw[section][key])
         assert not [error.message for error in validator.iter_errors(raw)]
     assert json.loads(json.dumps(schema))["properties"]["train"]
-    for wrong in ({"train": {"epoch": 1}}, {"method": "dpo"}, {"trian": {}}, {"method": {"name": "spin", "beta": 1}}):
+    for wrong in ({"train": {"epoch": 1}}, {"method": "ppo"}, {"trian": {}}, {"method": {"name": "spin", "beta": 1}}):
         assert list(validator.iter_errors({"model": "m", "method": "spin", "data": {"train": "x"}, **wrong})), wrong
     assert "Cut real answers" in json.dumps(schema), "what a key means is shown by editors"

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparring.objectives import OBJECTIVES, Sft, Space, Spin, Tspin
+from sparring.objectives import (
+    OBJECTIVES,
+    AlphaSpin,
+    ChiSquare,
+    Dpo,
+    Sft,
+    Sipo,
+    Space,
+    Spin,
+    Ssimpo,
+    Tspin,
+    TspinRef,
+)
 from sparring.types import Lengths, Objective, Scores
 
 GAMES: list[Objective] = [
@@ -23,8 +35,17 @@ GAMES: list[Objective] = [
     Space(),
     Space(mu=3.0),
     Space(mu=0.5),
+    Sipo(),
+    Sipo(tau=0.5, average_logprobs=True),
+    Ssimpo(),
+    TspinRef(),
+    TspinRef(beta=0.0, loss="exponential"),
+    AlphaSpin(),
+    AlphaSpin(alpha=0.0),
+    ChiSquare(),
+    ChiSquare(lambda_=1.0, c=0.2),
 ]
-EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False)]
+EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False), Dpo()]
 
 
 def scores(real: float, generated: float | list[float], proto: float | None = None) -> Scores:
@@ -58,6 +79,17 @@ def loss(objective: Objective, policy: Scores, opponent: Scores | None = None) -
         (Space(), scores(2, -1), scores(0, 0), 0.440190),
         (Space(mu=3.0), scores(2, -1), scores(0, 0), 0.687766),
         (Sft(), scores(-9, -10), None, 9.0),
+        (Sipo(tau=0.25), scores(-9, -10), scores(-11, -10), 0.0),  # a gap of 2 nats is its target
+        (Sipo(tau=0.5), scores(-9, -10), scores(-11, -10), 1.0),
+        (Ssimpo(beta=2.0, gamma=0.5), scores(-9, -10), None, math.log1p(math.exp(-1.5))),
+        (
+            TspinRef(alpha=0.5, beta=0.2),
+            scores(-9, -10, -12),
+            scores(-11, -10, -12),
+            math.log1p(math.exp(-1)) + 0.2 * math.log(2),
+        ),
+        (AlphaSpin(), scores(-9, -10), scores(-11, -10), 0.598139),
+        (ChiSquare(lambda_=1.0, c=0.5), scores(-9, -10), scores(-11, -10), 1.0),  # real on its target, generated 2 off
     ],
 )
 def test_hand_computed(objective: Objective, policy: Scores, opponent: Scores | None, expected: float) -> None:
@@ -66,11 +98,11 @@ def test_hand_computed(objective: Objective, policy: Scores, opponent: Scores | 
 
 @pytest.mark.parametrize("objective", GAMES, ids=repr)
 def test_start_loss_is_the_loss_of_equal_models(objective: Objective) -> None:
-    same = scores(-31.5, [-20.25, -25.5])
+    same = scores(-31.5, [-20.25, -25.5], -22)
     if objective.start_loss is None:
-        assert not objective.needs.opponent
+        assert not objective.needs.opponent or objective.needs.anchor
     else:
-        assert loss(objective, same, same) == pytest.approx(objective.start_loss, abs=1e-6)
+        assert loss(objective, same, same) == pytest.approx(objective.start_loss, rel=1e-6)
 
 
 def test_published_start_losses() -> None:
@@ -86,7 +118,7 @@ def test_gradient_pushes_real_up_and_generated_down_at_the_start(objective: Obje
     real = start.clone().requires_grad_()
     generated = start[:, None].clone().requires_grad_()
     policy = {"real": real, "generated": generated, "proto": start.clone()}
-    opponent = {"real": start, "generated": start[:, None]}
+    opponent = {"real": start, "generated": start[:, None], "proto": start}
     objective(policy, opponent, ones(policy)).per_example.sum().backward()
     assert real.grad is not None and generated.grad is not None
     assert (real.grad < 0).all()
@@ -98,7 +130,7 @@ def test_rows_do_not_mix(objective: Objective) -> None:
     generator = torch.Generator().manual_seed(0)
     real, proto = torch.randn(2, 4, generator=generator)
     generated = torch.randn(4, 3, generator=generator)
-    policy = {"real": real, "generated": generated, "proto": proto}
+    policy = {"real": real, "generated": generated, "proto": proto, "rejected": proto - 1}
     opponent = {role: value + 0.1 for role, value in policy.items()}
     together = objective(policy, opponent, ones(policy)).per_example
     for row in range(4):
@@ -116,8 +148,9 @@ def test_finite_at_the_extremes(objective: Objective, size: float) -> None:
         "real": torch.tensor([size], requires_grad=True),
         "generated": torch.tensor([[-size]], requires_grad=True),
         "proto": torch.tensor([size], requires_grad=True),
+        "rejected": torch.tensor([-size], requires_grad=True),
     }
-    opponent = {"real": torch.zeros(1), "generated": torch.zeros(1, 1)}
+    opponent = {role: torch.zeros_like(value) for role, value in policy.items()}
     value = objective(policy, opponent, ones(policy)).per_example
     value.sum().backward()
     assert value.isfinite().all()
@@ -184,6 +217,19 @@ def test_averaged_logprobs_divide_by_length() -> None:
     assert averaged == pytest.approx(loss(Tspin(beta=0.0), scores(-3, -2)))
     assert Sft()(policy, {}, lengths).per_example.item() == pytest.approx(3.0)
     assert Sft(average_logprobs=False)(policy, {}, lengths).per_example.item() == pytest.approx(9.0)
+
+
+def test_the_family_s_relations() -> None:
+    policy, opponent, zero = scores(-9, [-10, -14]), scores(-11, [-10, -12]), scores(0, [0, 0])
+    assert loss(TspinRef(alpha=0.3, beta=0.0), policy, opponent) == pytest.approx(
+        loss(Spin(lambda_=0.3), policy, opponent)
+    )
+    assert loss(AlphaSpin(lambda_=0.3), policy, opponent) == pytest.approx(loss(Spin(lambda_=0.3), policy, opponent))
+    assert loss(Ssimpo(beta=0.3, gamma=0.0), policy) == pytest.approx(loss(Tspin(alpha=0.3, beta=0.0), policy))
+    assert loss(Ssimpo(beta=0.3, gamma=0.0), policy) == pytest.approx(loss(Spin(lambda_=0.3), policy, zero))
+    pair = {"real": torch.tensor([-9.0]), "rejected": torch.tensor([-10.0])}
+    reference = {"real": torch.tensor([-11.0]), "rejected": torch.tensor([-10.0])}
+    assert loss(Dpo(), pair, reference) == pytest.approx(0.598139, abs=1e-6)
 
 
 def test_unread_responses_are_not_asked_for() -> None:

@@ -22,7 +22,7 @@ from sparring.loop import play
 from sparring.report import write_report
 from sparring.report.alarms import alarms, shortcut, tell_apart
 from sparring.report.samples import collect, visible
-from sparring.report.story import paired_difference, story
+from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir
 from sparring.types import Generation, Rendered
@@ -232,11 +232,11 @@ def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Pat
     results = Results(run.root)
     before, after = results.evaluations()[-1], results.evaluations()[0]
     tables = [read_table(folder / "evaluate" / "answers.parquet") for folder in (run.start, run.iteration(0))]
-    change, error = paired_difference(results, "sampled_accuracy", 0)
+    change, error = results.paired_difference("sampled_accuracy", -1, 0)
     assert change == pytest.approx(after["sampled_accuracy"] - before["sampled_accuracy"])
     right = [np.array(table["is_correct"].to_pylist(), dtype=float) for table in tables]
     assert error == pytest.approx((right[1] - right[0]).std() / len(right[0]) ** 0.5)
-    change, error = paired_difference(results, "held_out_nll", 0)
+    change, error = results.paired_difference("held_out_nll", -1, 0)
     assert change == pytest.approx(after["held_out_nll"] - before["held_out_nll"], abs=1e-5)
     assert 0 < error < after["held_out_nll_stderr"] + before["held_out_nll_stderr"]
 

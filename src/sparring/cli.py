@@ -177,6 +177,30 @@ def push(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML: data, model, settings.")],
+    run_dir: RunDirectory,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="With commas between; settings of one after colons: space:mu=3:train.learning_rate=1e-4")
+    ] = "sft,spin,tspin,space",
+    seeds: Annotated[int, typer.Option(help="How many.")] = 3,
+    fractions: Annotated[str, typer.Option(help="Shares of the training rows, with commas between.")] = "1.0",
+) -> None:
+    """Compare methods: one data set, one split, one starting model, several seeds. The same command continues."""
+    from sparring.compare import compare as play_all
+
+    try:
+        shares = [float(share) for share in fractions.split(",")]
+    except ValueError as error:
+        raise Refused(f"--fractions {fractions}: write numbers with commas between, such as 0.25,1.0") from error
+    comparison = play_all(recipe, run_dir, methods.split(","), seeds=seeds, fractions=shares, overrides=overrides or ())
+    typer.echo(comparison.root / "report.html")
+
+
+@app.command()
 def demo(
     run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
     method: Annotated[str, typer.Option(help="tspin, space, spin, sft, or all of them.")] = "all",

@@ -10,10 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
-from sparring.objectives import Sft, Space, Spin, Tspin
-from sparring.types import NonNegative, Positive
+from sparring.objectives import (
+    AlphaSpin,
+    ChiSquare,
+    Dpo,
+    Sft,
+    Sipo,
+    Space,
+    Spin,
+    Ssimpo,
+    Tspin,
+    TspinRef,
+)
+from sparring.types import NonNegative, Positive, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 NEUTRAL: JsonDict = {"resume": "neutral"}
@@ -103,6 +113,8 @@ class Train(Strict):
     max_length: Annotated[int, Field(ge=2)] = 2048
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_clipping: Positive | None = 1.0
+    sft_weight: NonNegative = 0.0
+    """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
     """Optimizer steps between checkpoints."""
@@ -131,9 +143,21 @@ class Evaluate(Strict):
     )
 
 
+class Stop(Strict):
+    """When a run ends before its last iteration. A function of the evaluations, so the same when it is continued."""
+
+    equilibrium: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    """The policy wins as many held-out rows as it loses, within the error, and the guards have not moved."""
+    decline: NonNegativeInt = Field(default=0, json_schema_extra=NEUTRAL)
+    """So many iterations without a better value of evaluate.save_best_by; 0: never."""
+
+
 class Recipe(Strict):
     model: str
-    method: Annotated[Sft | Spin | Tspin | Space, Field(discriminator="name")]
+    method: Annotated[
+        Sft | Spin | Tspin | Space | Sipo | Ssimpo | TspinRef | AlphaSpin | ChiSquare | Dpo,
+        Field(discriminator="name"),
+    ]
     iterations: Annotated[int, Field(ge=1, json_schema_extra=NEUTRAL)] = 4
     data: Data
     adapter: Adapter | None = None
@@ -142,6 +166,7 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), json_schema_extra=NEUTRAL)
     """Trackers that are told every number, beside metrics.jsonl."""
+    stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None
@@ -160,7 +185,7 @@ class Recipe(Strict):
             return raw
         method = raw.get("method")
         raw = {**raw, "method": {"name": method}} if isinstance(method, str) else dict(raw)
-        if "per_iteration" not in raw and raw.get("method", {}).get("name") == "tspin":
+        if "per_iteration" not in raw and raw.get("method", {}).get("name") in ("tspin", "tspin-ref"):
             raw["per_iteration"] = {0: {"method.beta": 0.0}}
         return raw
 
@@ -168,6 +193,8 @@ class Recipe(Strict):
     def consistent(self) -> Recipe:
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
+            raise ValueError("stop needs evaluate.held_out")
         for index in self.per_iteration:
             try:
                 self.at(index)
@@ -175,6 +202,15 @@ class Recipe(Strict):
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"per_iteration.{index}: {where}: {first['msg']}") from error
+        methods = [self.at(index).method for index in range(self.iterations)]
+        for index, method in enumerate(methods):
+            first = [0] if "proto" in method.needs.roles else []
+            for earlier in (*first, *range(max(0, index - method.needs.rounds + 1), index)):
+                if methods[earlier].needs.rounds == 0:
+                    raise ValueError(
+                        f"per_iteration.{index}: {method.name} plays with the answers of iteration {earlier}, in which "
+                        f"{methods[earlier].name} draws none"
+                    )
         return self
 
     def at(self, index: int) -> Recipe:
@@ -185,7 +221,7 @@ class Recipe(Strict):
         raw = {**self.model_dump(by_alias=True), "per_iteration": {}}
         for key, value in changes.items():
             section, _, _ = key.partition(".")
-            if section not in ("method", "generate", "train") or key == "method.name":
+            if section not in ("method", "generate", "train") or key == "method.name":  # a new method is given whole
                 raise ValueError(f"per_iteration.{index}: '{key}' cannot change between iterations")
             set_key(raw, key.split("."), value)
         return Recipe.model_validate(raw)
@@ -197,6 +233,7 @@ SECTIONS: Mapping[str, type[Strict]] = {
     "generate": Generate,
     "train": Train,
     "evaluate": Evaluate,
+    "stop": Stop,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparring.types import Lengths, Objective, Scores
+from sparring.types import Lengths, Objective, Role, Scores
 
 
 def game_metrics(
@@ -16,26 +16,28 @@ def game_metrics(
 ) -> Mapping[str, Float[Tensor, " batch"]]:
     """Metrics per example; several generated answers are averaged. Ties count neither as won nor as lost.
 
-    `opponent` may be empty for an objective that reads none; SFT, which has no generated answers, gets
-    its log-probs only.
+    `opponent` may be empty for an objective that reads none. Where nothing was generated the user's rejected answers
+    stand against the real ones; SFT, which has neither, gets its log-probs only.
     """
     metrics: dict[str, Tensor] = {}
     for role, logprob in policy.items():
         metrics[f"logps/{role}"] = _per_example(logprob)
         metrics[f"mean_logps/{role}"] = _per_example(logprob / lengths[role])
-    if "generated" not in policy:
+    against: Role | None = next((role for role in ("generated", "rejected") if role in policy), None)
+    if against is None:
         return metrics
     # an objective that reads no opponent has a reward of the policy alone
     reward = {
         role: objective.reward(logprob, opponent.get(role, logprob), lengths[role]) for role, logprob in policy.items()
     }
-    margin = reward["real"][:, None] - reward["generated"]
+    per_row = (len(policy["real"]), -1)
+    margin = reward["real"][:, None] - reward[against].reshape(per_row)
     metrics["rewards/real"] = reward["real"]
-    metrics["rewards/generated"] = _per_example(reward["generated"])
+    metrics[f"rewards/{against}"] = _per_example(reward[against])
     metrics["rewards/margins"] = _per_example(margin)
     metrics["rewards/accuracies"] = _per_example((margin > 0).float())
     metrics["rewards/ties"] = _per_example((margin == 0).float())
-    log_likelihood_gap = policy["real"][:, None] - policy["generated"]
+    log_likelihood_gap = policy["real"][:, None] - policy[against].reshape(per_row)
     metrics["alignment"] = _per_example((margin.sign() == log_likelihood_gap.sign()).float())
     if "proto" in policy:
         metrics["advantages/history"] = _per_example(reward["generated"] - reward["proto"][:, None])

@@ -87,7 +87,7 @@ def write_recipe(path: Path, *, model: str, data: str, method: str, lora: bool) 
         data=data,
         shape=shape,
         model=model,
-        method=COEFFICIENTS[method],
+        method=COEFFICIENTS.get(method, method),
         data_lines="".join(f"  {key}: {value}\n" for key, value in lines.items()),
         adapter=ADAPTER if lora else "",
         optimizer="adamw" if lora else "rmsprop",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from sparring.config import Recipe
 from sparring.data.tables import read_generations, read_rendered
 from sparring.rundir import STAGES, RunDir
 from sparring.seeds import seed_of
-from sparring.types import Generation, Rendered
+from sparring.types import Generation, Rendered, Role, TokenIds
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,18 @@ class Iteration:
 
     def held_out_rows(self) -> list[Rendered]:
         return read_rendered(self.run.data / "held_out.parquet")
+
+    def responses(
+        self, row: Rendered, generated: Sequence[Generation], proto: Sequence[Generation]
+    ) -> dict[Role, tuple[TokenIds, ...]]:
+        """The responses to a row that the method reads, in the order of its roles."""
+        every: dict[Role, tuple[TokenIds, ...]] = {
+            "real": (row.real_ids,),
+            "generated": tuple(answer.token_ids for answer in generated),
+            "proto": tuple(answer.token_ids for answer in proto[:1]),
+            "rejected": (row.rejected_ids,),
+        }
+        return {role: every[role] for role in self.recipe.method.needs.roles}
 
     def generations(self, index: int) -> dict[str, list[Generation]]:
         """The answers that iteration `index` drew, by row id, in the order of their samples."""

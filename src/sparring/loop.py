@@ -26,6 +26,7 @@ from sparring.prepare import prepare
 from sparring.progress import say
 from sparring.recipe_file import differences, dump_recipe, load_recipe
 from sparring.report import write_report
+from sparring.results import Results
 from sparring.rundir import RunDir
 from sparring.score import score
 from sparring.tracking import steps_before, track_evaluation, tracking
@@ -59,6 +60,9 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
                 iteration = Iteration(run, recipe.at(index), index)
                 for stage in iteration.stages:
                     worked = run_stage(iteration, stage) or worked
+                if 0 <= index < recipe.iterations - 1 and (reason := Results(run.root).reason_to_stop(index)):
+                    say(f"the run ends with iteration {index}: {reason}")
+                    break
         if worked or not run.report.is_file():
             write_report(run)
         say(f"{'done' if worked else 'all was done already'}; report: {run.report}")

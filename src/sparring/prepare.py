@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,8 @@ class Intake:
 
     def __init__(self, recipe: Recipe, renderer: Renderer) -> None:
         self.settings = recipe.data
+        methods = [recipe.method, *(recipe.at(index).method for index in recipe.per_iteration)]
+        self.is_paired = any("rejected" in method.needs.roles for method in methods)
         self.render = renderer
         self.seen: dict[str, int] = {}
         self.rejected: Counter[str] = Counter()
@@ -102,6 +105,10 @@ class Intake:
             try:
                 if isinstance(found, BadRow):
                     raise found
+                if not self.is_paired:
+                    found = replace(found, rejected=None)
+                elif found.rejected is None:
+                    raise BadRow("no 'rejected' answer to the same prompt, which dpo needs")
                 if found.id in self.seen:
                     raise BadRow(f"the same as row {self.seen[found.id]}")
                 taken.append((prompt_key(found), self.render(found)))

@@ -6,15 +6,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from sparring.commits import Json, is_committed, read_manifest
 from sparring.config import Recipe
+from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
 from sparring.iteration import DataSummary, Iteration
 from sparring.recipe_file import load_recipe
 from sparring.rundir import RunDir
+
+LEVEL = 0.1
+"""How wide, on each side, the interval of won minus lost may be at an equilibrium: it takes about 400 rows."""
+
+FLAT = 1e-3
+"""A change of a guard, in nats per token or as a share, that is none whatever its error."""
 
 State = Literal["done", "running", "to do"]
 
@@ -64,8 +74,74 @@ class Results:
 
     @cached_property
     def iterations(self) -> list[Iteration]:
-        """The start (-1) and every iteration of the recipe."""
-        return [Iteration(self.run, self.recipe.at(index), index) for index in range(-1, self.recipe.iterations)]
+        """The start (-1) and every iteration of the recipe, up to the one with which the run stopped by itself."""
+        end = self.stopped[0] + 1 if self.stopped else self.recipe.iterations
+        return [Iteration(self.run, self.recipe.at(index), index) for index in range(-1, end)]
+
+    @cached_property
+    def stopped(self) -> tuple[int, str] | None:
+        """The iteration with which the run ended before its last one, and why."""
+        for index in range(self.recipe.iterations - 1):
+            if reason := self.reason_to_stop(index):
+                return index, reason
+        return None
+
+    def reason_to_stop(self, index: int) -> str | None:
+        """Why the recipe's `stop` ends the run with this iteration; None if it goes on."""
+        stop, metric = self.recipe.stop, self.recipe.evaluate.save_best_by
+        found = self.evaluation(index) if stop.decline or stop.equilibrium else None
+        if found is None:
+            return None
+        sign = 1 if metric == "held_out_nll" else -1
+        values = {t: m[metric] for t in range(-1, index + 1) if (m := self.evaluation(t))}
+        best = min(values, key=lambda t: (sign * values[t], t))
+        if stop.decline and index - best >= stop.decline:
+            return f"no better {metric} in {index - best} iterations"
+        if (
+            stop.equilibrium
+            and self.is_level(found)
+            and all(self.is_flat(guard, index) for guard in self.guards(found))
+        ):
+            return f"equilibrium: of the held-out rows {found['rewards/accuracies']:.1%} are won against the opponent"
+        return None
+
+    def is_level(self, metrics: Mapping[str, float]) -> bool:
+        """Whether as many rows are won as lost, by an interval that is narrow enough to say so."""
+        if "rewards/accuracies" not in metrics:
+            return False
+        won, tied = metrics["rewards/accuracies"], metrics["rewards/ties"]
+        lead = 2 * won + tied - 1
+        assert self.data is not None
+        half = 1.96 * sqrt(max(0.0, 1 - tied - lead**2) / self.data.num_held_out)
+        return abs(lead) <= half <= LEVEL
+
+    def guards(self, metrics: Mapping[str, float]) -> list[str]:
+        return [name for name in ("held_out_nll", "greedy_accuracy") if name in metrics]
+
+    def is_flat(self, metric: str, index: int) -> bool:
+        """Whether an iteration left a metric where it was, within two standard errors, paired over the rows."""
+        change, error = self.paired_difference(metric, index - 1, index)
+        return abs(change) <= max(2 * error, FLAT)
+
+    def paired_difference(self, metric: str, before: int, after: int) -> tuple[float, float]:
+        """(change of a metric between two iterations, its standard error), row by row; -1 is the start."""
+        rows = read_rendered(self.run.data / "held_out.parquet")
+        tables = [
+            read_table(Iteration(self.run, self.recipe, t).stage("evaluate") / "answers.parquet")
+            for t in (before, after)
+        ]
+        if metric == "held_out_nll":
+            old, new = (-table["real_logprob"].to_numpy() for table in tables)
+            weights = np.array([len(row.real_ids) for row in rows])
+        else:
+            column = "is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"
+            found = [table[column].to_pylist() for table in tables]
+            both = [(b, a) for b, a in zip(*found, strict=True) if b is not None and a is not None]
+            old, new = np.array(both, dtype=np.float64).T
+            weights = np.ones(len(both))
+        difference = (new - old).astype(np.float64)
+        change = difference.sum() / weights.sum()
+        return float(change), float(np.sqrt(((difference - change * weights) ** 2).sum()) / weights.sum())
 
     def stages(self) -> list[StageState]:
         if self.data is None:
@@ -95,7 +171,7 @@ class Results:
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
     def evaluations(self) -> dict[int, dict[str, float]]:
-        every = {index: self.evaluation(index) for index in range(-1, self.recipe.iterations)}
+        every = {iteration.index: self.evaluation(iteration.index) for iteration in self.iterations}
         return {index: metrics for index, metrics in every.items() if metrics is not None}
 
     def training(self, index: int) -> list[dict[str, float]]:
@@ -123,6 +199,7 @@ class Results:
             "run": str(self.run.root),
             "method": self.recipe.method.name,
             "iterations": self.recipe.iterations,
+            "stopped": self.stopped,
             "owner": self.run.owner(),
             "data": asdict(self.data) if self.data else None,
             "stages": [asdict(stage) for stage in self.stages()],

@@ -6,6 +6,7 @@ Training then holds one model, and no epoch pays for the opponent again.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,34 +22,44 @@ from sparring.types import Group
 
 
 def score(iteration: Iteration) -> None:
-    """Writes score/opponent.parquet: the real answers, and the generated ones of every round in play."""
+    """Writes score/opponent.parquet: the log-probs of every response that the objective reads, of every round in play.
+
+    Where the objective has an anchor they are those of a geometric mixture: anchor * log p_start + (1 - anchor) *
+    log p_opponent.
+    """
     start = time.monotonic()
     run, settings = iteration.run, iteration.recipe.train
-    rounds = iteration.rounds()
+    needs, rounds = iteration.recipe.method.needs, iteration.rounds()
     answers = {t: iteration.generations(t) for t in rounds}
     rows = iteration.train_rows()
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
-    groups = [
-        Group(
-            row.id,
-            row.prompt_ids,
-            {"real": (row.real_ids,), "generated": tuple(answers[t][row.id][s].token_ids for t, s in keys)},
-        )
-        for row in rows
-    ]
-    reads = run.reads(run.data, iteration.opponent, *(run.stage(t, "generate") for t in rounds))
+    proto = iteration.generations(0) if "proto" in needs.roles else {}
+    groups = []
+    for row in rows:
+        drawn = [answers[t][row.id][s] for t, s in keys]
+        groups.append(Group(row.id, row.prompt_ids, iteration.responses(row, drawn, proto.get(row.id, []))))
+    is_anchored = needs.anchor > 0 and iteration.index > 0
+    models = [iteration.opponent, *([Path(iteration.data.model)] if is_anchored else [])]
+    drawn_in = [run.stage(t, "generate") for t in (*rounds, *((0,) if proto else ()))]
+    reads = run.reads(run.data, *models, *drawn_in)
     dtype = getattr(torch, iteration.recipe.weights_dtype)
-    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device())
-    scorer = Scorer(model, getattr(torch, settings.dtype))
-    with track(f"score {iteration.index}", len(groups)) as advance:
-        scores = score_groups(scorer, groups, settings.micro_batch_tokens, advance)
+    found = []
+    for path in models:
+        model = load_model(path, dtype=dtype, device=distributed.device())
+        scorer = Scorer(model, getattr(torch, settings.dtype))
+        with track(f"score {iteration.index}", len(groups)) as advance:
+            found.append(score_groups(scorer, groups, settings.micro_batch_tokens, advance))
+    scores = found[0]
+    if is_anchored:
+        scores = {role: needs.anchor * found[1][role] + (1 - needs.anchor) * found[0][role] for role in scores}
     ids = [row.id for row in rows]
+    places = {role: keys if role == "generated" else [(0, 0)] for role in scores}
     columns = {
-        "id": np.concatenate([ids, np.repeat(ids, len(keys))]),
-        "role": ["real"] * len(ids) + ["generated"] * len(ids) * len(keys),
-        "round": [0] * len(ids) + [t for t, _ in keys] * len(ids),
-        "sample": [0] * len(ids) + [s for _, s in keys] * len(ids),
-        "logprob": np.concatenate([scores["real"], scores["generated"].reshape(-1)]),
+        "id": np.concatenate([np.repeat(ids, len(places[role])) for role in scores]),
+        "role": [role for role in scores for _ in range(len(ids) * len(places[role]))],
+        "round": [t for role in scores for t, _ in places[role] * len(ids)],
+        "sample": [s for role in scores for _, s in places[role] * len(ids)],
+        "logprob": np.concatenate([values.reshape(-1) for values in scores.values()]),
     }
     with commit(
         iteration.stage("score"),

@@ -41,6 +41,8 @@ def print_status(results: Results) -> None:
             stage.progress or "  ".join(f"{SHORT[name]} {value:.4g}" for name, value in stage.metrics.items()),
         )
     console.print(table)
+    if results.stopped:
+        console.print(f"ended by itself after iteration {results.stopped[0]}: {results.stopped[1]}")
     if best := results.best():
         where = "the starting model" if best.iteration < 0 else f"iteration {best.iteration}"
         console.print(f"best by {best.metric}: {where} ({best.value:.4f})")

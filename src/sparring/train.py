@@ -87,7 +87,7 @@ def train(iteration: Iteration) -> None:
 
             while True:
                 try:
-                    metrics = forward_backward(scorer, objective, batch, token_budget)
+                    metrics = forward_backward(scorer, objective, batch, token_budget, settings.sft_weight)
                     break
                 except RuntimeError as error:
                     largest = max(group_tokens(scorer.kind, play.group) for play in batch)
@@ -144,9 +144,11 @@ def save_policy(model: PreTrainedModel, iteration: Iteration, folder: Path) -> N
 
 
 def forward_backward(
-    scorer: Scorer, objective: Objective, batch: Sequence[Play], token_budget: int
+    scorer: Scorer, objective: Objective, batch: Sequence[Play], token_budget: int, sft_weight: float = 0.0
 ) -> dict[str, float]:
     """Adds the gradient of the batch's mean loss to the parameters; returns the means of all metrics.
+
+    To the gradient, and not to the loss that is returned, `sft_weight` times the real answers' NLL per token is added.
 
     The loss is divided by the examples of the whole step before each backward pass, so that how the step
     is cut into micro-batches changes nothing but rounding.
@@ -159,7 +161,10 @@ def forward_backward(
         policy, lengths = layout.scores(scorer(layout)), layout.lengths()
         opponent = _stack(chosen, scorer.device)
         loss = objective(policy, opponent, lengths)
-        distributed.backward(loss.per_example.sum() / len(batch))
+        total = loss.per_example
+        if sft_weight:
+            total = total - sft_weight * policy["real"] / lengths["real"]
+        distributed.backward(total.sum() / len(batch))
         num_tokens += layout.computed_tokens
         detached: Scores = {role: logprob.detach() for role, logprob in policy.items()}
         parts.append(
@@ -180,20 +185,18 @@ def load_plays(iteration: Iteration) -> list[Play]:
     roles = needs.roles
     answers = {t: iteration.generations(t) for t in iteration.rounds()} if "generated" in roles else {}
     proto = iteration.generations(0) if "proto" in roles else {}
-    scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else None
+    scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
     plays = []
     for t in answers or (0,):
         for row in iteration.train_rows():
-            responses: dict[Role, tuple[np.ndarray, ...]] = {"real": (row.real_ids,)}
-            if "generated" in roles:
-                responses["generated"] = tuple(answer.token_ids for answer in answers[t][row.id])
-            if "proto" in roles:
-                responses["proto"] = (proto[row.id][0].token_ids,)
+            responses = iteration.responses(row, answers[t][row.id] if answers else [], proto.get(row.id, []))
             opponent: dict[Role, np.ndarray] = {}
-            if scores is not None:
-                drawn = [scores[row.id, "generated", t, sample] for sample in range(len(responses["generated"]))]
-                opponent["real"] = np.array(scores[row.id, "real", 0, 0], dtype=np.float32)
-                opponent["generated"] = np.array(drawn, dtype=np.float32)
+            for role in roles if needs.opponent else ():
+                if role == "generated":
+                    found = [scores[row.id, role, t, sample] for sample in range(len(responses[role]))]
+                else:
+                    found = scores[row.id, role, 0, 0]
+                opponent[role] = np.array(found, dtype=np.float32)
             plays.append(Play(Group(row.id, row.prompt_ids, responses), opponent))
     return plays
 

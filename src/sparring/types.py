@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Role = Literal["real", "generated", "proto"]
-"""Who wrote a response: the data set, the opponent, or the model that the run started from."""
+Role = Literal["real", "generated", "proto", "rejected"]
+"""Who wrote a response: the data set, the opponent, the model that the run started from, or whoever gave the worse
+answer of the user's preference pairs."""
 
 Finish = Literal["stop", "length"]
 """Why a response ends: with its end token, or cut at a limit (then it has no end token)."""
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
 
 TokenIds = Int[np.ndarray, " _"]
 
 Scores = Mapping[Role, Float[Tensor, "..."]]
 """log p(response | prompt) in nats, summed over response tokens.
-`real` and `proto`: shape [batch]. `generated`: shape [batch, samples]."""
+`generated`: shape [batch, samples]; the others: shape [batch]."""
 
 Lengths = Mapping[Role, Int[Tensor, "..."]]
 """Number of response tokens, in the shapes of `Scores`."""
@@ -43,6 +45,7 @@ class Example:
     id: str  # of the content, so that it survives reordering; everything is joined by it
     row: int  # where it stands in the user's file, from 1
     messages: tuple[Message, ...]
+    rejected: str | None = None  # the worse answer to the same prompt, of preference data
 
     @property
     def answer(self) -> str:
@@ -60,6 +63,7 @@ class Rendered:
     real_finish: Finish
     prompt: str  # for people and checkers; never tokenized again
     real: str
+    rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty where there is none
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Needs(NamedTuple):
     roles: tuple[Role, ...]
     opponent: bool  # the opponent's log-probs
     rounds: int  # how many rounds of generated answers enter an iteration (SPIN: t and t-1)
+    anchor: float = 0.0  # the starting model's share, in log-probs, of what stands for the opponent's
 
 
 @runtime_checkable

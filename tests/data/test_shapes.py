@@ -72,6 +72,23 @@ def test_shapes(row: Mapping[str, object], expected: list[tuple[str, str]]) -> N
     assert turns(row) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("rejected", "expected"),
+    [
+        ("5", "5"),
+        ([{"role": "user", "content": Q}, {"role": "assistant", "content": "5"}], "5"),
+        ([{"role": "user", "content": "another prompt"}, {"role": "assistant", "content": "5"}], None),
+        (" ", None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_worse_answer_of_a_pair(rejected: object, expected: str | None) -> None:
+    row = {"prompt": Q, "chosen": A, "rejected": rejected}
+    (example,) = examples(row, 1, detect_shape(row, {}, None, "rows"), "last")
+    assert example.rejected == expected
+
+
 def test_alpaca_history_becomes_turns() -> None:
     row = {"instruction": Q, "output": A, "history": [["Hi", "Hello"]]}
     assert turns(row) == [[("user", "Hi"), ("assistant", "Hello"), *ONE]]

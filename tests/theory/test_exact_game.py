@@ -2,6 +2,7 @@
 
 A policy is a softmax over five outcomes. Expectations are sums over all pairs and triples of outcomes, so there
 is no sampling; the minimum is found with L-BFGS in float64. The numbers are those of the golden toy.
+The figures of docs/objectives are of the same game (scripts/draw_exact_games).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.objectives import Space, Spin, Tspin
-from sparring.types import Objective
+from sparring.objectives import AlphaSpin, ChiSquare, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
+from sparring.types import Loss, Objective, Scores
 
 P_DATA = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05], dtype=torch.float64)
 P_OPPONENT = torch.tensor([0.10, 0.30, 0.20, 0.15, 0.25], dtype=torch.float64)
@@ -28,7 +29,7 @@ def expected_loss(objective: Objective, logp: Tensor, opponent: Tensor, noise: T
     weight = P_DATA[real] * noise[generated] * first[proto]
     policy = {"real": logp[real], "generated": logp[generated][:, None], "proto": logp[proto]}
     reference = opponent.log()
-    against = {"real": reference[real], "generated": reference[generated][:, None]}
+    against = {"real": reference[real], "generated": reference[generated][:, None], "proto": reference[proto]}
     lengths = {role: torch.ones_like(value, dtype=torch.long) for role, value in policy.items()}
     return (weight * objective(policy, against, lengths).per_example).sum()
 
@@ -62,6 +63,9 @@ def total_variation(p: Tensor) -> float:
 @pytest.mark.parametrize(
     ("objective", "closed_form"),
     [
+        (TspinRef(alpha=2.0, beta=0.0), tilted(0.5)),
+        (AlphaSpin(lambda_=2.0, alpha=0.0), tilted(0.5)),
+        (Ssimpo(beta=2.0, gamma=0.0), tilted(0.5, torch.ones(5, dtype=torch.float64), P_OPPONENT)),
         *((Spin(lambda_=scale), tilted(1 / scale)) for scale in (0.5, 1.0, 2.0)),
         *((Spin(lambda_=scale, loss="exponential"), tilted(1 / (2 * scale))) for scale in (0.5, 1.0)),
         (Tspin(beta=0.0), tilted(1.0, torch.ones(5, dtype=torch.float64), P_OPPONENT)),
@@ -110,7 +114,10 @@ def gradient(objective: Objective, p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("objective", "scale"),
-    [(Spin(lambda_=0.1), 0.05), (Spin(lambda_=2.0), 1.0), (Space(mu=1.0), 0.5), (Space(mu=3.0), 0.75)],
+    [
+        *((Spin(lambda_=scale), scale / 2) for scale in (0.1, 0.5, 2.0)),
+        *((Space(mu=mu), mu / (1 + mu)) for mu in (0.5, 1.0, 3.0, 7.0)),
+    ],
     ids=repr,
 )
 def test_the_first_step_is_a_scaled_sft_step(objective: Objective, scale: float) -> None:
@@ -121,17 +128,48 @@ def test_the_first_step_is_a_scaled_sft_step(objective: Objective, scale: float)
     torch.testing.assert_close(gradient(objective, P_OPPONENT), scale * logits.grad)
 
 
-def test_greedy_samples_break_the_sft_identity() -> None:
-    """A control: the opponent's most likely answer in place of a sample moves the first step."""
-    greedy = torch.zeros_like(P_OPPONENT)
-    greedy[P_OPPONENT.argmax()] = 1.0
-    logits = P_OPPONENT.log().clone().requires_grad_()
-    expected_loss(Space(), logits.log_softmax(0), P_OPPONENT, greedy, P_FIRST).backward()
-    assert logits.grad is not None
-    assert (logits.grad - gradient(Space(), P_OPPONENT)).abs().max() > 0.1
+def greedy(p: Tensor) -> Tensor:
+    return (p == p.max()).to(p.dtype)
 
 
-@pytest.mark.parametrize("objective", [Spin(lambda_=0.1), Spin(lambda_=5.0), Space(), Space(mu=7.0)], ids=repr)
+def truncated(p: Tensor, top_p: float = 0.8) -> Tensor:
+    """The most likely outcomes that together reach top_p."""
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+    q = torch.zeros_like(p)
+    q[kept] = p[kept]
+    return q / q.sum()
+
+
+@pytest.mark.parametrize("noise", [greedy, truncated])
+@pytest.mark.parametrize("objective", [Spin(lambda_=2.0), *(Space(mu=mu) for mu in (0.5, 1.0, 3.0, 7.0))], ids=repr)
+def test_greedy_and_truncated_samples_break_the_sft_identity(
+    objective: Objective, noise: Callable[[Tensor], Tensor]
+) -> None:
+    """The first step then turns away from what is sampled too often, and p_data is no fixed point any more."""
+    for p in (P_OPPONENT, P_DATA):
+        logits = p.log().clone().requires_grad_()
+        expected_loss(objective, logits.log_softmax(0), p, noise(p), P_FIRST).backward()
+        assert logits.grad is not None
+        true = gradient(objective, p)
+        assert (logits.grad - true).abs().max() > 0.02
+        oversampled = (noise(p) - p).argmax()
+        assert logits.grad[oversampled] > true[oversampled]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Spin(lambda_=0.1),
+        Spin(lambda_=5.0),
+        *(Space(mu=mu) for mu in (0.5, 1.0, 3.0, 7.0)),
+        Sipo(),
+        ChiSquare(),
+        TspinRef(beta=0.0),
+        AlphaSpin(alpha=0.0),
+    ],
+    ids=repr,
+)
 def test_the_data_distribution_is_a_fixed_point(objective: Objective) -> None:
     torch.testing.assert_close(gradient(objective, P_DATA), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
 
@@ -139,6 +177,47 @@ def test_the_data_distribution_is_a_fixed_point(objective: Objective) -> None:
 def test_the_data_distribution_is_no_fixed_point_of_tspin() -> None:
     flat = torch.full((5,), 0.2, dtype=torch.float64)
     torch.testing.assert_close(solve(Tspin(beta=0.0), P_DATA), flat, atol=1e-6, rtol=0)
+
+
+def test_alpha_spin_s_optimum_has_the_first_model_in_it() -> None:
+    """p_0^alpha p_t^(1-alpha) (p_data / p_t)^(1/lambda); the reference is the mixture that the score stage makes."""
+    anchor, scale = 0.25, 2.0
+    mixture = P_FIRST**anchor * P_OPPONENT ** (1 - anchor)
+    found = solve(AlphaSpin(lambda_=scale, alpha=anchor), mixture, noise=P_OPPONENT)
+    torch.testing.assert_close(found, tilted(1 / scale, mixture, P_OPPONENT), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("objective", [Sipo(tau=0.5), ChiSquare(lambda_=1.0)], ids=repr)
+def test_the_squared_losses_halve_the_distance_in_a_round(objective: Objective) -> None:
+    p = P_FIRST
+    for _ in range(8):
+        following = solve(objective, p)
+        assert 0.4 < total_variation(following) / total_variation(p) < 0.6
+        p = following
+
+
+def test_the_squared_losses_do_not_reach_the_data_in_one_round() -> None:
+    for objective in (Sipo(tau=0.5), ChiSquare(lambda_=1.0), ChiSquare(lambda_=1.0, c=0.2)):
+        assert total_variation(solve(objective, P_OPPONENT)) > 0.02
+    logp = P_OPPONENT.log().clone().requires_grad_()  # free: it need not stay normalised
+    expected_loss(ChiSquare(lambda_=1.0, c=0.5), logp, P_OPPONENT, P_OPPONENT, P_FIRST).backward()
+    assert logp.grad is not None
+    # a quadratic: its minimum, (p_data - p_t) / (c (p_data + p_t)), lies one Newton step from 0
+    reward = (P_DATA - P_OPPONENT) / (0.5 * (P_DATA + P_OPPONENT))
+    torch.testing.assert_close(-logp.grad / (0.5 * (P_DATA + P_OPPONENT)), reward)
+
+
+def test_an_sft_term_keeps_space_s_optimum_and_moves_t_spin_s_towards_the_data() -> None:
+    def best(objective: Objective, weight: float) -> Tensor:
+        class WithSft:
+            def __call__(self, *scores: Scores) -> Loss:
+                return Loss(objective(*scores).per_example - weight * scores[0]["real"])  # type: ignore[arg-type]
+
+        return solve(WithSft(), P_OPPONENT)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(best(Space(), 3.0), P_DATA, atol=1e-6, rtol=0)
+    far = [total_variation(best(Tspin(beta=0.0), weight)) for weight in (0.0, 0.3, 3.0)]
+    assert far == sorted(far, reverse=True) and far[0] > 2 * far[-1]
 
 
 def distances(round_of: Callable[[int, Tensor], Tensor], rounds: int) -> list[float]:
@@ -164,6 +243,35 @@ def test_exact_play() -> None:
     damped = distances(lambda t, p: solve(Tspin(beta=0.1 if t else 0.0), p), 5)
     assert damped == pytest.approx([0.138, 0.236, 0.113, 0.168, 0.120], abs=1e-3)
     assert distances(lambda t, p: solve(Space(), p), 2) == pytest.approx([0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(0.4, 1.5), (0.5, 1.0), (1.0, 0.0), (2.0, 0.5), (5.0, 0.8)])
+def test_spin_contracts_only_above_one_half(scale: float, factor: float) -> None:
+    """log p_(t+1)/p_data = (1 - 1/lambda) log p_t/p_data + constant, round after round."""
+
+    def deviation(p: Tensor) -> float:
+        ratio = (p / P_DATA).log()
+        return (ratio - ratio.mean()).norm().item()
+
+    p = P_OPPONENT
+    for _ in range(3):
+        following = solve(Spin(lambda_=scale), p)
+        assert deviation(following) == pytest.approx(factor * deviation(p), abs=1e-4)
+        p = following
+
+
+def test_tspin_swings_with_period_two_and_history_damps_it() -> None:
+    """Without history and at alpha 1: p -> p_data / p, twice is the identity. With it: settles near sqrt(p_data)."""
+    once = solve(Tspin(beta=0.0), P_FIRST)
+    torch.testing.assert_close(solve(Tspin(beta=0.0), once), P_FIRST, atol=1e-6, rtol=0)
+    p, steps = once, []
+    for _ in range(30):
+        following = solve(Tspin(beta=0.1), p)
+        steps.append((following - p).abs().sum().item())
+        p = following
+    assert steps[-1] < 0.02 * steps[0]
+    flattened = P_DATA.sqrt() / P_DATA.sqrt().sum()
+    assert 0.5 * (p - flattened).abs().sum() < 0.05 < total_variation(p)
 
 
 def test_spin_start_loss_is_exact() -> None:

@@ -70,10 +70,12 @@ class Renderer:
         return xxhash.xxh3_128_hexdigest(used.encode())
 
     def __call__(self, example: Example) -> Rendered:
-        if self.text_template is None:
-            prompt, prompt_ids, response_ids = self._chat(example.messages)
-        else:
-            prompt, prompt_ids, response_ids = self._text(example.messages)
+        form = self._chat if self.text_template is None else self._text
+        prompt, prompt_ids, response_ids = form(example.messages)
+        rejected_ids = list[int]()
+        if example.rejected is not None:
+            worse = Message(role="assistant", content=example.rejected)
+            _, _, rejected_ids = form([*example.messages[:-1], worse])
         room = self.max_length - len(prompt_ids)
         if not prompt_ids or room < 1:
             problem = "has no tokens" if not prompt_ids else f"has {len(prompt_ids)} tokens, which leaves no room"
@@ -87,6 +89,7 @@ class Renderer:
             real_finish="stop" if len(response_ids) <= cap else "length",
             prompt=prompt,
             real=example.answer,
+            rejected_ids=np.array(rejected_ids[:cap], dtype=np.int32),
         )
 
     # The template's white space after the end token ("<|im_end|>\n") is not part of the answer: a model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import xxhash
@@ -55,6 +55,15 @@ def _chosen(row: Row) -> list[Message]:
     return [*_system(row), *_without_prefix(_side(row["prompt"], "user"), _side(row["chosen"], "assistant"))]
 
 
+def _rejected(row: Row, example: Example) -> str | None:
+    """The worse answer, if there is one to the same prompt. Only DPO asks for it, so a broken one is no fault here."""
+    try:
+        *before, last = _chosen({**row, "chosen": row["rejected"]})
+    except BadRow:
+        return None
+    return last["content"] if tuple(before) == example.messages[:-1] and last["content"].strip() else None
+
+
 def _real(row: Row) -> list[Message]:
     return _side(row["real"], "assistant")
 
@@ -77,7 +86,7 @@ SHAPES = (
     Shape("messages", ("messages",), _messages),
     Shape("conversations", ("conversations",), _conversations, ("system",)),
     Shape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("system",)),
-    Shape("prompt/chosen", ("prompt", "chosen"), _chosen, ("system",)),
+    Shape("prompt/chosen", ("prompt", "chosen"), _chosen, ("system", "rejected")),
     Shape("real", ("real",), _real),
     Shape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
     Shape("question/answer", ("question", "answer"), _question_answer, ("system",)),
@@ -129,6 +138,8 @@ def examples(row: Row, number: int, shape: Shape, turns: Turns) -> list[Example]
         raise BadRow("no assistant turn after a user turn")
     chosen = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
     found = [Example(_id(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in chosen]
+    if shape.name == "prompt/chosen" and row.get("rejected") is not None:
+        found = [replace(example, rejected=_rejected(row, example)) for example in found]
     for example in found:
         if not example.answer.strip():
             raise BadRow("the answer is empty")

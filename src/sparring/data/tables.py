@@ -23,6 +23,7 @@ ROWS = pa.schema(
         "real_finish": pa.string(),
         "prompt": pa.string(),
         "real": pa.string(),
+        "rejected_ids": IDS,
     }
 )
 

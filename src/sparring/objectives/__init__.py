@@ -1,10 +1,39 @@
 """The games. To add one: a file like these, a line here, a page in docs/objectives/."""
 
+from sparring.objectives.alpha_spin import AlphaSpin
+from sparring.objectives.chi_square import ChiSquare
+from sparring.objectives.dpo import Dpo
 from sparring.objectives.sft import Sft
+from sparring.objectives.sipo import Sipo
 from sparring.objectives.space import Space
 from sparring.objectives.spin import Spin
+from sparring.objectives.ssimpo import Ssimpo
 from sparring.objectives.tspin import Tspin
+from sparring.objectives.tspin_ref import TspinRef
 
-OBJECTIVES = {"sft": Sft, "spin": Spin, "tspin": Tspin, "space": Space}
+OBJECTIVES = {
+    "sft": Sft,
+    "spin": Spin,
+    "tspin": Tspin,
+    "space": Space,
+    "s-ipo": Sipo,
+    "s-simpo": Ssimpo,
+    "tspin-ref": TspinRef,
+    "alpha-spin": AlphaSpin,
+    "chi-square": ChiSquare,
+    "dpo": Dpo,
+}
 
-__all__ = ["OBJECTIVES", "Sft", "Space", "Spin", "Tspin"]
+__all__ = [
+    "OBJECTIVES",
+    "AlphaSpin",
+    "ChiSquare",
+    "Dpo",
+    "Sft",
+    "Sipo",
+    "Space",
+    "Spin",
+    "Ssimpo",
+    "Tspin",
+    "TspinRef",
+]

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from sparring.commits import is_committed
 from sparring.data.tables import read_generations, read_rendered
-from sparring.report.story import paired_difference
 from sparring.results import Results
 from sparring.types import Generation, Rendered
 
@@ -25,7 +24,7 @@ def alarms(results: Results) -> list[str]:
     found: list[str] = []
     if -1 in evaluations and played:
         start, last = evaluations[-1], evaluations[played[-1]]
-        change, error = paired_difference(results, "held_out_nll", played[-1])
+        change, error = results.paired_difference("held_out_nll", -1, played[-1])
         if change > 2 * error:
             found.append(
                 f"The likelihood of real answers falls: held-out NLL is {change:.3f} ± {error:.3f} nats per token "

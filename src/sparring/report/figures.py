@@ -106,7 +106,7 @@ def draw(results: Results) -> list[Figure]:
         shown = [c for c in curves if any(c.metric in metrics for metrics in evaluations.values())]
         if shown and len(evaluations) > 1:
             figures.append(Figure(title, caption, _held_out(evaluations, shown)))
-    lines = [(index, results.training(index)) for index in range(results.recipe.iterations)]
+    lines = [(index, results.training(index)) for index in (i.index for i in results.iterations if i.index >= 0)]
     for title, caption, curves in TRAINING:
         shown = [c for c in curves if any(c.metric in line for _, ls in lines for line in ls)]
         if shown:
@@ -137,7 +137,7 @@ def _held_out(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve])
         axes.set_xticks(list(evaluations), ["start" if i < 0 else str(i) for i in evaluations])
         axes.set_xlabel("iteration")
 
-    return _svg(plot, has_legend=len(curves) > 1)
+    return svg(plot, has_legend=len(curves) > 1)
 
 
 def _training(lines: list[tuple[int, list[dict[str, float]]]], curves: Sequence[Curve]) -> Markup:
@@ -162,10 +162,10 @@ def _training(lines: list[tuple[int, list[dict[str, float]]]], curves: Sequence[
                 offset += len(steps)
         axes.set_xlabel("optimizer step; a line where an iteration begins")
 
-    return _svg(plot, has_legend=len(curves) > 1)
+    return svg(plot, has_legend=len(curves) > 1)
 
 
-def _svg(plot: Callable[[Axes], None], *, has_legend: bool) -> Markup:
+def svg(plot: Callable[[Axes], None], *, has_legend: bool) -> Markup:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
