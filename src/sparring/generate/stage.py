@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from sparring import distributed
 from sparring.commits import commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
-from sparring.progress import track
+from sparring.progress import say, track
 from sparring.types import OpenBackend, Prompt
 
 PART_PROMPTS = 512
+
+MANY_COPIES = 0.5
+"""The share of answers equal to the real ones from which a person is told."""
 
 
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
@@ -35,7 +40,8 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     tokenizer = load_tokenizer(iteration.opponent)
     final = iteration.stage("generate")
     work = run.work(final)
-    num_tokens = num_stopped = 0
+    real = {row.id: row.real_ids for row in iteration.train_rows()}
+    num_tokens = num_stopped = num_copies = 0
     with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
         for part in range(0, len(prompts), PART_PROMPTS):
             path = work / f"part-{part // PART_PROMPTS:05d}.parquet"
@@ -51,6 +57,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
                 commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
             num_tokens += sum(len(a.token_ids) for a in answers)
             num_stopped += sum(a.finish == "stop" for a in answers)
+            num_copies += sum(np.array_equal(a.token_ids, real[a.id]) for a in answers)
     commit_folder(
         work,
         final,
@@ -61,5 +68,11 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
             "answers": len(prompts),
             "tokens": num_tokens,
             "end_rate": num_stopped / len(prompts),
+            "copy_rate": num_copies / len(prompts),
         },
     )
+    if num_copies > MANY_COPIES * len(prompts):
+        say(
+            f"note: {num_copies / len(prompts):.0%} of the opponent's answers to training prompts are the real ones, "
+            "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
+        )
