@@ -11,3 +11,7 @@ class RunMismatch(Refused):
 
 class Stopped(Exception):
     """The run stopped to protect what it has: nothing that was committed is lost. Exit code 1."""
+
+
+class Damaged(Stopped):
+    """Bytes on disk are not those that were written. `play` makes again what can be made again."""

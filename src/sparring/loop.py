@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from sparring import distributed
-from sparring.commits import is_committed, replace_file
+from sparring.commits import is_committed, read_sealed, replace_file, seal_json
 from sparring.config import Recipe
-from sparring.errors import Refused, RunMismatch
+from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import evaluate
 from sparring.generate import generate, open_backend
 from sparring.iteration import Iteration
 from sparring.prepare import prepare
 from sparring.progress import say
-from sparring.recipe_file import differences, dump_recipe, load_recipe
+from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -48,9 +48,7 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         record_session(run)
-        if is_committed(run.data):
-            run.check_lineage(run.data)
-        else:
+        if not is_done(run, run.data):
             prepare(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
@@ -70,8 +68,7 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
 def run_stage(iteration: Iteration, stage: str) -> bool:
     """Runs a stage unless it is done. Returns whether there was something to do."""
     final = iteration.stage(stage)
-    if is_committed(final):
-        iteration.run.check_lineage(final)
+    if is_done(iteration.run, final):
         shutil.rmtree(iteration.run.work(final), ignore_errors=True)  # left by a death just after the commit
         return False
     recipe = iteration.recipe
@@ -98,12 +95,29 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     return True
 
 
+def is_done(run: RunDir, folder: Path) -> bool:
+    """Whether a stage's folder is there, whole, and made from what is there now. A damaged one is set aside.
+
+    What a stage makes is a function of what it reads, so making it again brings the same bytes back; where it
+    does not (other software, another machine), the lineage of the stages after it says so.
+    """
+    if not folder.exists():
+        return False
+    try:
+        run.verify(folder)
+    except Damaged as problem:
+        say(f"{problem}; the damaged one is kept as {run.set_aside(folder)}")
+        return False
+    run.check_lineage(folder)
+    return True
+
+
 def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
     """Runs one stage of a run by hand; the stages before it must be done."""
     run = RunDir(run_dir)
     if not run.recipe.is_file() or not is_committed(run.data):
         raise Refused(f"{run.root} is not a run yet; start it with 'sparring run RECIPE {run.root}'")
-    recipe = load_recipe(run.recipe)
+    recipe = load_own_recipe(run.recipe)
     if not -1 <= index < recipe.iterations:
         raise Refused(
             f"--iteration {index}: the run has the iterations 0 to {recipe.iterations - 1}, and -1, its start"
@@ -126,7 +140,7 @@ def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
 def settle(run: RunDir, recipe: Recipe) -> None:
     """Writes the resolved recipe, or refuses settings that would change what is already there."""
     if run.recipe.is_file():
-        if changed := differences(load_recipe(run.recipe), recipe):
+        if changed := differences(load_own_recipe(run.recipe), recipe):
             raise RunMismatch(
                 f"{run.root} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
@@ -134,12 +148,16 @@ def settle(run: RunDir, recipe: Recipe) -> None:
             )
     elif is_committed(run.data):
         raise RunMismatch(f"{run.root} has data but no recipe.yaml; use another run directory")
-    replace_file(run.recipe, dump_recipe(recipe))
+    replace_file(run.recipe, own_recipe(recipe))
 
 
 def record_session(run: RunDir) -> None:
     """Adds to env.json what this process runs on. Says so when the software has changed since the run began."""
-    sessions = json.loads(run.env.read_text(encoding="utf-8")) if run.env.is_file() else []
+    try:
+        sessions = json.loads(read_sealed(run.env))["sessions"] if run.env.is_file() else []
+    except Damaged as problem:
+        say(f"{problem}; it is kept as {run.set_aside(run.env)}, and a new one is begun")
+        sessions = []
     session = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {package: version(package) for package in PACKAGES},
@@ -156,7 +174,7 @@ def record_session(run: RunDir) -> None:
                 f"note: {key} were {sessions[0][key]} when this run began and are {session[key]} now; "
                 "what is made from here on may differ in rounding"
             )
-    replace_file(run.env, json.dumps([*sessions, session], indent=1) + "\n")
+    replace_file(run.env, seal_json({"sessions": [*sessions, session]}))
 
 
 def source_commit() -> str | None:

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sparring import strict_yaml
+from sparring.commits import UNSEALED, read_sealed, seal
 from sparring.config import NEUTRAL, SECTIONS, Recipe, set_key
-from sparring.errors import Refused
+from sparring.errors import Damaged, Refused
 from sparring.objectives import OBJECTIVES
 
 
@@ -43,6 +44,21 @@ def make_recipe(raw: object, lines: strict_yaml.Lines | None = None, source: str
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every setting written out."""
     return yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def own_recipe(recipe: Recipe) -> str:
+    """What a run directory keeps: the resolved recipe, with a hash that tells an edited or damaged one."""
+    return seal(
+        f"# xxh3 {UNSEALED}  (a run's own copy: change the recipe that you give, not this one)\n{dump_recipe(recipe)}"
+    )
+
+
+def load_own_recipe(path: Path) -> Recipe:
+    try:
+        raw, lines = strict_yaml.parse(read_sealed(path), str(path))
+    except Damaged as problem:
+        raise Refused(f"{problem}. Put the old text back, or use another run directory") from problem
+    return make_recipe(raw, lines, str(path))
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -31,6 +31,7 @@ class RunDir:
         self.report = self.root / "report.html"
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
+        self._outside: dict[Path, str] = {}
 
     def iteration(self, index: int) -> Path:
         return self.root / f"iter-{index:02d}"
@@ -48,18 +49,32 @@ class RunDir:
         return self.stage(index, "train") / "model"
 
     def digest(self, path: Path) -> str:
-        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run."""
+        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run.
+
+        Every path is read through once per process: 13 GiB of weights are hashed at the speed of the disk.
+        """
         if not path.is_relative_to(self.root):
-            return hash_path(path)
+            if path not in self._outside:
+                self._outside[path] = hash_path(path)
+            return self._outside[path]
         for committed in (path, *path.parents):
             if is_committed(committed):
-                if committed not in self._verified:
-                    self._verified[committed] = verify(committed)
                 inside = path.relative_to(committed).as_posix()
-                return self._verified[committed].digest("" if inside == "." else inside + "/")
+                return self.verify(committed).digest("" if inside == "." else inside + "/")
             if committed == self.root:
                 break
         raise Stopped(f"{path} has not been made yet")
+
+    def verify(self, committed: Path) -> Manifest:
+        """The manifest of a committed directory whose files have been read through once by this process."""
+        if committed not in self._verified:
+            self._verified[committed] = verify(committed)
+        return self._verified[committed]
+
+    def set_aside(self, folder: Path) -> Path:
+        """Renames a damaged folder, so that it can be made again; nothing of it is deleted."""
+        taken = len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+        return folder.rename(folder.with_name(f"{folder.name}.damaged-{taken + 1}"))
 
     def reads(self, *paths: Path) -> dict[str, str]:
         """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sparring import distributed
 from sparring.checkpoint import load_checkpoint, save_checkpoint
-from sparring.commits import commit, failpoint
+from sparring.commits import begin_work, commit, failpoint
 from sparring.config import Train
 from sparring.data.tables import read_scores
 from sparring.errors import Stopped
@@ -50,11 +50,10 @@ def train(iteration: Iteration) -> None:
     """Writes train/: metrics.jsonl, one line per optimizer step, and model/, the next opponent."""
     start = time.monotonic()
     settings, objective = iteration.recipe.train, iteration.recipe.method
+    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))  # verified before they are read
     plays = load_plays(iteration)
     final = iteration.stage("train")
-    work = iteration.run.work(final)
-    work.mkdir(parents=True, exist_ok=True)
-    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
+    work = begin_work(iteration.run.work(final), reads)
 
     model = load_model(iteration.opponent, dtype=torch.float32, device=distributed.device())
     if settings.gradient_checkpointing:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from sparring import distributed
-from sparring.commits import commit_folder, commit_part, has_part
+from sparring.commits import begin_work, commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
@@ -24,6 +24,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
     start = time.monotonic()
     settings, run = iteration.recipe.generate, iteration.run
+    reads = run.reads(run.data, iteration.opponent)
     prompts = [
         Prompt(
             id=row.id,
@@ -36,10 +37,9 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
         for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
         for sample in range(settings.samples)
     ]
-    reads = run.reads(run.data, iteration.opponent)
     tokenizer = load_tokenizer(iteration.opponent)
     final = iteration.stage("generate")
-    work = run.work(final)
+    work = begin_work(run.work(final), reads)
     real = {row.id: row.real_ids for row in iteration.train_rows()}
     num_tokens = num_stopped = num_copies = 0
     with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:

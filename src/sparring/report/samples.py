@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sparring.commits import is_committed
+from sparring.commits import is_committed, verified
 from sparring.data.tables import read_rendered, read_table
 from sparring.results import Results
 
@@ -44,7 +44,7 @@ def collect(results: Results) -> list[Sample]:
     """The first held-out rows with every evaluated model's answer."""
     if results.data is None:
         return []
-    rows = read_rendered(results.run.data / "held_out.parquet")[:MAX_SAMPLES]
+    rows = read_rendered(verified(results.run.data, "held_out.parquet"))[:MAX_SAMPLES]
     samples = [
         Sample(row.row, row.prompt, [Answer("real", row.real, len(row.real_ids), row.real_finish, None, None, None)])
         for row in rows
@@ -54,7 +54,7 @@ def collect(results: Results) -> list[Sample]:
         if not is_committed(folder):
             continue
         source = "start (proto)" if iteration.index < 0 else f"iteration {iteration.index}"
-        answers = read_table(folder / "answers.parquet").slice(0, len(rows)).to_pylist()
+        answers = read_table(verified(folder, "answers.parquet")).slice(0, len(rows)).to_pylist()
         for sample, answer in zip(samples, answers, strict=True):
             sample.answers.append(
                 Answer(
