@@ -44,12 +44,7 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
         recipe = load_recipe(Path(recipe), overrides)
     run = RunDir(run_dir)
     with run.own():
-        settle(run, recipe)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        record_session(run)
-        if not is_done(run, run.data):
-            prepare(run, recipe)
+        begin(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
         for index in range(-1, recipe.iterations):
@@ -63,6 +58,22 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
             write_report(run)
         say(f"{'done' if worked else 'all was done already'}; report: {run.report}")
     return run
+
+
+def begin(run: RunDir, recipe: Recipe) -> None:
+    """The data stage, if it is not done. A run that is refused here leaves nothing in the way of the next attempt."""
+    try:
+        settle(run, recipe)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        record_session(run)
+        if not is_done(run, run.data):
+            prepare(run, recipe)
+    except Refused:
+        if not run.has_begun:
+            for note in (run.recipe, run.env):
+                note.unlink(missing_ok=True)
+        raise
 
 
 def run_stage(iteration: Iteration, stage: str) -> bool:
@@ -139,14 +150,14 @@ def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
 
 def settle(run: RunDir, recipe: Recipe) -> None:
     """Writes the resolved recipe, or refuses settings that would change what is already there."""
-    if run.recipe.is_file():
+    if run.recipe.is_file() and run.has_begun:
         if changed := differences(load_own_recipe(run.recipe), recipe):
             raise RunMismatch(
                 f"{run.root} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nUse another run directory"
             )
-    elif is_committed(run.data):
+    elif run.has_begun:
         raise RunMismatch(f"{run.root} has data but no recipe.yaml; use another run directory")
     replace_file(run.recipe, own_recipe(recipe))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,6 +38,20 @@ USAGE_FILES = (
     "chat_template*",
 )
 """How a model is used: its tokenizer, its template, its defaults for generation."""
+
+# what transformers and its readers raise for folders that are broken in one way or another
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+DOWNLOAD_AGAIN = "Download or export the model again"
 
 WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -79,18 +93,25 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 500 else f"{text[:500]} [...]"
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"model: the tokenizer in {folder} cannot be loaded: {error}") from error
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        raise Refused(
+            f"model: the tokenizer in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
+        ) from error
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -100,13 +121,31 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Refused(f"model: the weights in {folder} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise Refused(f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
+    if lacking := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise Refused(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise Refused(f"model: {name} in {folder} holds numbers that are not finite. {DOWNLOAD_AGAIN}")
     torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def check_weights(folder: Path) -> int:
+    """Loads a model once, to refuse it before a run begins; returns for how many tokens it has embeddings."""
+    model = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))  # half the memory, as telling
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -16,6 +16,9 @@ from filelock import FileLock, Timeout
 from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, verify
 from sparring.errors import Refused, RunMismatch, Stopped
 
+# A process that was killed while it started another one leaves its lock to that for a moment.
+LOCK_SECONDS = 1.0
+
 STAGES = ("generate", "score", "train", "evaluate")
 
 
@@ -32,6 +35,11 @@ class RunDir:
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
         self._outside: dict[Path, str] = {}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything whose making depended on the settings."""
+        return any(self.root.glob("data*")) or self.start.exists() or any(self.root.glob("iter-*"))
 
     def iteration(self, index: int) -> Path:
         return self.root / f"iter-{index:02d}"
@@ -103,7 +111,7 @@ class RunDir:
     def own(self) -> Iterator[None]:
         """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(self.root / ".lock", timeout=0, mode=0o600)
+        lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         try:
             lock.acquire()
         except Timeout as error:
