@@ -17,7 +17,7 @@ from sparring.data.tables import read_table
 from sparring.errors import Refused
 from sparring.loop import play
 from sparring.report import write_report
-from sparring.report.samples import visible
+from sparring.report.samples import shown as visible
 from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir

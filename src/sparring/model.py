@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +55,8 @@ UNREADABLE = (
 )
 DOWNLOAD_AGAIN = "Download or export the model again"
 
+IMPLEMENTATION = re.compile("implementation|kernel_config")
+
 WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -68,7 +72,7 @@ def resolve_model(name: str) -> Path:
         raise Refused(f"model: there is no folder {folder}; relative paths start at the working directory")
     repo, _, revision = name.partition("@")
     try:
-        return Path(
+        snapshot = Path(
             snapshot_download(
                 repo,
                 revision=revision or None,
@@ -81,6 +85,7 @@ def resolve_model(name: str) -> Path:
             "Without a network, pass the folder of a downloaded model; for a gated model accept its licence on "
             "its page and run 'hf auth login'."
         ) from error
+    return check_model_folder(snapshot)
 
 
 def check_model_folder(folder: Path) -> Path:
@@ -90,7 +95,36 @@ def check_model_folder(folder: Path) -> Path:
         unsafe = sorted(f.name for pattern in WEIGHTS_THAT_RUN_CODE for f in folder.glob(pattern))
         found = f"; {unsafe[0]} can run code when it is read: convert it to safetensors first" if unsafe else ""
         raise Refused(f"model: {folder} has no *.safetensors{found}")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise Refused(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
+            refuse_orders(folder / name, content)
     return folder
+
+
+def refuse_orders(file: Path, content: object) -> None:
+    """Refuses settings that would have a loader run code from elsewhere, or read files beside the model's own.
+
+    `trust_remote_code=False` alone has not been enough: CVE-2026-4372 and CVE-2026-5241 were such keys. `auto_map`
+    may stay: nothing of ours follows it, and a model that needs it is refused by transformers.
+    """
+    if isinstance(content, list):
+        for inner in content:
+            refuse_orders(file, inner)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        is_kernel = IMPLEMENTATION.search(key) and "/" in json.dumps(value)
+        is_file = key.endswith("_file") and isinstance(value, str) and Path(value).name != value
+        if (key == "trust_remote_code" and value) or is_kernel or is_file:
+            raise Refused(
+                f"model: {file} sets {key} to {value!r}, which would run or read what is not part of the model; "
+                "remove the key if you trust the rest"
+            )
+        refuse_orders(file, value)
 
 
 def _short(error: Exception) -> str:

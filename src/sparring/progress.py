@@ -19,14 +19,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from sparring.visible import visible
+
 console = Console(stderr=True)
 
 LINE_EVERY_SECONDS = 30.0
 
 
 def say(message: str) -> None:
-    """One line of our own words. Text of a model or a data file never comes this way unescaped."""
-    console.print(escape(message), highlight=False, soft_wrap=True)
+    """One line. Words of a model or a data file in it are neither markup nor orders to the terminal."""
+    console.print(escape(visible(message)), highlight=False, soft_wrap=True)
 
 
 class Rate(TextColumn):

@@ -11,7 +11,7 @@ import jinja2
 from sparring.commits import replace_file
 from sparring.recipe_file import dump_recipe
 from sparring.report.figures import draw
-from sparring.report.samples import collect, visible
+from sparring.report.samples import collect, shown
 from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -59,7 +59,7 @@ def write_report(run: RunDir) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["visible"] = visible
+    environment.filters["visible"] = shown
     evaluations = results.evaluations()
     best = results.best()
     html = environment.get_template("report.html.j2").render(

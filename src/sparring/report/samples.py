@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from sparring.commits import is_committed, verified
 from sparring.data.tables import read_rendered, read_table
 from sparring.results import Results
+from sparring.visible import visible
 
 MAX_SAMPLES = 60
 MAX_CHARACTERS = 4000
 
-# C0 and C1 controls but for line feed and tab, and the characters that reorder or hide text
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
-
-def visible(text: str) -> str:
-    """Text of a model or a data file with its control characters spelled out. Escaping is jinja's part."""
-    cut = text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]"
-    return INVISIBLE.sub(lambda match: f"\\u{ord(match.group()):04x}", cut)
+def shown(text: str) -> str:
+    """As much of a text as a person reads, with its control characters spelled out. Escaping is jinja's part."""
+    return visible(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]")
 
 
 @dataclass(frozen=True)
