@@ -23,9 +23,11 @@ KEEP = 2
 
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: Optimizer, metrics: Path) -> None:
     """Commits work/step-N and removes all but the last two."""
-    with commit(work / f"step-{step:08d}") as folder:
+    moments = _moments(model, optimizer)
+    needs = sum(t.nbytes for t in (*model.parameters(), *moments.values()))
+    with commit(work / f"step-{step:08d}", needs=needs) as folder:
         save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, folder / "model.safetensors")
-        save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
         shutil.copyfile(metrics, folder / "metrics.jsonl")
         write_json(folder / "state.json", {"step": step})
     for old in sorted(work.glob("step-*"))[:-KEEP]:

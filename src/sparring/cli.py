@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sparring.errors import Refused, Stopped
+from sparring.errors import Interrupted, Refused, Stopped
 from sparring.visible import visible
 
 app = typer.Typer(
@@ -122,6 +122,9 @@ def main() -> None:
     except Refused as refusal:
         typer.secho(f"error: {visible(str(refusal))}", fg="red", err=True)
         sys.exit(2)
+    except Interrupted as stop:
+        typer.secho(str(stop), err=True)
+        sys.exit(128 + stop.number)
     except Stopped as stop:
         typer.secho(f"stopped: {visible(str(stop))}", fg="red", err=True)
         sys.exit(1)

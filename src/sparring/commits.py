@@ -19,6 +19,7 @@ from pathlib import Path
 
 import xxhash
 
+from sparring.disk import writing
 from sparring.errors import Damaged, Stopped
 
 MANIFEST = "MANIFEST.json"
@@ -75,11 +76,16 @@ def write_json(path: Path, value: object) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Writes a single file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    failpoint(f"replace-{path.name}")
-    temporary.rename(path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            failpoint(f"replace-{path.name}")
+            temporary.rename(path)
+            sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def seal(text: str) -> str:
@@ -119,14 +125,20 @@ class Manifest:
 
 
 @contextmanager
-def commit(final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> Iterator[Path]:
-    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+def commit(
+    final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None, needs: int = 0
+) -> Iterator[Path]:
+    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error.
+
+    `needs` is about how many bytes will be written.
+    """
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir()
     try:
-        yield temporary
-        commit_folder(temporary, final, reads=reads, info=info)
+        with writing(final, needs):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            commit_folder(temporary, final, reads=reads, info=info)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -145,7 +157,8 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
         sync(folder)
     failpoint(f"before-manifest-{final.name}")
     content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
-    (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
+    with writing(final):
+        (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
     sync(work / MANIFEST)
     sync(work)
     failpoint(f"before-rename-{final.name}")
@@ -161,7 +174,8 @@ def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
     if work.exists() and (not note.is_file() or note.read_bytes() != text.encode()):
         shutil.rmtree(work)
     if not work.exists():
-        work.mkdir(parents=True)
+        with writing(work):
+            work.mkdir(parents=True)
         replace_file(note, text)
     return work
 
@@ -170,8 +184,13 @@ def commit_part(path: Path, write: Callable[[Path], None]) -> None:
     """Adds one file to a folder that is still being made; a hash beside it says that it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    write(temporary)
-    sync(temporary)
+    try:
+        with writing(path):
+            write(temporary)
+            sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     failpoint("before-part")
     temporary.rename(path)
     replace_file(_hash_beside(path), hash_file(path))

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import torch
 
-from sparring import distributed
+from sparring import distributed, interrupt
+from sparring.checkpoint import KEEP
 from sparring.commits import is_committed, read_sealed, replace_file, seal_json
 from sparring.config import Recipe
+from sparring.disk import forecast, free_bytes, size
 from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import evaluate
 from sparring.generate import generate, open_backend
 from sparring.iteration import Iteration
+from sparring.model import num_parameters
 from sparring.prepare import prepare
 from sparring.progress import say
 from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
@@ -43,13 +46,15 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides)
     run = RunDir(run_dir)
-    with run.own():
+    with run.own(), interrupt.listening():
         begin(run, recipe)
+        say_what_it_needs(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
         for index in range(-1, recipe.iterations):
             iteration = Iteration(run, recipe.at(index), index)
             for stage in iteration.stages:
+                interrupt.stop_if_asked()
                 worked = run_stage(iteration, stage) or worked
             if 0 <= index < recipe.iterations - 1 and (reason := Results(run.root).reason_to_stop(index)):
                 say(f"the run ends with iteration {index}: {reason}")
@@ -133,7 +138,7 @@ def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
         raise Refused(
             f"--iteration {index}: the run has the iterations 0 to {recipe.iterations - 1}, and -1, its start"
         )
-    with run.own():
+    with run.own(), interrupt.listening():
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         for earlier in range(-1, index + 1):
@@ -220,6 +225,21 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
         )
     if not data.num_held_out and recipe.evaluate.held_out:
         say("note: no row is held out, so nothing is evaluated")
+
+
+def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
+    """A forecast of the disk that training needs. Refused where it cannot be enough."""
+    left = sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
+    moments = 1 if recipe.train.optimizer == "rmsprop" else 2
+    needs = forecast(num_parameters(Path(Iteration(run, recipe, 0).data.model)), left, moments, KEEP) if left else 0
+    free = free_bytes(run.root)
+    if needs > free:
+        raise Refused(
+            f"{run.root}: {left} more iterations need about {size(needs)} and the disk has {size(free)}: "
+            f"{size(needs - free)} are missing. Make room there, or choose a run directory on another disk"
+        )
+    if left:
+        say(f"disk: about {size(needs)} for {left} more iterations and their checkpoints, {size(free)} free")
 
 
 def headline(iteration: Iteration) -> str:

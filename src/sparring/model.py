@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -180,6 +181,15 @@ def check_weights(folder: Path) -> int:
     """Loads a model once, to refuse it before a run begins; returns for how many tokens it has embeddings."""
     model = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))  # half the memory, as telling
     return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def num_parameters(folder: Path) -> int:
+    """Numbers in the weights of a folder, from the heads of its files."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

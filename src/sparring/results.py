@@ -127,7 +127,7 @@ class Results:
         """(change of a metric between two iterations, its standard error), row by row; -1 is the start."""
         rows = read_rendered(verified(self.run.data, "held_out.parquet"))
         tables = [
-            read_table(Iteration(self.run, self.recipe, t).stage("evaluate") / "answers.parquet")
+            read_table(verified(Iteration(self.run, self.recipe, t).stage("evaluate"), "answers.parquet"))
             for t in (before, after)
         ]
         if metric == "held_out_nll":

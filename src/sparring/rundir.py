@@ -110,14 +110,19 @@ class RunDir:
     @contextmanager
     def own(self) -> Iterator[None]:
         """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock.acquire()
         except Timeout as error:
             owner = self._wait_for_owner()
             held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
             raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
+        except OSError as error:
+            raise Refused(
+                f"{self.root} cannot be used as a run directory: {error}. This process runs as user {os.getuid()}; "
+                "choose a folder on a disk with room where it may write"
+            ) from error
         try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             replace_file(self._owner, json.dumps(me))

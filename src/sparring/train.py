@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparring import distributed
+from sparring import distributed, interrupt
 from sparring.checkpoint import load_checkpoint, save_checkpoint
 from sparring.commits import begin_work, commit, failpoint
 from sparring.config import Train
 from sparring.data.tables import read_scores
+from sparring.disk import writing
 from sparring.errors import Stopped
 from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
@@ -103,13 +104,16 @@ def train(iteration: Iteration) -> None:
                 "gradient_norm": gradient_norm,
                 "seconds": time.monotonic() - began,
             }
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with writing(metrics_file):
+                log.write(json.dumps(line) + "\n")
+                log.flush()
             advance(1, int(metrics["num_tokens"]))
             failpoint("train-step")
-            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < num_steps:
+            is_due = (step + 1) % settings.checkpoint_every == 0 or interrupt.is_asked()
+            if is_due and step + 1 < num_steps:
                 save_checkpoint(work, step + 1, model, optimizer, metrics_file)
                 failpoint("checkpoint")
+                interrupt.stop_if_asked()
 
     info = {
         "seconds": time.monotonic() - start,
@@ -118,7 +122,7 @@ def train(iteration: Iteration) -> None:
         "layout": scorer.kind,
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
-    with commit(final, reads=reads, info=info) as folder:
+    with commit(final, reads=reads, info=info, needs=sum(p.nbytes for p in model.parameters())) as folder:
         save_successor(model, iteration.opponent, folder / "model")
         shutil.copyfile(metrics_file, folder / "metrics.jsonl")
     shutil.rmtree(work)

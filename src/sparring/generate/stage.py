@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from sparring import distributed
+from sparring import distributed, interrupt
 from sparring.commits import begin_work, commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
@@ -55,6 +55,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
                     advance(1, len(answer.token_ids))
                 texts = texts_of(tokenizer, answers)
                 commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+                interrupt.stop_if_asked()
             num_tokens += sum(len(a.token_ids) for a in answers)
             num_stopped += sum(a.finish == "stop" for a in answers)
             num_copies += sum(np.array_equal(a.token_ids, real[a.id]) for a in answers)
