@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparring.commits import commit, is_committed, verify, write_json
+from sparring.commits import commit, failpoint, is_committed, verify, write_json
 from sparring.errors import Stopped
 from sparring.progress import say
 
@@ -27,9 +27,13 @@ def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: Optimize
     needs = sum(t.nbytes for t in (*model.parameters(), *moments.values()))
     with commit(work / f"step-{step:08d}", needs=needs) as folder:
         save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, folder / "model.safetensors")
+        failpoint("checkpoint-model")
         save_file(moments, folder / "optimizer.safetensors")
+        failpoint("checkpoint-optimizer")
         shutil.copyfile(metrics, folder / "metrics.jsonl")
+        failpoint("checkpoint-metrics")
         write_json(folder / "state.json", {"step": step})
+    failpoint("before-prune")
     for old in sorted(work.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
 

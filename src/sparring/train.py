@@ -124,6 +124,7 @@ def train(iteration: Iteration) -> None:
     }
     with commit(final, reads=reads, info=info, needs=sum(p.nbytes for p in model.parameters())) as folder:
         save_successor(model, iteration.opponent, folder / "model")
+        failpoint("model-written")
         shutil.copyfile(metrics_file, folder / "metrics.jsonl")
     shutil.rmtree(work)
 

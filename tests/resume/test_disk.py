@@ -19,7 +19,7 @@ from sparring.config import Recipe
 from sparring.loop import play
 from sparring.recipe_file import dump_recipe
 
-GROWS_BY_BYTES = 48 * 1024
+GROWS_BY_BYTES = 80 * 1024
 
 # A disk of its own, in a namespace of its own. It is full; it grows; the same command runs again; until it ends.
 DRIVER = """
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
     found = json.loads(result.stdout.splitlines()[-1])
     outcomes = found["outcomes"]
     print(f"{len(outcomes) - 1} times full")
-    assert len(outcomes) > 12 and outcomes[-1]["code"] == 0
+    assert len(outcomes) > 6 and outcomes[-1]["code"] == 0
     before: set[str] = set()
     full = 0
     for outcome in outcomes[:-1]:
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
         assert before <= set(outcome["whole"]), "nothing that was good is lost"
         before = set(outcome["whole"])
         assert not outcome["left"], "what was half written is gone, and its room is free"
-    assert full > 6
+    assert full > 3
     monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
     straight = play(recipe, tmp_path / "straight").root
     expected = {
@@ -149,18 +149,14 @@ def test_folders_that_may_not_be_written(recipe: Path, tiny: Path, tmp_path: Pat
         shutil.copy(recipe, home / "recipe.yaml")
         for path in (home, *home.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        task = (
-            home / "recipe.yaml",
-            home / "run",
-            f"model={home / 'tiny/model'}",
-            f"data.train={home / 'tiny/rows.jsonl'}",
-        )
+        overrides = (f"model={home / 'tiny/model'}", f"data.train={home / 'tiny/rows.jsonl'}")
+        task = (home / "recipe.yaml", home / "run", *overrides)
         home.chmod(0o555)
         if os.getuid() == 0:
             code, said = as_nobody(tmp_path / "said", "run", *task)
             assert code == 2 and f"{home / 'run'} cannot be used as a run directory" in said and "as user" in said, said
         home.chmod(0o755)
-        run = play(*task[:2], task[2:])
+        run = play(home / "recipe.yaml", home / "run", overrides)
         stages = sorted(p.parent for p in run.root.rglob("MANIFEST.json"))
         shutil.rmtree(run.stage(0, "evaluate"))
         if os.getuid() == 0:

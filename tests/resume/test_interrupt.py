@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the unit at hand is finished and kept, the message says how to go on, and nothing is different."""
+"""Ctrl-C and SIGTERM: the unit at hand is finished and kept, and going on from there changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparring.errors import Interrupted
 from sparring.loop import play
 from sparring.recipe_file import dump_recipe
 
-METHODS_UNITS = {
+UNITS = {
     "a step": "iter-00/.train.partial/metrics.jsonl",
     "a part": "iter-00/.generate.partial/part-00000.parquet",
 }
@@ -53,8 +53,7 @@ def when_there(path: Path, number: int, seconds: float = 60) -> int:
     return child
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("unit", METHODS_UNITS)
+@pytest.mark.parametrize(("unit", "number"), [("a step", signal.SIGTERM), ("a part", signal.SIGINT)])
 def test_the_unit_at_hand_is_kept(
     unit: str, number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +61,7 @@ def test_the_unit_at_hand_is_kept(
 
     monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 4)
     recipe = recipe_for(tiny)
-    file = tmp_path / "run" / METHODS_UNITS[unit]
+    file = tmp_path / "run" / UNITS[unit]
     child = when_there(file, number)
     with pytest.raises(Interrupted, match="the same command continues") as caught:
         play(recipe, tmp_path / "run")
