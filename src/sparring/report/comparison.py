@@ -63,7 +63,10 @@ class Arm:
     @cached_property
     def tables(self) -> list[pa.Table]:
         """What was answered on the held-out rows, by the start and after each iteration."""
-        return [read_table(verified(iteration.stage("evaluate"), "answers.parquet")) for iteration in self.results.iterations]
+        return [
+            read_table(verified(iteration.stage("evaluate"), "answers.parquet"))
+            for iteration in self.results.iterations
+        ]
 
     def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
         """The metric of each held-out row after an iteration: nats of the real answer, or 0 and 1; NaN: unchecked."""
