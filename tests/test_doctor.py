@@ -123,10 +123,10 @@ def test_preview_shows_tokens_and_a_scored_answer(
     assert "\x1b[1;37;41m<|end|>" in output.getvalue(), "an end token has its own colour"
 
 
-def test_what_a_terminal_would_act_on_is_spelled_out() -> None:
-    from sparring.progress import spelled_out
+def test_what_a_terminal_would_act_on_is_visible() -> None:
+    from sparring.visible import visible
 
-    assert spelled_out("a\x1b]0;title\x07b\u202e") == "a\\u001b]0;title\\u0007b\\u202e"
+    assert visible("a\x1b]0;title\x07b\u202e") == "a\\u001b]0;title\\u0007b\\u202e"
 
 
 @pytest.mark.parametrize("method", ["spin", "tspin", "space", "sft"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparring
 from sparring.commits import is_committed
 from sparring.config import Recipe
-from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.errors import Refused, RunMismatch
 from sparring.iteration import Iteration
 from sparring.loop import play, run_one_stage
 from sparring.recipe_file import dump_recipe
@@ -105,17 +105,6 @@ def test_changed_rows_are_refused(make_recipe: MakeRecipe, tiny: Path, tmp_path:
         play(recipe, tmp_path / "run")
 
 
-def test_damaged_artifacts_are_found_and_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("space", iterations=2, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
-    weights = run.model(0) / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(Stopped, match=r"model\.safetensors is damaged.*delete .*iter-00/train"):
-        play(recipe, tmp_path / "run")
-
-
 def test_a_deleted_stage_is_made_again_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
     run = play(recipe, tmp_path / "run")
@@ -188,7 +177,7 @@ def test_sessions_are_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("sft", iterations=1, train={"epochs": 1})
     run = play(recipe, tmp_path / "run")
     play(recipe, tmp_path / "run")
-    sessions = json.loads(run.env.read_text())
+    sessions = json.loads(run.env.read_text())["sessions"]
     assert len(sessions) == 2
     assert sessions[0]["versions"]["torch"] == torch.__version__
     assert {"device", "threads", "host", "started"} <= set(sessions[0])

@@ -21,7 +21,8 @@ from sparring.errors import Refused
 from sparring.loop import play
 from sparring.report import write_report
 from sparring.report.alarms import alarms, shortcut, tell_apart
-from sparring.report.samples import collect, visible
+from sparring.report.samples import collect
+from sparring.report.samples import shown as visible
 from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparring.commits import commit, is_committed, verify, write_json
+from sparring.commits import commit, failpoint, is_committed, verify, write_json
 from sparring.errors import Stopped
 from sparring.progress import say
 
@@ -24,11 +24,18 @@ KEEP = 2
 
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: Optimizer, metrics: Path) -> None:
     """Commits work/step-N and removes all but the last two."""
-    with commit(work / f"step-{step:08d}") as folder:
-        save_file({name: p.detach().cpu() for name, p in trained(model)}, folder / "model.safetensors")
-        save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
+    moments = _moments(model, optimizer)
+    weights = {name: parameter.detach().cpu() for name, parameter in trained(model)}
+    needs = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+    with commit(work / f"step-{step:08d}", needs=needs) as folder:
+        save_file(weights, folder / "model.safetensors")
+        failpoint("checkpoint-model")
+        save_file(moments, folder / "optimizer.safetensors")
+        failpoint("checkpoint-optimizer")
         shutil.copyfile(metrics, folder / "metrics.jsonl")
+        failpoint("checkpoint-metrics")
         write_json(folder / "state.json", {"step": step})
+    failpoint("before-prune")
     for old in sorted(work.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
 

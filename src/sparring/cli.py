@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from sparring.errors import Refused, Stopped
+from sparring.errors import Interrupted, Refused, Stopped
+from sparring.visible import visible
 
 app = typer.Typer(
     name="sparring",
@@ -218,14 +219,21 @@ def main() -> None:
     try:
         app()
     except Refused as refusal:
-        typer.secho(f"error: {refusal}", fg="red", err=True)
+        typer.secho(f"error: {visible(str(refusal))}", fg="red", err=True)
         sys.exit(2)
+    except Interrupted as stop:
+        typer.secho(str(stop), err=True)
+        sys.exit(128 + stop.number)
     except Stopped as stop:
-        typer.secho(f"stopped: {stop}", fg="red", err=True)
+        typer.secho(f"stopped: {visible(str(stop))}", fg="red", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command continues", err=True)
         sys.exit(130)
     except OSError as error:
-        typer.secho(f"stopped: {error}. What was committed is intact; the same command continues", fg="red", err=True)
+        typer.secho(
+            f"stopped: {visible(str(error))}. What was committed is intact; the same command continues",
+            fg="red",
+            err=True,
+        )
         sys.exit(1)

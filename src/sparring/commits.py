@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,15 @@ from pathlib import Path
 
 import xxhash
 
-from sparring.errors import Stopped
+from sparring.disk import writing
+from sparring.errors import Damaged, Stopped
 
 MANIFEST = "MANIFEST.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+READS = ".reads.json"
+
+SEAL = re.compile(r'xxh3[": ]+([0-9a-f]{32})')
+UNSEALED = "0" * 32
 
 Json = dict[str, object]
 
@@ -70,11 +76,37 @@ def write_json(path: Path, value: object) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Writes a single file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    failpoint(f"replace-{path.name}")
-    temporary.rename(path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            failpoint(f"replace-{path.name}")
+            temporary.rename(path)
+            sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def seal(text: str) -> str:
+    """Puts the hash of a text in the place that it keeps for it (`xxh3`, then UNSEALED)."""
+    return text.replace(UNSEALED, xxhash.xxh3_128_hexdigest(text.encode()), 1)
+
+
+def seal_json(content: Json) -> str:
+    return seal(json.dumps({"xxh3": UNSEALED, **content}, indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> str:
+    """A text that `seal` signed, if every byte of it is as it was written."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(f"{path} cannot be read: {error}") from error
+    found = SEAL.search(text)
+    if not found or seal(text.replace(found[1], UNSEALED, 1)) != text:
+        raise Damaged(f"{path} is damaged or was edited: its text is not the one that was written")
+    return text
 
 
 def _digest(hashes: Mapping[str, str]) -> str:
@@ -93,14 +125,20 @@ class Manifest:
 
 
 @contextmanager
-def commit(final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> Iterator[Path]:
-    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+def commit(
+    final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None, needs: int = 0
+) -> Iterator[Path]:
+    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error.
+
+    `needs` is about how many bytes will be written.
+    """
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir()
     try:
-        yield temporary
-        commit_folder(temporary, final, reads=reads, info=info)
+        with writing(final, needs):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            commit_folder(temporary, final, reads=reads, info=info)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -112,28 +150,47 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
         raise Stopped(f"{final} is in the way: it is no committed folder of this run; move it away")
     (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
     files: dict[str, Json] = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != READS):
         sync(path)
         files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
     for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
         sync(folder)
     failpoint(f"before-manifest-{final.name}")
     content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
-    write_json(work / MANIFEST, content)
+    with writing(final):
+        (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
     sync(work / MANIFEST)
     sync(work)
     failpoint(f"before-rename-{final.name}")
+    (work / READS).unlink(missing_ok=True)
     work.rename(final)
     sync(final.parent)
     failpoint(f"committed-{final.name}")
+
+
+def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
+    """The folder `work` of a stage that keeps what it has so far; emptied if that was made from other inputs."""
+    note, text = work / READS, seal_json(dict(reads))
+    if work.exists() and (not note.is_file() or note.read_bytes() != text.encode()):
+        shutil.rmtree(work)
+    if not work.exists():
+        with writing(work):
+            work.mkdir(parents=True)
+        replace_file(note, text)
+    return work
 
 
 def commit_part(path: Path, write: Callable[[Path], None]) -> None:
     """Adds one file to a folder that is still being made; a hash beside it says that it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    write(temporary)
-    sync(temporary)
+    try:
+        with writing(path):
+            write(temporary)
+            sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     failpoint("before-part")
     temporary.rename(path)
     replace_file(_hash_beside(path), hash_file(path))
@@ -143,7 +200,7 @@ def commit_part(path: Path, write: Callable[[Path], None]) -> None:
 def has_part(path: Path) -> bool:
     """Whether a file that `commit_part` wrote is there, whole and undamaged."""
     beside = _hash_beside(path)
-    return path.is_file() and beside.is_file() and beside.read_text(encoding="utf-8") == hash_file(path)
+    return path.is_file() and beside.is_file() and beside.read_bytes() == hash_file(path).encode()
 
 
 def _hash_beside(path: Path) -> Path:
@@ -156,23 +213,38 @@ def is_committed(path: Path) -> bool:
 
 def read_manifest(path: Path) -> Manifest:
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return Manifest(content["files"], content["reads"], content["info"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Stopped(f"{path / MANIFEST} is missing or damaged ({error}); {_remedy(path)}") from error
+        content = json.loads(read_sealed(path / MANIFEST))
+    except Damaged as problem:
+        raise Damaged(f"{problem}; {_remedy(path)}") from problem
+    if content["version"] != MANIFEST_VERSION:
+        raise Stopped(
+            f"{path / MANIFEST} is of version {content['version']}, and this sparring reads {MANIFEST_VERSION}; "
+            "continue with the sparring that wrote it, or use another run directory"
+        )
+    return Manifest(content["files"], content["reads"], content["info"])
 
 
 def verify(path: Path) -> Manifest:
     """The manifest of a committed directory, after checking every file against it."""
     manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise Stopped(f"{file} is missing; {_remedy(path)}")
-        if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["xxh3"]:
-            raise Stopped(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
+    for name in manifest.files:
+        _check(path, name, manifest)
     return manifest
 
 
+def verified(path: Path, name: str) -> Path:
+    """One file of a committed directory, after checking it. For those who read little beside much."""
+    _check(path, name, read_manifest(path))
+    return path / name
+
+
+def _check(path: Path, name: str, manifest: Manifest) -> None:
+    file, entry = path / name, manifest.files.get(name)
+    if entry is None or not file.is_file():
+        raise Damaged(f"{file} is missing; {_remedy(path)}")
+    if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["xxh3"]:
+        raise Damaged(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
+
+
 def _remedy(path: Path) -> str:
-    return f"delete {path} and run the same command again to make it anew"
+    return f"'sparring run' makes {path} again"

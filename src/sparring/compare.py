@@ -21,11 +21,11 @@ from sparring.config import Recipe, set_key
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import Refused, RunMismatch
 from sparring.iteration import DataSummary, Iteration
-from sparring.loop import play, settle
+from sparring.loop import is_done, play, settle
 from sparring.objectives import OBJECTIVES
 from sparring.prepare import prepare
 from sparring.progress import say
-from sparring.recipe_file import differences, load_recipe, make_recipe
+from sparring.recipe_file import differences, load_own_recipe, load_recipe, make_recipe
 from sparring.report.comparison import Arm, Comparison, write_comparison
 from sparring.rundir import RunDir
 from sparring.seeds import seed_of
@@ -117,9 +117,7 @@ def compare(
     whole = RunDir(root)
     with whole.own():
         keep_settings(whole, recipe)
-        if is_committed(whole.data):
-            whole.check_lineage(whole.data)
-        else:
+        if not is_done(whole, whole.data):
             prepare(whole, recipe)
         summary = DataSummary.read(whole.data / "summary.json")
         if not summary.num_held_out:
@@ -155,7 +153,7 @@ def keep_settings(whole: RunDir, recipe: Recipe) -> None:
 
 def take_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
     """Gives a run the prepared rows, or a share of them: by hash, so that a smaller share lies inside a larger one."""
-    if is_committed(place.data):
+    if is_done(place, place.data):
         return
     rows = read_rendered(whole.data / "train.parquet")
     order = sorted(rows, key=lambda row: seed_of(seed, "share", row.id))
@@ -172,7 +170,7 @@ def take_over(first: Iteration, donors: Sequence[RunDir]) -> None:
     """Copies what another arm of the same seed and rows has already made of the starting model."""
     method = first.recipe.method
     for donor in donors:
-        other = load_recipe(donor.recipe).at(0).method
+        other = load_own_recipe(donor.recipe).at(0).method
         stages = [(first.run.start / "evaluate", donor.start / "evaluate")]
         if method.needs.rounds and other.needs.rounds:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))

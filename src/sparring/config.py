@@ -185,7 +185,9 @@ class Recipe(Strict):
             return raw
         method = raw.get("method")
         raw = {**raw, "method": {"name": method}} if isinstance(method, str) else dict(raw)
-        if "per_iteration" not in raw and raw.get("method", {}).get("name") in ("tspin", "tspin-ref"):
+        game = raw.get("method")
+        is_tspin = isinstance(game, Mapping) and game.get("name") in ("tspin", "tspin-ref")
+        if "per_iteration" not in raw and is_tspin:
             raw["per_iteration"] = {0: {"method.beta": 0.0}}
         return raw
 

@@ -11,3 +11,15 @@ class RunMismatch(Refused):
 
 class Stopped(Exception):
     """The run stopped to protect what it has: nothing that was committed is lost. Exit code 1."""
+
+
+class Interrupted(Stopped):
+    """The user, or who runs the machine, asked to stop. Exit code 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted; everything up to here is kept, and the same command continues")
+        self.number = number
+
+
+class Damaged(Stopped):
+    """Bytes on disk are not those that were written. `play` makes again what can be made again."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparring.commits import write_json
+from sparring.commits import verified, write_json
 from sparring.config import Recipe
 from sparring.data.tables import read_generations, read_rendered
 from sparring.rundir import STAGES, RunDir
@@ -53,7 +53,7 @@ class Iteration:
 
     @cached_property
     def data(self) -> DataSummary:
-        return DataSummary.read(self.run.data / "summary.json")
+        return DataSummary.read(verified(self.run.data, "summary.json"))
 
     @property
     def opponent(self) -> Path:

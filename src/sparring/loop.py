@@ -15,16 +15,19 @@ from pathlib import Path
 
 import torch
 
-from sparring import distributed
-from sparring.commits import is_committed, replace_file
+from sparring import distributed, interrupt
+from sparring.checkpoint import KEEP
+from sparring.commits import is_committed, read_sealed, replace_file, seal_json
 from sparring.config import Recipe
-from sparring.errors import Refused, RunMismatch
+from sparring.disk import forecast, free_bytes, size
+from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import evaluate
 from sparring.generate import generate, open_backend
 from sparring.iteration import Iteration
+from sparring.model import num_parameters
 from sparring.prepare import prepare
 from sparring.progress import say
-from sparring.recipe_file import differences, dump_recipe, load_recipe
+from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -44,21 +47,16 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides)
     run = RunDir(run_dir)
-    with run.own():
-        settle(run, recipe)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        record_session(run)
-        if is_committed(run.data):
-            run.check_lineage(run.data)
-        else:
-            prepare(run, recipe)
+    with run.own(), interrupt.listening():
+        begin(run, recipe)
+        say_what_it_needs(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
         with tracking(run, recipe.track, recipe.model_dump(by_alias=True, mode="json")):
             for index in range(-1, recipe.iterations):
                 iteration = Iteration(run, recipe.at(index), index)
                 for stage in iteration.stages:
+                    interrupt.stop_if_asked()
                     worked = run_stage(iteration, stage) or worked
                 if 0 <= index < recipe.iterations - 1 and (reason := Results(run.root).reason_to_stop(index)):
                     say(f"the run ends with iteration {index}: {reason}")
@@ -69,11 +67,26 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     return run
 
 
+def begin(run: RunDir, recipe: Recipe) -> None:
+    """The data stage, if it is not done. A run that is refused here leaves nothing in the way of the next attempt."""
+    try:
+        settle(run, recipe)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        record_session(run)
+        if not is_done(run, run.data):
+            prepare(run, recipe)
+    except Refused:
+        if not run.has_begun:
+            for note in (run.recipe, run.env):
+                note.unlink(missing_ok=True)
+        raise
+
+
 def run_stage(iteration: Iteration, stage: str) -> bool:
     """Runs a stage unless it is done. Returns whether there was something to do."""
     final = iteration.stage(stage)
-    if is_committed(final):
-        iteration.run.check_lineage(final)
+    if is_done(iteration.run, final):
         shutil.rmtree(iteration.run.work(final), ignore_errors=True)  # left by a death just after the commit
         return False
     recipe = iteration.recipe
@@ -102,17 +115,34 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     return True
 
 
+def is_done(run: RunDir, folder: Path) -> bool:
+    """Whether a stage's folder is there, whole, and made from what is there now. A damaged one is set aside.
+
+    What a stage makes is a function of what it reads, so making it again brings the same bytes back; where it
+    does not (other software, another machine), the lineage of the stages after it says so.
+    """
+    if not folder.exists():
+        return False
+    try:
+        run.verify(folder)
+    except Damaged as problem:
+        say(f"{problem}; the damaged one is kept as {run.set_aside(folder)}")
+        return False
+    run.check_lineage(folder)
+    return True
+
+
 def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
     """Runs one stage of a run by hand; the stages before it must be done."""
     run = RunDir(run_dir)
     if not run.recipe.is_file() or not is_committed(run.data):
         raise Refused(f"{run.root} is not a run yet; start it with 'sparring run RECIPE {run.root}'")
-    recipe = load_recipe(run.recipe)
+    recipe = load_own_recipe(run.recipe)
     if not -1 <= index < recipe.iterations:
         raise Refused(
             f"--iteration {index}: the run has the iterations 0 to {recipe.iterations - 1}, and -1, its start"
         )
-    with run.own():
+    with run.own(), interrupt.listening():
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         for earlier in range(-1, index + 1):
@@ -129,21 +159,25 @@ def run_one_stage(run_dir: str | Path, stage: str, index: int) -> bool:
 
 def settle(run: RunDir, recipe: Recipe) -> None:
     """Writes the resolved recipe, or refuses settings that would change what is already there."""
-    if run.recipe.is_file():
-        if changed := differences(load_recipe(run.recipe), recipe):
+    if run.recipe.is_file() and run.has_begun:
+        if changed := differences(load_own_recipe(run.recipe), recipe):
             raise RunMismatch(
                 f"{run.root} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nUse another run directory"
             )
-    elif is_committed(run.data):
+    elif run.has_begun:
         raise RunMismatch(f"{run.root} has data but no recipe.yaml; use another run directory")
-    replace_file(run.recipe, dump_recipe(recipe))
+    replace_file(run.recipe, own_recipe(recipe))
 
 
 def record_session(run: RunDir) -> None:
     """Adds to env.json what this process runs on. Says so when the software has changed since the run began."""
-    sessions = json.loads(run.env.read_text(encoding="utf-8")) if run.env.is_file() else []
+    try:
+        sessions = json.loads(read_sealed(run.env))["sessions"] if run.env.is_file() else []
+    except Damaged as problem:
+        say(f"{problem}; it is kept as {run.set_aside(run.env)}, and a new one is begun")
+        sessions = []
     session = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {package: version(package) for package in PACKAGES},
@@ -160,7 +194,7 @@ def record_session(run: RunDir) -> None:
                 f"note: {key} were {sessions[0][key]} when this run began and are {session[key]} now; "
                 "what is made from here on may differ in rounding"
             )
-    replace_file(run.env, json.dumps([*sessions, session], indent=1) + "\n")
+    replace_file(run.env, seal_json({"sessions": [*sessions, session]}))
 
 
 def source_commit() -> str | None:
@@ -195,6 +229,21 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
         )
     if not data.num_held_out and recipe.evaluate.held_out:
         say("note: no row is held out, so nothing is evaluated")
+
+
+def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
+    """A forecast of the disk that training needs. Refused where it cannot be enough."""
+    left = sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
+    moments = 1 if recipe.train.optimizer == "rmsprop" else 2
+    needs = forecast(num_parameters(Path(Iteration(run, recipe, 0).data.model)), left, moments, KEEP) if left else 0
+    free = free_bytes(run.root)
+    if needs > free:
+        raise Refused(
+            f"{run.root}: {left} more iterations need about {size(needs)} and the disk has {size(free)}: "
+            f"{size(needs - free)} are missing. Make room there, or choose a run directory on another disk"
+        )
+    if left:
+        say(f"disk: about {size(needs)} for {left} more iterations and their checkpoints, {size(free)} free")
 
 
 def headline(iteration: Iteration) -> str:

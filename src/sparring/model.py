@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +44,22 @@ USAGE_FILES = (
 )
 """How a model is used: its tokenizer, its template, its defaults for generation."""
 
+# what transformers and its readers raise for folders that are broken in one way or another
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+DOWNLOAD_AGAIN = "Download or export the model again"
+
+IMPLEMENTATION = re.compile("implementation|kernel_config")
+
 WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -56,7 +75,7 @@ def resolve_model(name: str) -> Path:
         raise Refused(f"model: there is no folder {folder}; relative paths start at the working directory")
     repo, _, revision = name.partition("@")
     try:
-        return Path(
+        snapshot = Path(
             snapshot_download(
                 repo,
                 revision=revision or None,
@@ -69,6 +88,7 @@ def resolve_model(name: str) -> Path:
             "Without a network, pass the folder of a downloaded model; for a gated model accept its licence on "
             "its page and run 'hf auth login'."
         ) from error
+    return check_model_folder(snapshot)
 
 
 def check_model_folder(folder: Path) -> Path:
@@ -80,21 +100,57 @@ def check_model_folder(folder: Path) -> Path:
         unsafe = sorted(f.name for pattern in WEIGHTS_THAT_RUN_CODE for f in folder.glob(pattern))
         found = f"; {unsafe[0]} can run code when it is read: convert it to safetensors first" if unsafe else ""
         raise Refused(f"model: {folder} has no *.safetensors{found}")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise Refused(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
+            refuse_orders(folder / name, content)
     return folder
+
+
+def refuse_orders(file: Path, content: object) -> None:
+    """Refuses settings that would have a loader run code from elsewhere, or read files beside the model's own.
+
+    `trust_remote_code=False` alone has not been enough: CVE-2026-4372 and CVE-2026-5241 were such keys. `auto_map`
+    may stay: nothing of ours follows it, and a model that needs it is refused by transformers.
+    """
+    if isinstance(content, list):
+        for inner in content:
+            refuse_orders(file, inner)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        is_kernel = IMPLEMENTATION.search(key) and "/" in json.dumps(value)
+        is_file = key.endswith("_file") and isinstance(value, str) and Path(value).name != value
+        if (key == "trust_remote_code" and value) or is_kernel or is_file:
+            raise Refused(
+                f"model: {file} sets {key} to {value!r}, which would run or read what is not part of the model; "
+                "remove the key if you trust the rest"
+            )
+        refuse_orders(file, value)
+
+
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 500 else f"{text[:500]} [...]"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(base_of(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"model: the tokenizer in {folder} cannot be loaded: {error}") from error
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        raise Refused(
+            f"model: the tokenizer in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
+        ) from error
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base_of(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -107,15 +163,42 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_of(folder), config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base_of(folder),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Refused(f"model: the weights in {folder} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise Refused(f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
+    if lacking := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise Refused(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
     if is_adapter(folder):
         load_adapter(model, folder)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise Refused(f"model: {name} in {folder} holds numbers that are not finite. {DOWNLOAD_AGAIN}")
     torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def check_weights(folder: Path) -> int:
+    """Loads a model once, to refuse it before a run begins; returns for how many tokens it has embeddings."""
+    model = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))  # half the memory, as telling
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def num_parameters(folder: Path) -> int:
+    """Numbers in the weights of a folder, from the heads of its files."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -20,7 +20,7 @@ from sparring.data.shapes import detect_shape, examples, prompt_key, renamed
 from sparring.data.tables import write_rows
 from sparring.errors import Refused
 from sparring.iteration import DataSummary
-from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
+from sparring.model import check_weights, context_length, declared_end_ids, load_tokenizer, resolve_model
 from sparring.rundir import RunDir
 from sparring.seeds import seed_of
 from sparring.types import Example, Rendered
@@ -35,14 +35,22 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
     rows = intake.take(recipe.data.train, recipe.data.limit)
     if isinstance(recipe.data.held_out, str):
         train, held_out = rows, []
-        known = {key for key, _ in train}
+        prompts = {key for key, _ in train}
         for key, row in intake.take(recipe.data.held_out):
-            if key in known:
+            if key in prompts:
                 intake.reject(recipe.data.held_out, row.row, "the prompt is also in the training data")
             else:
                 held_out.append((key, row))
     else:
         train, held_out = split(rows, recipe.data.held_out, recipe.seed)
+    known = check_weights(model)
+    largest = max(int(ids.max()) for _, row in (*train, *held_out) for ids in (row.prompt_ids, row.real_ids))
+    if max(largest, renderer.end.id) >= known:
+        raise Refused(
+            f"model: the tokenizer in {model} gives token {max(largest, renderer.end.id)}, and the model has "
+            f"embeddings for {known}: tokens 0 to {known - 1}. They do not belong together; "
+            "use the model's own tokenizer"
+        )
     summary = DataSummary(
         model=str(model),
         shape=intake.shape or "",

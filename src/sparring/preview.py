@@ -16,9 +16,9 @@ from sparring.generate import open_backend
 from sparring.logprobs import Scorer, score_groups
 from sparring.model import declared_end_ids, load_model, load_tokenizer, resolve_model
 from sparring.prepare import Intake, make_renderer
-from sparring.progress import spelled_out
 from sparring.seeds import seed_of
 from sparring.types import Group, Prompt, Rendered, TokenIds
+from sparring.visible import visible
 
 # two shades each, so that one token can be told from the next
 PROMPT, ANSWER = ("white on grey23", "white on grey30"), ("black on green3", "black on green1")
@@ -79,4 +79,4 @@ def coloured(tokenizer: PreTrainedTokenizerBase, prompt: TokenIds, answer: Token
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> Iterator[str]:
     """Token by token; a line feed is shown and kept, what a terminal would act on is spelled out."""
     for token in ids.tolist():
-        yield spelled_out(cast(str, tokenizer.decode([token], skip_special_tokens=False))).replace("\n", "⏎\n")
+        yield visible(cast(str, tokenizer.decode([token], skip_special_tokens=False))).replace("\n", "⏎\n")

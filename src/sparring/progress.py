@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,22 +19,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from sparring.visible import visible
+
 console = Console(stderr=True)
 
 LINE_EVERY_SECONDS = 30.0
 
-# C0 and C1 controls but for line feed and tab, and the characters that reorder or hide text
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-
-
-def spelled_out(text: str) -> str:
-    """Text of a model or a data file without what a terminal or a browser would act on."""
-    return INVISIBLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
-
 
 def say(message: str) -> None:
-    """One line of our own words. Text of a model or a data file never comes this way unescaped."""
-    console.print(escape(message), highlight=False, soft_wrap=True)
+    """One line. Words of a model or a data file in it are neither markup nor orders to the terminal."""
+    console.print(escape(visible(message)), highlight=False, soft_wrap=True)
 
 
 class Rate(TextColumn):

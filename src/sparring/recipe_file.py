@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sparring import strict_yaml
+from sparring.commits import UNSEALED, read_sealed, seal
 from sparring.config import NEUTRAL, SECTIONS, Recipe, set_key
-from sparring.errors import Refused
+from sparring.errors import Damaged, Refused
 from sparring.objectives import OBJECTIVES
 
 
@@ -52,6 +53,21 @@ def json_schema() -> dict[str, Any]:
     method = schema["properties"]["method"]
     schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
+
+
+def own_recipe(recipe: Recipe) -> str:
+    """What a run directory keeps: the resolved recipe, with a hash that tells an edited or damaged one."""
+    return seal(
+        f"# xxh3 {UNSEALED}  (a run's own copy: change the recipe that you give, not this one)\n{dump_recipe(recipe)}"
+    )
+
+
+def load_own_recipe(path: Path) -> Recipe:
+    try:
+        raw, lines = strict_yaml.parse(read_sealed(path), str(path))
+    except Damaged as problem:
+        raise Refused(f"{problem}. Put the old text back, or use another run directory") from problem
+    return make_recipe(raw, lines, str(path))
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from sparring.commits import Json, is_committed, read_manifest
+from sparring.commits import Json, is_committed, read_manifest, verified
 from sparring.config import Recipe
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
 from sparring.iteration import DataSummary, Iteration
-from sparring.recipe_file import load_recipe
+from sparring.recipe_file import load_own_recipe
 from sparring.rundir import RunDir
 
 LEVEL = 0.1
@@ -66,11 +66,11 @@ class Results:
         self.run = RunDir(root)
         if not self.run.recipe.is_file():
             raise Refused(f"{self.run.root} is not a run directory: it has no recipe.yaml")
-        self.recipe: Recipe = load_recipe(self.run.recipe)
+        self.recipe: Recipe = load_own_recipe(self.run.recipe)
 
     @cached_property
     def data(self) -> DataSummary | None:
-        return DataSummary.read(self.run.data / "summary.json") if is_committed(self.run.data) else None
+        return DataSummary.read(verified(self.run.data, "summary.json")) if is_committed(self.run.data) else None
 
     @cached_property
     def iterations(self) -> list[Iteration]:
@@ -125,9 +125,9 @@ class Results:
 
     def paired_difference(self, metric: str, before: int, after: int) -> tuple[float, float]:
         """(change of a metric between two iterations, its standard error), row by row; -1 is the start."""
-        rows = read_rendered(self.run.data / "held_out.parquet")
+        rows = read_rendered(verified(self.run.data, "held_out.parquet"))
         tables = [
-            read_table(Iteration(self.run, self.recipe, t).stage("evaluate") / "answers.parquet")
+            read_table(verified(Iteration(self.run, self.recipe, t).stage("evaluate"), "answers.parquet"))
             for t in (before, after)
         ]
         if metric == "held_out_nll":
@@ -168,7 +168,7 @@ class Results:
         folder = Iteration(self.run, self.recipe, index).stage("evaluate")
         if not is_committed(folder):
             return None
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         every = {iteration.index: self.evaluation(iteration.index) for iteration in self.iterations}
@@ -176,8 +176,9 @@ class Results:
 
     def training(self, index: int) -> list[dict[str, float]]:
         """The lines of an iteration's metrics.jsonl, of a training that is still going on too."""
-        final = self.run.stage(index, "train") / "metrics.jsonl"
-        path = final if final.is_file() else self.run.work(final.parent) / "metrics.jsonl"
+        final = self.run.stage(index, "train")
+        is_done = is_committed(final)
+        path = verified(final, "metrics.jsonl") if is_done else self.run.work(final) / "metrics.jsonl"
         if not path.is_file():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")

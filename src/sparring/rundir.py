@@ -16,6 +16,9 @@ from filelock import FileLock, Timeout
 from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, verify
 from sparring.errors import Refused, RunMismatch, Stopped
 
+# A process that was killed while it started another one leaves its lock to that for a moment.
+LOCK_SECONDS = 1.0
+
 STAGES = ("generate", "score", "train", "evaluate")
 
 
@@ -31,6 +34,12 @@ class RunDir:
         self.report = self.root / "report.html"
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
+        self._outside: dict[Path, str] = {}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything whose making depended on the settings."""
+        return any(self.root.glob("data*")) or self.start.exists() or any(self.root.glob("iter-*"))
 
     def iteration(self, index: int) -> Path:
         return self.root / f"iter-{index:02d}"
@@ -48,18 +57,32 @@ class RunDir:
         return self.stage(index, "train") / "model"
 
     def digest(self, path: Path) -> str:
-        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run."""
+        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run.
+
+        Every path is read through once per process: 13 GiB of weights are hashed at the speed of the disk.
+        """
         if not path.is_relative_to(self.root):
-            return hash_path(path)
+            if path not in self._outside:
+                self._outside[path] = hash_path(path)
+            return self._outside[path]
         for committed in (path, *path.parents):
             if is_committed(committed):
-                if committed not in self._verified:
-                    self._verified[committed] = verify(committed)
                 inside = path.relative_to(committed).as_posix()
-                return self._verified[committed].digest("" if inside == "." else inside + "/")
+                return self.verify(committed).digest("" if inside == "." else inside + "/")
             if committed == self.root:
                 break
         raise Stopped(f"{path} has not been made yet")
+
+    def verify(self, committed: Path) -> Manifest:
+        """The manifest of a committed directory whose files have been read through once by this process."""
+        if committed not in self._verified:
+            self._verified[committed] = verify(committed)
+        return self._verified[committed]
+
+    def set_aside(self, folder: Path) -> Path:
+        """Renames a damaged folder, so that it can be made again; nothing of it is deleted."""
+        taken = len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+        return folder.rename(folder.with_name(f"{folder.name}.damaged-{taken + 1}"))
 
     def reads(self, *paths: Path) -> dict[str, str]:
         """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""
@@ -87,14 +110,19 @@ class RunDir:
     @contextmanager
     def own(self) -> Iterator[None]:
         """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(self.root / ".lock", timeout=0, mode=0o600)
+        lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock.acquire()
         except Timeout as error:
             owner = self._wait_for_owner()
             held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
             raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
+        except OSError as error:
+            raise Refused(
+                f"{self.root} cannot be used as a run directory: {error}. This process runs as user {os.getuid()}; "
+                "choose a folder on a disk with room where it may write"
+            ) from error
         try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             replace_file(self._owner, json.dumps(me))

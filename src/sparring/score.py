@@ -30,6 +30,10 @@ def score(iteration: Iteration) -> None:
     start = time.monotonic()
     run, settings = iteration.run, iteration.recipe.train
     needs, rounds = iteration.recipe.method.needs, iteration.rounds()
+    is_anchored = needs.anchor > 0 and iteration.index > 0
+    models = [iteration.opponent, *([Path(iteration.data.model)] if is_anchored else [])]
+    drawn_in = [run.stage(t, "generate") for t in (*rounds, *((0,) if "proto" in needs.roles else ()))]
+    reads = run.reads(run.data, *models, *drawn_in)  # verified before they are read
     answers = {t: iteration.generations(t) for t in rounds}
     rows = iteration.train_rows()
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
@@ -38,10 +42,6 @@ def score(iteration: Iteration) -> None:
     for row in rows:
         drawn = [answers[t][row.id][s] for t, s in keys]
         groups.append(Group(row.id, row.prompt_ids, iteration.responses(row, drawn, proto.get(row.id, []))))
-    is_anchored = needs.anchor > 0 and iteration.index > 0
-    models = [iteration.opponent, *([Path(iteration.data.model)] if is_anchored else [])]
-    drawn_in = [run.stage(t, "generate") for t in (*rounds, *((0,) if proto else ()))]
-    reads = run.reads(run.data, *models, *drawn_in)
     dtype = getattr(torch, iteration.recipe.weights_dtype)
     found = []
     for path in models:

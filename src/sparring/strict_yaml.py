@@ -69,6 +69,15 @@ def parse(text: str, source: str) -> tuple[object, Lines]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
         raise Refused(f"{source}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # PyYAML on "!!int" of nothing, and its like
+        raise Refused(f"{source}: a value cannot be read: {error}") from error
     except RecursionError as error:
         raise Refused(f"{source}: nested too deeply") from error
     lines: Lines = {}

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparring import distributed
+from sparring import distributed, interrupt
 from sparring.adapters import train_adapter
 from sparring.checkpoint import load_checkpoint, save_checkpoint
-from sparring.commits import commit, failpoint
+from sparring.commits import begin_work, commit, failpoint
 from sparring.config import Train
 from sparring.data.tables import read_scores
+from sparring.disk import writing
 from sparring.errors import Stopped
 from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
@@ -53,11 +54,10 @@ def train(iteration: Iteration) -> None:
     """Writes train/: metrics.jsonl, one line per optimizer step, and model/, the next opponent."""
     start = time.monotonic()
     settings, objective = iteration.recipe.train, iteration.recipe.method
+    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))  # verified before they are read
     plays = load_plays(iteration)
     final = iteration.stage("train")
-    work = iteration.run.work(final)
-    work.mkdir(parents=True, exist_ok=True)
-    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))
+    work = begin_work(iteration.run.work(final), reads)
 
     dtype, adapter = getattr(torch, iteration.recipe.weights_dtype), iteration.recipe.adapter
     model = load_model(iteration.opponent, dtype=dtype, device=distributed.device())
@@ -111,14 +111,17 @@ def train(iteration: Iteration) -> None:
                 "gradient_norm": gradient_norm,
                 "seconds": time.monotonic() - began,
             }
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with writing(metrics_file):
+                log.write(json.dumps(line) + "\n")
+                log.flush()
             track_step(line, first_step + step + 1, iteration.index)
             advance(1, int(metrics["num_tokens"]))
             failpoint("train-step")
-            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < num_steps:
+            is_due = (step + 1) % settings.checkpoint_every == 0 or interrupt.is_asked()
+            if is_due and step + 1 < num_steps:
                 save_checkpoint(work, step + 1, model, optimizer, metrics_file)
                 failpoint("checkpoint")
+                interrupt.stop_if_asked()
 
     info = {
         "seconds": time.monotonic() - start,
@@ -127,8 +130,9 @@ def train(iteration: Iteration) -> None:
         "layout": scorer.kind,
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
-    with commit(final, reads=reads, info=info) as folder:
+    with commit(final, reads=reads, info=info, needs=sum(p.nbytes for p in model.parameters())) as folder:
         save_policy(model, iteration, folder / "model")
+        failpoint("model-written")
         shutil.copyfile(metrics_file, folder / "metrics.jsonl")
     shutil.rmtree(work)
 

@@ -32,8 +32,8 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[int, Row | Ba
         raise Refused(f"data: {path} ends in '{path.suffix}'; known are {', '.join(READERS)} and data set folders")
     try:
         return READERS[path.suffix](path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise Refused(f"data: {path} cannot be read: {error}") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise Refused(f"data: {path} cannot be read: {error}. Mend the file, or write it again") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
@@ -42,7 +42,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
         for number, line in enumerate(file, start=1):
             if line := line.removeprefix(b"\xef\xbb\xbf").strip():
                 try:
-                    yield number, _mapping(json.loads(line.decode("utf-8")))
+                    yield number, _mapping(_loads(line.decode("utf-8")))
                 except (ValueError, RecursionError) as error:
                     yield number, BadRow(f"not JSON: {error}")
                 except BadRow as problem:
@@ -51,8 +51,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
 
 def _json(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        rows = _loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, BadRow) as error:
         raise Refused(f"data: {path} is not JSON: {error}. One object per line? Then name it .jsonl") from error
     if not isinstance(rows, list):
         raise Refused(f"data: {path} holds a {type(rows).__name__}; a list of rows is needed")
@@ -60,13 +60,24 @@ def _json(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    file = pq.ParquetFile(path)
-    return _numbered(row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+    return _numbered(_parquet_rows(path, pq.ParquetFile(path)))
+
+
+def _parquet_rows(path: Path, file: pq.ParquetFile) -> Iterator[object]:
+    number = 0
+    try:
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield row
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise Refused(f"data: {path} cannot be read after row {number}: {error}") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return _numbered(pyarrow.csv.read_csv(path, parse_options=options).to_pylist())
+    read = pyarrow.csv.ReadOptions(use_threads=False)  # else its complaints do not say which row
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return _numbered(pyarrow.csv.read_csv(path, read_options=read, parse_options=parse).to_pylist())
 
 
 READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
@@ -108,6 +119,24 @@ def _numbered(rows: Iterable[object]) -> Iterator[tuple[int, Row | BadRow]]:
             yield number, _mapping(row)
         except BadRow as problem:
             yield number, problem
+
+
+def _loads(text: str) -> object:
+    """JSON as its standard has it: no NaN, and no key twice, of which one value would be lost."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise BadRow(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _mapping(row: object) -> Row:

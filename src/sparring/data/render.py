@@ -138,7 +138,7 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
         assert isinstance(text, str)
         return text

@@ -26,6 +26,8 @@ ROLES = {
     "tool": "tool",
 }
 
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # white space, and what has no width at all
+
 SENTENCE = r"(?<=[.!?])[\"”']?(?=\s)"  # a sentence ends before the white space that follows it
 
 
@@ -141,9 +143,9 @@ def examples(row: Row, number: int, shape: Shape, turns: Turns) -> list[Example]
     if shape.name == "prompt/chosen" and row.get("rejected") is not None:
         found = [replace(example, rejected=_rejected(row, example)) for example in found]
     for example in found:
-        if not example.answer.strip():
+        if BLANK.fullmatch(example.answer):
             raise BadRow("the answer is empty")
-        if not any(m["role"] == "user" and m["content"].strip() for m in example.messages):
+        if not any(m["role"] == "user" and not BLANK.fullmatch(m["content"]) for m in example.messages):
             raise BadRow("the prompt is empty")
     return found
 
@@ -201,9 +203,9 @@ def _turns(value: object, role_key: str, content_key: str) -> list[Message]:
 
 
 def _message(role: object, content: object) -> Message:
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"unknown role {role!r}; known are {', '.join(ROLES)}")
-    return Message(role=ROLES[str(role)], content=_text(content))
+    return Message(role=ROLES[role], content=_text(content))
 
 
 def _text(value: object) -> str:

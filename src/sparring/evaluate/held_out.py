@@ -57,10 +57,11 @@ ANSWERS = pa.schema(
 def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes evaluate/: metrics.json, and answers.parquet with one fresh answer per held-out row."""
     start = time.monotonic()
-    run, recipe, rows = iteration.run, iteration.recipe, iteration.held_out_rows()
+    run, recipe = iteration.run, iteration.recipe
     is_start = iteration.index < 0
     earlier = [] if is_start else [iteration.before().stage("evaluate"), run.start / "evaluate"]
     reads = run.reads(run.data, iteration.policy, *dict.fromkeys(earlier))
+    rows = iteration.held_out_rows()
     tokenizer = load_tokenizer(iteration.policy)
 
     is_checked = recipe.evaluate.checker is not None

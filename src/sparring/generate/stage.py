@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from sparring import distributed
-from sparring.commits import commit_folder, commit_part, has_part
+from sparring import distributed, interrupt
+from sparring.commits import begin_work, commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
@@ -24,6 +24,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
     start = time.monotonic()
     settings, run = iteration.recipe.generate, iteration.run
+    reads = run.reads(run.data, iteration.opponent)
     prompts = [
         Prompt(
             id=row.id,
@@ -36,10 +37,9 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
         for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
         for sample in range(settings.samples)
     ]
-    reads = run.reads(run.data, iteration.opponent)
     tokenizer = load_tokenizer(iteration.opponent)
     final = iteration.stage("generate")
-    work = run.work(final)
+    work = begin_work(run.work(final), reads)
     real = {row.id: row.real_ids for row in iteration.train_rows()}
     num_tokens = num_stopped = num_copies = 0
     with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
@@ -55,6 +55,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
                     advance(1, len(answer.token_ids))
                 texts = texts_of(tokenizer, answers)
                 commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+                interrupt.stop_if_asked()
             num_tokens += sum(len(a.token_ids) for a in answers)
             num_stopped += sum(a.finish == "stop" for a in answers)
             num_copies += sum(np.array_equal(a.token_ids, real[a.id]) for a in answers)

@@ -16,7 +16,7 @@ from sparring.commits import replace_file
 from sparring.recipe_file import dump_recipe
 from sparring.report.alarms import alarms
 from sparring.report.figures import draw
-from sparring.report.samples import collect, visible
+from sparring.report.samples import collect, shown
 from sparring.report.story import story
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -69,7 +69,7 @@ def render(run: RunDir) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["visible"] = visible
+    environment.filters["visible"] = shown
     script = files("sparring.report").joinpath("filter.js").read_text(encoding="utf-8")
     evaluations = results.evaluations()
     best = results.best()

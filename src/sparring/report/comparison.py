@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from sparring.commits import Json, read_manifest, replace_file
+from sparring.commits import Json, read_manifest, read_sealed, replace_file, verified
 from sparring.config import Recipe
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
 from sparring.recipe_file import dump_recipe
 from sparring.report import QUADRANTS
 from sparring.report.figures import Figure, svg
-from sparring.report.samples import visible
+from sparring.report.samples import shown
 from sparring.report.story import NAMES
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -63,7 +63,10 @@ class Arm:
     @cached_property
     def tables(self) -> list[pa.Table]:
         """What was answered on the held-out rows, by the start and after each iteration."""
-        return [read_table(iteration.stage("evaluate") / "answers.parquet") for iteration in self.results.iterations]
+        return [
+            read_table(verified(iteration.stage("evaluate"), "answers.parquet"))
+            for iteration in self.results.iterations
+        ]
 
     def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
         """The metric of each held-out row after an iteration: nats of the real answer, or 0 and 1; NaN: unchecked."""
@@ -96,7 +99,7 @@ class Comparison:
         self.metrics = ["held_out_nll"]
         if recipe.evaluate.checker is not None:
             self.metrics += ["greedy_accuracy", "sampled_accuracy"]
-        rows = read_rendered(arms[0].run.data / "held_out.parquet")
+        rows = read_rendered(verified(arms[0].run.data, "held_out.parquet"))
         self.tokens = np.array([len(row.real_ids) for row in rows], dtype=np.float64)
         self.is_dev: Bool[np.ndarray, " rows"] = np.array([seed_of("dev", row.id) % 2 == 0 for row in rows])
 
@@ -174,7 +177,7 @@ class Comparison:
                     },
                 }
             )
-        env = json.loads(self.arms[0].run.env.read_text(encoding="utf-8"))[0]
+        env = json.loads(read_sealed(self.arms[0].run.env))["sessions"][0]
         return {
             "control": self.control,
             "seeds": len({arm.seed for arm in self.arms}),
@@ -239,7 +242,7 @@ def write_comparison(comparison: Comparison) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["visible"] = visible
+    environment.filters["visible"] = shown
     html = environment.get_template("comparison.html.j2").render(
         name=comparison.root.name,
         names=NAMES,

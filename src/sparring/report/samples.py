@@ -8,20 +8,19 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from sparring.commits import is_committed
+from sparring.commits import is_committed, verified
 from sparring.data.tables import read_rendered, read_table
 from sparring.iteration import Iteration
-from sparring.progress import spelled_out
 from sparring.results import Results
+from sparring.visible import visible
 
 MAX_SAMPLES = 60
 MAX_CHARACTERS = 4000
 
 
-def visible(text: str) -> str:
-    """Text of a model or a data file with its control characters spelled out. Escaping is jinja's part."""
-    cut = text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]"
-    return spelled_out(cut)
+def shown(text: str) -> str:
+    """As much of a text as a person reads, with its control characters spelled out. Escaping is jinja's part."""
+    return visible(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def collect(results: Results) -> list[Sample]:
     """The first held-out rows with every evaluated model's answer."""
     if results.data is None:
         return []
-    rows = read_rendered(results.run.data / "held_out.parquet")[:MAX_SAMPLES]
+    rows = read_rendered(verified(results.run.data, "held_out.parquet"))[:MAX_SAMPLES]
     samples = [
         Sample(row.row, row.prompt, [Answer("real", row.real, len(row.real_ids), row.real_finish, None, None, None)])
         for row in rows
@@ -59,7 +58,7 @@ def collect(results: Results) -> list[Sample]:
         if not is_committed(folder):
             continue
         source = "start (proto)" if iteration.index < 0 else f"iteration {iteration.index}"
-        answers = read_table(folder / "answers.parquet").slice(0, len(rows)).to_pylist()
+        answers = read_table(verified(folder, "answers.parquet")).slice(0, len(rows)).to_pylist()
         for sample, answer in zip(samples, answers, strict=True):
             sample.answers.append(
                 Answer(

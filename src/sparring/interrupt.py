@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: the current unit of work is finished and committed, then the run stops. Asked twice, at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from sparring.errors import Interrupted
+from sparring.progress import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_asked: list[int] = []
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """While this holds, the first signal is a request. Only a main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _ask) for number in SIGNALS}
+    _asked.clear()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_asked() -> bool:
+    return bool(_asked)
+
+
+def stop_if_asked() -> None:
+    """Called where everything done so far is on disk."""
+    if _asked:
+        raise Interrupted(_asked[0])
+
+
+def _ask(number: int, _: FrameType | None) -> None:
+    if _asked:
+        raise Interrupted(number)
+    _asked.append(number)
+    say("stopping as soon as the current step, part or stage is kept; once more to stop at once")

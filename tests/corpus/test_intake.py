@@ -1,0 +1,181 @@
+"""What comes in from outside may not run code or read elsewhere, and nothing goes out: no request, no secret."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparring.loop import play
+
+from .conftest import Refusal
+from .test_bad_models import edit_json
+
+# file -> a key that must not pass, by what it would do
+ORDERS: dict[str, tuple[str, dict[str, object]]] = {
+    "a kernel from the hub, as in CVE-2026-4372": (
+        "config.json",
+        {"_attn_implementation_internal": "evil-org/kernel"},
+    ),
+    "the same by its public name": ("config.json", {"attn_implementation": "evil-org/kernel"}),
+    "the same for experts": ("config.json", {"_experts_implementation": "evil-org/kernel"}),
+    "the same, nested": ("config.json", {"text_config": {"_attn_implementation": "evil-org/kernel@main:x"}}),
+    "trust in the config, as in CVE-2026-5241": ("config.json", {"trust_remote_code": True}),
+    "trust deep in the config": (
+        "config.json",
+        {"vision": [{"keypoint_detector_config": {"trust_remote_code": True}}]},
+    ),
+    "trust in the tokenizer": ("tokenizer_config.json", {"trust_remote_code": True}),
+    "trust in the defaults for generation": ("generation_config.json", {"trust_remote_code": True}),
+    "a tokenizer file above the folder": ("tokenizer_config.json", {"vocab_file": "../.env"}),
+    "a tokenizer file of the system": ("tokenizer_config.json", {"tokenizer_file": "/etc/passwd"}),
+    "a file above, for a slow tokenizer": ("tokenizer_config.json", {"merges_file": "a/../../secret"}),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_in_a_model_folder_are_refused(name: str, task: Path, refusal: Refusal) -> None:
+    file, change = ORDERS[name]
+    if not (task / "model" / file).is_file():
+        (task / "model" / file).write_text("{}")
+    edit_json(task / "model", file, **change)
+    said = refusal()
+    assert re.search(r"would run or read what is not part of the model; remove the key", said), said
+    assert str(task / "model" / file) in said
+
+
+def evil(marker: Path) -> str:
+    return f"open({str(marker)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
+
+
+CODE: dict[str, dict[str, dict[str, object]]] = {
+    "auto_map of a model that is known": {
+        "config.json": {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    },
+    "auto_map of a tokenizer": {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}},
+    "auto_map from another repository": {
+        "config.json": {"auto_map": {"AutoConfig": "evil-org/evil--evil.Config"}},
+    },
+    "custom code for generation": {"config.json": {"custom_generate": "evil"}},
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_beside_the_weights_is_not_run(name: str, task: Path) -> None:
+    """A known model with code beside it is played without that code."""
+    marker = task / "marker"
+    (task / "model" / "evil.py").write_text(evil(marker))
+    (task / "model" / "custom_generate").mkdir()
+    (task / "model" / "custom_generate" / "generate.py").write_text(evil(marker))
+    for file, change in CODE[name].items():
+        edit_json(task / "model", file, **change)
+    play(task / "recipe.yaml", task / "run", ["evaluate.held_out=false"])
+    assert not marker.exists()
+    assert not list((task / "run").rglob("*.py")), "and it is not passed on"
+
+
+def test_code_of_an_unknown_model_is_refused(task: Path, refusal: Refusal) -> None:
+    marker = task / "marker"
+    (task / "model" / "evil.py").write_text(evil(marker))
+    change = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    edit_json(task / "model", "config.json", **change)
+    assert "cannot be loaded" in refusal()
+    assert not marker.exists()
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names under which others keep theirs, beside the weights and in half-done work. Resume itself was the attack
+    in CVE-2026-1839."""
+    marker = task / "marker"
+    names = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "state.pkl")
+    bomb = pickle.dumps(Bomb(marker))
+    for name in names:
+        (task / "model" / name).write_bytes(bomb)
+    child = os.fork()
+    if child == 0:
+        os.environ["SPARRING_FAIL_AT"] = "train-step:2"
+        try:
+            play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_every=1"])
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
+    (work,) = (task / "run").rglob(".train.partial")
+    (checkpoint,) = work.glob("step-*")
+    for folder in (work, checkpoint):
+        for name in names:
+            (folder / name).write_bytes(bomb)
+    run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_every=1"])
+    assert not marker.exists()
+    assert not [p for p in run.root.rglob("*") if p.name in names], "and none is kept"
+    pickle.loads(bomb)
+    assert marker.exists(), "the control: the bomb works"
+
+
+SECRETS = """
+    HF_TOKEN HUGGING_FACE_HUB_TOKEN OPENAI_API_KEY ANTHROPIC_API_KEY WANDB_API_KEY AWS_SECRET_ACCESS_KEY
+    AWS_SESSION_TOKEN GITHUB_TOKEN DATABASE_URL SSH_AUTH_SOCK MY_PASSWORD PIP_INDEX_URL
+"""
+CANARIES = {name: f"canary-{index}-5f1c9e" for index, name in enumerate(SECRETS.split())}
+
+GUARDED = """
+import sys
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        family = getattr(arguments[0], "family", None)
+        if family is None or int(family) != 1:  # a Unix socket stays on this machine
+            sys.stderr.write(f"OUTBOUND {event} {arguments[1:]}\\n")
+sys.addaudithook(guard)
+if sys.argv[1] == "control":
+    import socket
+    try:
+        socket.create_connection(("192.0.2.1", 80), timeout=0.2)
+    except OSError:
+        sys.exit("unreachable")
+    sys.exit(0)
+from sparring.cli import main
+main()
+"""
+
+
+def guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process that reports what it would connect to; in a network namespace of its own where that is allowed."""
+    unshare = shutil.which("unshare")
+    is_allowed = unshare is not None and subprocess.run([unshare, "-rn", "true"], check=False).returncode == 0
+    apart = [unshare, "-rn"] if is_allowed and unshare else []
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_OFFLINE")} | CANARIES
+    return subprocess.run(
+        [*apart, sys.executable, "-c", GUARDED, *arguments],
+        capture_output=True, text=True, check=False, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> None:
+    """In a namespace without a network, with secrets in the environment."""
+    control = guarded("control")
+    assert "OUTBOUND socket.connect" in control.stderr and "unreachable" in control.stderr
+    said = ""
+    for command in (["run", str(task / "recipe.yaml")], ["report"]):
+        result = guarded(*command, str(task / "run"))
+        assert result.returncode == 0, result.stderr
+        said += result.stdout + result.stderr
+    assert "OUTBOUND" not in said
+    written = {p: p.read_bytes() for p in (task / "run").rglob("*") if p.is_file()}
+    assert len(written) > 15
+    for name, canary in CANARIES.items():
+        assert canary not in said, name
+        for path, content in written.items():
+            assert canary.encode() not in content, (name, path)

@@ -1,0 +1,173 @@
+"""Full disks, forbidden folders: which path, what is missing, nothing lost, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import sparring.generate.stage
+from sparring.cli import main
+from sparring.config import Recipe
+from sparring.loop import play
+from sparring.recipe_file import dump_recipe
+
+GROWS_BY_BYTES = 80 * 1024
+
+# A disk of its own, in a namespace of its own. It is full; it grows; the same command runs again; until it ends.
+DRIVER = """
+import json, os, subprocess, sys
+from pathlib import Path
+import sparring.cli, sparring.disk, sparring.generate.stage, sparring.loop, sparring.report
+from sparring.commits import is_committed, verify
+
+recipe, disk, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+sparring.generate.stage.PART_PROMPTS = 20
+sparring.report.draw = lambda results: []  # curves take longest and write nothing of their own
+outcomes, size = [], step
+while True:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+    child = os.fork()
+    if child == 0:
+        said = os.open(disk.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 2)
+        if len(outcomes) % 4:  # else the forecast, and what is asked for beforehand, come first
+            sparring.loop.say_what_it_needs = lambda *_: None
+            sparring.disk.free_bytes = lambda path: 10**15
+        sys.argv = ["sparring", "run", recipe, str(disk / "run")]
+        sparring.cli.main()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    run = disk / "run"
+    whole = sorted(str(p.relative_to(run)) for p in run.rglob("*") if is_committed(p))
+    for folder in whole:
+        verify(run / folder)
+    left = [p.name for p in run.rglob("*.tmp-*")]
+    said = (disk.parent / "said").read_text()
+    outcomes.append({"size": size, "code": code, "said": said, "whole": whole, "left": left})
+    if code == 0 or len(outcomes) > 200:
+        break
+    size += step
+kept = [p for p in run.rglob("*") if p.suffix in (".parquet", ".safetensors")]
+content = {str(p.relative_to(run)): p.read_bytes().hex() for p in kept}
+print(json.dumps({"outcomes": outcomes, "content": content}))
+"""
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    made = Recipe.model_validate(
+        {
+            "model": str(tiny / "model"),
+            "method": "spin",
+            "iterations": 1,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 6},
+            "train": {"learning_rate": 1e-3, "batch_size": 16, "dtype": "float32", "checkpoint_every": 2},
+            "threads": 1,
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(made))
+    return tmp_path / "recipe.yaml"
+
+
+def may_mount() -> bool:
+    command = ["unshare", "-rm", "bash", "-c", "mkdir -p /tmp/.may && mount -t tmpfs none /tmp/.may"]
+    return shutil.which("unshare") is not None and subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="no disk of one's own may be mounted here")
+def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "driver.py").write_text(DRIVER)
+    mount = (
+        f"mount -t tmpfs -o size=8k none {disk} && exec {sys.executable} {tmp_path / 'driver.py'} {recipe} {disk} 40960"
+    )
+    result = subprocess.run(["unshare", "-rm", "bash", "-c", mount], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    outcomes = found["outcomes"]
+    print(f"{len(outcomes) - 1} times full")
+    assert len(outcomes) > 6 and outcomes[-1]["code"] == 0
+    before: set[str] = set()
+    full = 0
+    for outcome in outcomes[:-1]:
+        said = outcome["said"]
+        assert outcome["code"] in (1, 2) and "Traceback" not in said, said
+        assert str(disk) in said, "the path"
+        assert re.search(r"are missing|were free, it needs", said), said
+        full += "could not be written: the disk is full" in said
+        assert before <= set(outcome["whole"]), "nothing that was good is lost"
+        before = set(outcome["whole"])
+        assert not outcome["left"], "what was half written is gone, and its room is free"
+    assert full > 3
+    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+    straight = play(recipe, tmp_path / "straight").root
+    expected = {
+        str(p.relative_to(straight)): p.read_bytes().hex()
+        for p in straight.rglob("*")
+        if p.suffix in (".parquet", ".safetensors")
+    }
+    assert found["content"] == expected, "and it ends as if there had been room"
+
+
+NOBODY = 65534
+
+
+def as_nobody(said: Path, *arguments: str | Path) -> tuple[int, str]:
+    """The command line in a child process as a user without rights; its exit code and what it said."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        sys.argv = ["sparring", *map(str, arguments)]
+        try:
+            main()
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
+
+
+def test_folders_that_may_not_be_written(recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    """In a folder of its own: pytest's are for their owner only."""
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        shutil.copytree(tiny, home / "tiny")
+        shutil.copy(recipe, home / "recipe.yaml")
+        for path in (home, *home.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        overrides = (f"model={home / 'tiny/model'}", f"data.train={home / 'tiny/rows.jsonl'}")
+        task = (home / "recipe.yaml", home / "run", *overrides)
+        home.chmod(0o555)
+        if os.getuid() == 0:
+            code, said = as_nobody(tmp_path / "said", "run", *task)
+            assert code == 2 and f"{home / 'run'} cannot be used as a run directory" in said and "as user" in said, said
+        home.chmod(0o755)
+        run = play(home / "recipe.yaml", home / "run", overrides)
+        stages = sorted(p.parent for p in run.root.rglob("MANIFEST.json"))
+        shutil.rmtree(run.stage(0, "evaluate"))
+        if os.getuid() == 0:
+            for path in (run.root, *run.root.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+        for folder in (run.iteration(0), run.root):
+            folder.chmod(0o500)
+            code, said = as_nobody(tmp_path / "said", "run", *task)
+            assert code in (1, 2) and "Traceback" not in said, said
+            assert str(folder) in said and "Permission denied" in said, said
+            folder.chmod(0o700)
+        code, said = as_nobody(tmp_path / "said", "run", *task)
+        assert code == 0, said
+        assert sorted(p.parent for p in run.root.rglob("MANIFEST.json")) == stages

@@ -1,0 +1,106 @@
+"""Ctrl-C and SIGTERM: the unit at hand is finished and kept, and going on from there changes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparring import interrupt
+from sparring.config import Recipe
+from sparring.errors import Interrupted
+from sparring.loop import play
+from sparring.recipe_file import dump_recipe
+
+UNITS = {
+    "a step": "iter-00/.train.partial/metrics.jsonl",
+    "a part": "iter-00/.generate.partial/part-00000.parquet",
+}
+
+
+def recipe_for(tiny: Path, **train: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(tiny / "model"),
+            "method": "spin",
+            "iterations": 1,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 6},
+            "train": {"learning_rate": 1e-3, "batch_size": 4, "dtype": "float32", **train},
+            "threads": 1,
+        }
+    )
+
+
+def weights(root: Path) -> bytes:
+    return (root / "iter-00" / "train" / "model" / "model.safetensors").read_bytes()
+
+
+def when_there(path: Path, number: int, seconds: float = 60) -> int:
+    """A child process that signals this one as soon as a file is there."""
+    child = os.fork()
+    if child == 0:
+        deadline = time.monotonic() + seconds
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(os.getppid(), number)
+        os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize(("unit", "number"), [("a step", signal.SIGTERM), ("a part", signal.SIGINT)])
+def test_the_unit_at_hand_is_kept(
+    unit: str, number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparring.generate.stage
+
+    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 4)
+    recipe = recipe_for(tiny)
+    file = tmp_path / "run" / UNITS[unit]
+    child = when_there(file, number)
+    with pytest.raises(Interrupted, match="the same command continues") as caught:
+        play(recipe, tmp_path / "run")
+    os.waitpid(child, 0)
+    assert caught.value.number == number
+    if unit == "a step":
+        checkpoints = list(file.parent.glob("step-*"))
+        assert len(checkpoints) == 1, "a step that no interval asked for was kept"
+        assert file.read_text().count("\n") == int(checkpoints[0].name[5:])
+    else:
+        assert len(list(file.parent.glob("part-*.parquet"))) >= 1
+        assert not list(file.parent.glob(".part*"))
+    assert signal.getsignal(number) is not interrupt._ask, "the handlers are those from before"
+    play(recipe, tmp_path / "run")
+    straight = play(recipe, tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(straight.root)
+
+
+def test_twice_is_at_once(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), interrupt.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.is_asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        raise AssertionError("still here")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_codes(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(tiny, epochs=50)))
+    command = [sys.executable, "-m", "sparring", "run", str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    when = tmp_path / "run" / "iter-00" / ".train.partial" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not when.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert time.monotonic() - began < 60
+    assert "everything up to here is kept, and the same command continues" in said and "Traceback" not in said
