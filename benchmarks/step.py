@@ -97,12 +97,18 @@ def plain_scores(model: PreTrainedModel, groups: list[Group]) -> Scores:
     return layout.scores(sequence_logprobs(logits, layout.input_ids, is_response))
 
 
-def make_step(arm: str, arguments: argparse.Namespace, groups: list[Group]) -> tuple[PreTrainedModel, Callable[[], Any]]:
+def make_step(
+    arm: str, arguments: argparse.Namespace, groups: list[Group]
+) -> tuple[PreTrainedModel, Callable[[], Any]]:
     """The policy, and a function that gives the loss of one step."""
     triplet = arguments.game == "triplet"
     objective = Tspin(alpha=0.1, beta=0.1) if triplet else Spin(lambda_=0.1)
     model = make_model(arguments.model, arguments.vocab)
-    opponent = {} if triplet else {"real": torch.full((len(groups),), -900.0), "generated": torch.full((len(groups), 1), -905.0)}
+    opponent = (
+        {}
+        if triplet
+        else {"real": torch.full((len(groups),), -900.0), "generated": torch.full((len(groups), 1), -905.0)}
+    )
     dtype = getattr(torch, arguments.dtype)
 
     def mean_loss(policy: Scores, opponent: Scores, lengths: Any) -> torch.Tensor:

@@ -65,13 +65,30 @@ class Data(Strict):
 
 
 class Generate(Strict):
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
     max_new_tokens: PositiveInt = 256
     temperature: NonNegative = 1.0
     top_p: Probability = 1.0
     samples: PositiveInt = 1
     """Answers per prompt."""
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt | None = None
+    """Prompts at a time. None: 64 with hf, the engine's own choice with vllm."""
+    python: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """The interpreter that runs vLLM, which may have an environment of its own. None: ours."""
+    tensor_parallel_size: PositiveInt = 1
+    gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=NEUTRAL)
+
+    @validator(mode="after")
+    def is_read(self) -> Generate:
+        """A setting that the chosen engine does not read is a mistake."""
+        for name, engine in {
+            "python": "vllm",
+            "tensor_parallel_size": "vllm",
+            "gpu_memory_utilization": "vllm",
+        }.items():
+            if self.backend != engine and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of {engine}, and generate.backend is {self.backend}")
+        return self
 
 
 class Train(Strict):

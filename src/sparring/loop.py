@@ -78,8 +78,9 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     engine = partial(
         open_backend,
         settings=recipe.generate,
-        dtype=getattr(torch, recipe.train.dtype),
+        dtype=recipe.train.dtype,
         end_ids=iteration.data.end_ids,
+        max_length=iteration.data.max_length,
     )
     start = time.monotonic()
     match stage:

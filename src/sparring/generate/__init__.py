@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 
 from sparring import distributed
 from sparring.config import Generate
-from sparring.generate.hf import HfBackend
+from sparring.generate.hf import BATCH_SIZE, HfBackend
 from sparring.generate.stage import generate
+from sparring.generate.vllm import VllmBackend
 from sparring.model import load_model
 from sparring.types import Backend
 
@@ -20,19 +21,36 @@ __all__ = ["generate", "open_backend"]
 
 
 @contextmanager
-def open_backend(model: Path, settings: Generate, dtype: torch.dtype, end_ids: Sequence[int]) -> Iterator[Backend]:
+def open_backend(
+    model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int
+) -> Iterator[Backend]:
     """The engine that the recipe names, holding `model`; its memory is free again afterwards."""
     match settings.backend:
         case "hf":
-            loaded = load_model(model, dtype=dtype, device=distributed.device())
+            loaded = load_model(model, dtype=getattr(torch, dtype), device=distributed.device())
             yield HfBackend(
                 loaded,
                 end_ids=end_ids,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                batch_size=settings.batch_size,
+                batch_size=settings.batch_size or BATCH_SIZE,
             )
             del loaded
+        case "vllm":
+            engine = VllmBackend(
+                model,
+                end_ids=end_ids,
+                max_length=max_length,
+                dtype=dtype,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                batch_size=settings.batch_size,
+                python=settings.python,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+            )
+            with closing(engine):
+                yield engine
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
