@@ -10,8 +10,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +27,7 @@ import torch
 from sparring.config import Recipe
 from sparring.errors import Refused, Stopped
 from sparring.generate.hf import HfBackend
+from sparring.generate.server import ServerBackend, started_server
 from sparring.generate.vllm import EngineProcess, VllmBackend
 from sparring.iteration import Iteration
 from sparring.logprobs import Scorer, score_groups
@@ -62,7 +68,25 @@ def vllm_backend(folder: Path) -> Iterator[VllmBackend]:
     engine.close()
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=needs_vllm)])
+SERVE = (
+    f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --host 127.0.0.1 --port {{port}} "
+    "--api-key {token} --dtype {dtype} --max-model-len 128 --generation-config vllm --enforce-eager"
+)
+
+
+@pytest.fixture(scope="session")
+def server(folder: Path) -> Iterator[tuple[str, str]]:
+    with started_server(SERVE, folder, "float32") as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def server_backend(server: tuple[str, str], folder: Path) -> ServerBackend:
+    url, token = server
+    return ServerBackend(url, folder, end_ids=[END], token=token)
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=needs_vllm), pytest.param("server", marks=needs_vllm)])
 def backend(request: pytest.FixtureRequest, folder: Path) -> Backend:
     if request.param == "hf":
         return HfBackend(load_model(folder, dtype=torch.float32, device=CPU), end_ids=[END])
@@ -267,3 +291,100 @@ def test_an_engine_that_always_dies_is_started_three_more_times(folder: Path, tm
     with pytest.raises(Stopped, match=r"died 4 times in a row without an answer.*out of memory"):
         list(engine.generate(prompts(folder, 3)))
     assert (tmp_path / "starts").read_text() == "\n" * 4
+
+
+@needs_vllm
+def test_a_server_of_other_weights_or_without_the_token_is_refused(server: tuple[str, str], tiny: Path) -> None:
+    url, token = server
+    with pytest.raises(Refused, match=r"serves .*, but the answers must come from"):
+        ServerBackend(url, tiny / "model", end_ids=[END], token=token)
+    with pytest.raises(Refused, match="wants a token: set OPENAI_API_KEY"):
+        ServerBackend(url, tiny / "model", end_ids=[END])
+
+
+@needs_vllm
+def test_a_request_that_fails_is_made_again_and_gives_the_same_answer(
+    server_backend: ServerBackend, folder: Path
+) -> None:
+    """Through a gateway that answers each request first with 503, then not at all, and then passes it on."""
+    seen: Counter[bytes] = Counter()
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen[body] += 1
+            if seen[body] == 2:
+                self.close_connection = True
+                return
+            status, text = (503, b"busy") if seen[body] == 1 else server_backend._once("POST", self.path, body.decode())
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    gateway = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    threading.Thread(target=gateway.serve_forever, daemon=True).start()
+    through = copy(server_backend)
+    through.url, through.local = f"http://127.0.0.1:{gateway.server_port}", threading.local()
+    wanted = prompts(folder, 5)
+    assert ids_of(through.generate(wanted)) == ids_of(server_backend.generate(wanted))
+    assert set(seen.values()) == {3}
+    refused = [a.finish for a in server_backend.generate([replace(wanted[0], token_ids=np.full(200, 7, np.int32))])]
+    assert refused == ["failed"], "what the server says is wrong with a request is not tried again"
+    gateway.shutdown()
+
+
+@needs_vllm
+def test_a_server_that_speaks_text_is_refused(folder: Path) -> None:
+    """transformers' own: prompts and answers are texts there."""
+    program = Path(cast(str, VLLM_PYTHON)).parent / "transformers"
+    serve = f"{program} serve {{model}} --host 127.0.0.1 --port {{port}} --device cpu"
+    refused = pytest.raises(Refused, match="same weights and token ids")
+    with started_server(serve, folder, "float32") as (url, token), refused:
+        ServerBackend(url, folder, end_ids=[END], token=token)
+
+
+def test_a_server_ends_with_sparring(folder: Path, tmp_path: Path) -> None:
+    """A real SIGKILL of the process that started it."""
+    (tmp_path / "serve.py").write_text(
+        "import http.server as h, os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\n"
+        "class H(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "h.HTTPServer(('127.0.0.1', int(sys.argv[1])), H).serve_forever()\n"
+    )
+    command = f"{sys.executable} {tmp_path}/serve.py {{port}} {tmp_path}/pid"
+    child = os.fork()
+    if child == 0:
+        with started_server(command, folder, "float32"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@needs_vllm
+def test_a_run_starts_and_ends_its_own_server(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = {"backend": "server", "command": SERVE, "max_new_tokens": 16}
+    recipe = make_recipe("spin", iterations=1, generate=settings, evaluate={"held_out": False, "checker": None})
+    run = play(recipe, tmp_path / "run")
+    first = json.loads((run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["log_ratio"] < 1e-5
+
+
+def test_a_server_that_does_not_start_is_refused_with_its_words(folder: Path) -> None:
+    fails = "sh -c 'echo no such device; exit 3'"
+    with pytest.raises(Refused, match=r"(?s)status 3.*no such device"), started_server(fails, folder, "float32"):
+        pass
+    with (
+        pytest.raises(Refused, match="there is no program"),
+        started_server("no-such-server {port}", folder, "float32"),
+    ):
+        pass
+    with pytest.raises(Refused, match="'gpu'; it may name {model}"), started_server("serve {gpu}", folder, "float32"):
+        pass
+    with pytest.raises(Refused, match="there is no server at"):
+        ServerBackend("http://127.0.0.1:9", folder, end_ids=[END])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from sparring import distributed
 from sparring.config import Generate
 from sparring.generate.hf import BATCH_SIZE, HfBackend
+from sparring.generate.server import ServerBackend, started_server
 from sparring.generate.stage import generate
 from sparring.generate.vllm import VllmBackend
 from sparring.model import load_model
@@ -51,6 +53,25 @@ def open_backend(
             )
             with closing(engine):
                 yield engine
+        case "server":
+            with server(model, settings, dtype) as (url, token):
+                yield ServerBackend(
+                    url,
+                    model,
+                    end_ids=end_ids,
+                    token=token,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    batch_size=settings.batch_size,
+                )
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def server(model: Path, settings: Generate, dtype: str) -> AbstractContextManager[tuple[str, str | None]]:
+    """URL and token: of the user's own server, or of one that is started for `model`."""
+    if settings.command is not None:
+        return started_server(settings.command, model, dtype)
+    assert settings.url is not None
+    return nullcontext((settings.url, os.environ.get("OPENAI_API_KEY")))
