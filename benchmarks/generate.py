@@ -37,7 +37,7 @@ from sparring.prepare import prepare
 from sparring.rundir import RunDir
 from sparring.types import Backend
 
-ROWS, MAX_NEW_TOKENS = 128, 32
+ROWS, MAX_NEW_TOKENS = 384, 64
 MODEL = {
     "vocab_size": 16000,
     "hidden_size": 256,

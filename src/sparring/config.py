@@ -164,6 +164,10 @@ class Recipe(Strict):
     stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
+    launch: Literal["inline", "torchrun"] = Field(default="inline", json_schema_extra=NEUTRAL)
+    """torchrun: answers are drawn by several processes of this machine, one per device."""
+    processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
+    """How many. auto: one per GPU, or per CPU core where there is none."""
     threads: PositiveInt | None = None
     """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
 

@@ -11,20 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from sparring.errors import Refused, Stopped
+from sparring.errors import Stopped
 from sparring.progress import say
 
 
 @cache
 def accelerator() -> Accelerator:
     """One for the process. Autocast is the scorer's, so that scoring and training share one code path."""
-    found = Accelerator(mixed_precision="no")
-    if found.num_processes > 1:
-        raise Refused(
-            f"{found.num_processes} processes were started; this version of sparring plays on one device. "
-            "Start it with 'sparring run', not with a launcher"
-        )
-    return found
+    return Accelerator(mixed_precision="no")
 
 
 def device() -> torch.device:

@@ -31,9 +31,9 @@ def score(iteration: Iteration) -> None:
     run, settings = iteration.run, iteration.recipe.train
     needs, rounds = iteration.recipe.method.needs, iteration.rounds()
     answers = {t: iteration.generations(t) for t in rounds}
-    rows = iteration.played_rows(answers.values())
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
     proto = iteration.generations(0) if "proto" in needs.roles else {}
+    rows = iteration.played_rows([*answers.values(), *([proto] if proto else [])])
     groups = []
     for row in rows:
         drawn = [answers[t][row.id][s] for t, s in keys]

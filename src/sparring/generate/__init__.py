@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ from sparring import distributed
 from sparring.config import Generate
 from sparring.generate.hf import BATCH_SIZE, HfBackend
 from sparring.generate.server import ServerBackend, started_server
-from sparring.generate.stage import generate
+from sparring.generate.stage import generate, generate_parts
 from sparring.generate.vllm import VllmBackend
+from sparring.iteration import Iteration
 from sparring.model import load_model
-from sparring.types import Backend
+from sparring.types import Backend, OpenBackend
 
-__all__ = ["generate", "open_backend"]
+__all__ = ["engine_of", "generate", "generate_parts", "open_backend"]
 
 
 @contextmanager
@@ -67,6 +69,17 @@ def open_backend(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def engine_of(iteration: Iteration) -> OpenBackend:
+    """The engine of an iteration's recipe, to be opened for a model's folder."""
+    return partial(
+        open_backend,
+        settings=iteration.recipe.generate,
+        dtype=iteration.recipe.train.dtype,
+        end_ids=iteration.data.end_ids,
+        max_length=iteration.data.max_length,
+    )
 
 
 def server(model: Path, settings: Generate, dtype: str) -> AbstractContextManager[tuple[str, str | None]]:

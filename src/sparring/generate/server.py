@@ -9,7 +9,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from sparring.errors import Refused, Stopped
-from sparring.generate.answers import failed, finished, in_order
+from sparring.generate.answers import NUM_CHECKED, failed, finished, in_order
+from sparring.processes import guarded
 from sparring.types import Generation, Prompt
 
 CONCURRENCY = 64
@@ -36,20 +36,6 @@ CONTRACT = (
     "in /v1/models, take a list of ids as `prompt`, and return `prompt_token_ids` and `token_ids` when it is asked to "
     "with `return_token_ids`, as vLLM's server does from 0.10.2 on"
 )
-WARDEN = """
-import os, signal, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def end():
-    sys.stdin.read()
-    server.terminate()
-    try:
-        server.wait(10)
-    finally:
-        os.killpg(0, signal.SIGKILL)
-threading.Thread(target=end, daemon=True).start()
-os._exit(server.wait())
-"""
-"""Runs a server and ends it, workers and all, when sparring lets go of it, or is dead itself."""
 
 
 class ServerBackend:
@@ -87,7 +73,7 @@ class ServerBackend:
         pending: dict[Future[Generation], int] = {}
         try:
             for index, prompt in enumerate(prompts):
-                pending[pool.submit(self._answer, prompt, greedy)] = index
+                pending[pool.submit(self._answer, prompt, greedy, index < NUM_CHECKED)] = index
                 while len(pending) >= 2 * self.concurrency:
                     yield from _taken(pending)
             while pending:
@@ -95,7 +81,7 @@ class ServerBackend:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _answer(self, prompt: Prompt, greedy: bool) -> Generation:
+    def _answer(self, prompt: Prompt, greedy: bool, is_checked: bool) -> Generation:
         status, answer = self._request(
             {
                 "model": self.name,
@@ -107,7 +93,7 @@ class ServerBackend:
                 "stop_token_ids": self.end_ids,
                 "ignore_eos": True,  # end_ids has every end token
                 "return_token_ids": True,
-                "logprobs": 0,  # of the drawn token alone
+                "logprobs": 0 if is_checked else None,  # 0: of the drawn token alone
             }
         )
         if status != 200:
@@ -196,22 +182,12 @@ def started_server(command: str, model: Path, dtype: str) -> Iterator[tuple[str,
     with tempfile.TemporaryFile() as log:
         if shutil.which(words[0]) is None:
             raise Refused(f"generate.command: there is no program {words[0]}")
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", WARDEN, *words],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
+        with guarded(words, log) as process:
             _await_server(process, port, log)
             yield f"http://127.0.0.1:{port}", token
-        finally:
-            cast(IO[bytes], process.stdin).close()
-            process.wait()
 
 
-def _await_server(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
+def _await_server(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import islice
+from pathlib import Path
 
 from sparring import distributed
 from sparring.commits import commit_folder, commit_part, has_part
@@ -22,46 +23,17 @@ PART_PROMPTS = 512
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
     start = time.monotonic()
-    settings, run = iteration.recipe.generate, iteration.run
-    prompts = [
-        Prompt(
-            id=row.id,
-            sample=sample,
-            token_ids=row.prompt_ids,
-            max_new_tokens=min(settings.max_new_tokens, iteration.data.max_length - len(row.prompt_ids)),
-            seed=iteration.seed("sample", row.id, sample),
-        )
-        # longest first: the most memory is needed at once, and batches hold prompts of similar length
-        for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
-        for sample in range(settings.samples)
-    ]
-    reads = run.reads(run.data, iteration.opponent)
-    tokenizer = load_tokenizer(iteration.opponent)
+    reads = iteration.run.reads(iteration.run.data, iteration.opponent)
+    generate_parts(iteration, open_backend)
     final = iteration.stage("generate")
-    work = run.work(final)
-    batch = settings.batch_size or BATCH_SIZE
-    size = math.ceil(PART_PROMPTS / batch) * batch  # so a rerun that finds some parts still cuts the same batches
-    parts = {
-        work / f"part-{n:05d}.parquet": prompts[n * size : (n + 1) * size] for n in range(-(-len(prompts) // size))
-    }
-    missing = {path: wanted for path, wanted in parts.items() if not has_part(path)}
-    with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
-        advance(len(prompts) - sum(map(len, missing.values())), 0)
-        # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
-        drawn = backend.generate([prompt for wanted in missing.values() for prompt in wanted])
-        for path, wanted in missing.items():
-            answers = []
-            for answer in islice(drawn, len(wanted)):
-                advance(1, len(answer.token_ids))
-                if answer.finish != "failed":
-                    answers.append(answer)
-            texts = texts_of(tokenizer, answers)
-            commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+    work = iteration.run.work(final)
+    parts = parts_of(iteration)
+    num_prompts = sum(map(len, parts.values()))
     answers = read_generations(parts)
-    num_failed = len(prompts) - len(answers)
-    if num_failed > iteration.recipe.data.max_rejected * len(prompts):
+    num_failed = num_prompts - len(answers)
+    if num_failed > iteration.recipe.data.max_rejected * num_prompts:
         raise Stopped(
-            f"the engine cannot answer {num_failed} of {len(prompts)} prompts, named above; more than "
+            f"the engine cannot answer {num_failed} of {num_prompts} prompts, named above; more than "
             f"data.max_rejected ({iteration.recipe.data.max_rejected:g}) allows. Delete {work} to have them tried again"
         )
     commit_folder(
@@ -77,3 +49,48 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
             "end_rate": sum(answer.finish == "stop" for answer in answers) / len(answers),
         },
     )
+
+
+def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 0, num_ranks: int = 1) -> None:
+    """Commits every `num_ranks`-th of the parts that are missing. An engine is opened if there are any."""
+    everything = parts_of(iteration)
+    every = [(path, wanted) for path, wanted in everything.items() if not has_part(path)]
+    missing = dict(every[rank::num_ranks])
+    if not missing:
+        return
+    tokenizer = load_tokenizer(iteration.opponent)
+    prompts = [prompt for wanted in missing.values() for prompt in wanted]
+    what = f"generate {iteration.index}" + (f", process {rank}" if num_ranks > 1 else "")
+    with open_backend(iteration.opponent) as backend, track(what, len(prompts)) as advance:
+        # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
+        drawn = backend.generate(prompts)
+        for path, wanted in missing.items():
+            answers = []
+            for answer in islice(drawn, len(wanted)):
+                advance(1, len(answer.token_ids))
+                if answer.finish != "failed":
+                    answers.append(answer)
+            texts = texts_of(tokenizer, answers)
+            commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+
+
+def parts_of(iteration: Iteration) -> dict[Path, list[Prompt]]:
+    """Every file that the stage commits, with the prompts whose answers are in it."""
+    settings = iteration.recipe.generate
+    prompts = [
+        Prompt(
+            id=row.id,
+            sample=sample,
+            token_ids=row.prompt_ids,
+            max_new_tokens=min(settings.max_new_tokens, iteration.data.max_length - len(row.prompt_ids)),
+            seed=iteration.seed("sample", row.id, sample),
+        )
+        # longest first: the most memory is needed at once, and batches hold prompts of similar length
+        for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
+        for sample in range(settings.samples)
+    ]
+    batch = settings.batch_size or BATCH_SIZE
+    size = math.ceil(PART_PROMPTS / batch) * batch  # so a rerun that finds some parts still cuts the same batches
+    work = iteration.run.work(iteration.stage("generate"))
+    starts = range(0, len(prompts), size)
+    return {work / f"part-{n:05d}.parquet": prompts[s : s + size] for n, s in enumerate(starts)}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sparring.errors import Refused, Stopped
-from sparring.generate.answers import failed, finished, in_order
+from sparring.generate.answers import NUM_CHECKED, failed, finished, in_order
 from sparring.progress import say
 from sparring.types import Generation, Prompt
 
@@ -88,7 +88,6 @@ class VllmBackend:
                 "stop_token_ids": self.end_ids,
                 "ignore_eos": True,  # end_ids has every end token
                 "detokenize": False,
-                "logprobs": 0,  # of the drawn token alone
             },
         }
         self.process: EngineProcess | None = None
@@ -153,6 +152,7 @@ class VllmBackend:
                         "max_tokens": prompt.max_new_tokens,
                         "seed": prompt.seed % 2**63,  # vLLM's seeds are signed
                         "temperature": 0.0 if greedy else self.temperature,
+                        "logprobs": 0 if index < NUM_CHECKED else None,  # 0: of the drawn token alone
                     }
                 )
             message = self.process.receive(SILENCE_SECONDS)
@@ -171,14 +171,32 @@ class VllmBackend:
             self.process = None
 
 
+def devices_of(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
+    """The GPUs of this process among those of the machine, if torchrun started it with others."""
+    if "LOCAL_RANK" not in environment:
+        return None
+    first = int(environment["LOCAL_RANK"]) * tensor_parallel_size
+    mine = range(first, first + tensor_parallel_size)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    return ",".join(names[i] if names else str(i) for i in mine)
+
+
 class EngineProcess:
     """`vllm_engine.py` in a process group of its own, spoken to in JSON lines. Ready when it is made."""
 
     def __init__(self, command: Sequence[str], hello: Mapping[str, Any], model: Path) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        devices = devices_of(os.environ, hello["engine"]["tensor_parallel_size"])
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
         try:
             self.process = subprocess.Popen(  # noqa: S603  (the interpreter is the user's own setting)
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                start_new_session=True,
+                env=environment,
             )
         except OSError as error:
             raise Refused(f"generate.python: {command[0]} cannot be started: {error}") from error

@@ -2,7 +2,7 @@
 
 `vllm.py` starts it with the interpreter that `generate.python` names, so vLLM may live in an environment of its own.
 In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": what all requests share}, then
-a line {"number", "prompt", "max_tokens", "seed", "temperature"} per request.
+a line {"number", "prompt", "max_tokens", "seed", "temperature", "logprobs"} per request.
 Out: {"ready": version}, then, as they finish, {"number", "tokens", "logprob"} or {"number", "error"}; now and then {},
 a sign of life. {"missing"} or {"refused"} in place of "ready" says why there is no engine.
 """
@@ -72,6 +72,7 @@ def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests
                 max_tokens=request["max_tokens"],
                 seed=request["seed"],
                 temperature=request["temperature"],
+                logprobs=request["logprobs"],
             )
             prompt = {"prompt_token_ids": request["prompt"]}
             try:
