@@ -37,7 +37,7 @@ from sparring.prepare import prepare
 from sparring.rundir import RunDir
 from sparring.types import Backend
 
-ROWS, MAX_NEW_TOKENS = 384, 64
+ROWS, MAX_NEW_TOKENS = 192, 64
 MODEL = {
     "vocab_size": 16000,
     "hidden_size": 256,
@@ -102,8 +102,14 @@ class Bare:
     def __init__(self, python: str, task: Path) -> None:
         script = Path(__file__).with_name("bare_vllm.py")
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        # in a session of its own, as our engine is: Linux shares a busy machine out by sessions
         self.process: Any = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+            [python, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
         )
         self.ask(str(task))
 
