@@ -37,7 +37,7 @@ from sparring.prepare import prepare
 from sparring.rundir import RunDir
 from sparring.types import Backend
 
-ROWS, MAX_NEW_TOKENS = 192, 64
+MAX_NEW_TOKENS = 64
 MODEL = {
     "vocab_size": 16000,
     "hidden_size": 256,
@@ -48,8 +48,8 @@ MODEL = {
 }
 
 
-def make_task(folder: Path) -> None:
-    rows = problems(ROWS, seed=0, largest=40)
+def make_task(folder: Path, num_rows: int) -> None:
+    rows = problems(num_rows, seed=0, largest=40)
     tokenizer = make_tokenizer(rows)
     torch.manual_seed(0)
     save_model(LlamaForCausalLM(LlamaConfig(**MODEL, eos_token_id=3, pad_token_id=0)), tokenizer, folder / "model")
@@ -126,11 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("python", help="the interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=384)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        make_task(folder)
+        make_task(folder, arguments.rows)
         hf = make_iteration(folder, "hf", batch_size=256)
         vllm = make_iteration(folder, "vllm", batch_size=256, python=arguments.python)
         task = {
@@ -168,7 +169,7 @@ def main() -> None:
         check=True,
     ).stdout.strip()
     result = {
-        "what": f"{ROWS} prompts, {MAX_NEW_TOKENS} new tokens, float32, 256 at a time, {arguments.rounds} rounds",
+        "what": f"{arguments.rows} prompts, {MAX_NEW_TOKENS} new tokens, float32, 256 at a time, {arguments.rounds} rounds",
         "model": MODEL,
         "machine": f"{cpu_name()}, {os.cpu_count()} cores; load average {os.getloadavg()[1]:.1f} at the end",
         "date": time.strftime("%Y-%m-%d"),
