@@ -169,7 +169,7 @@ def main() -> None:
         check=True,
     ).stdout.strip()
     result = {
-        "what": f"{arguments.rows} prompts, {MAX_NEW_TOKENS} new tokens, float32, 256 at a time, {arguments.rounds} rounds",
+        "what": f"{arguments.rows} prompts, {MAX_NEW_TOKENS} new tokens, float32, {arguments.rounds} rounds",
         "model": MODEL,
         "machine": f"{cpu_name()}, {os.cpu_count()} cores; load average {os.getloadavg()[1]:.1f} at the end",
         "date": time.strftime("%Y-%m-%d"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sparring.commits import read_manifest
+from sparring.commits import commit, read_manifest
 from sparring.config import Recipe
+from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import Stopped
-from sparring.generate import generate
+from sparring.generate import generate, open_backend
 from sparring.generate.answers import failed, finished
 from sparring.generate.hf import HfBackend, choose
 from sparring.iteration import Iteration
@@ -87,6 +91,32 @@ def test_temperature_zero_is_greedy_and_top_p_cuts_the_tail(tiny: Path) -> None:
     assert answers(top_p=1e-6) == greedy
     assert answers(temperature=1e-4) == greedy
     assert answers() != greedy
+
+
+def test_an_opponent_that_knows_the_answers_is_told(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows whose real answers are the model's own greedy ones, and the same rows with other answers."""
+    recipe = make_recipe("space", generate={"temperature": 0.0, "max_new_tokens": 8})
+    rates = []
+    for name, is_known in (("known", True), ("other", False)):
+        run = RunDir(tmp_path / name)
+        prepare(run, recipe)
+        rows = read_rendered(run.data / "train.parquet")
+        model = load_model(Path(recipe.model), dtype=torch.float32, device=CPU)
+        asked = [Prompt(row.id, 0, row.prompt_ids, 8, 0) for row in rows]
+        greedy = list(HfBackend(model, end_ids=[END]).generate(asked, greedy=True))
+        if is_known:
+            answers = [replace(row, real_ids=a.token_ids) for row, a in zip(rows, greedy, strict=True)]
+            shutil.move(run.data, tmp_path / "prepared")
+            with commit(run.data) as folder:
+                write_rows(folder / "train.parquet", answers)
+                shutil.copyfile(tmp_path / "prepared" / "summary.json", folder / "summary.json")
+        engine = partial(open_backend, settings=recipe.generate, dtype="float32", end_ids=(END,), max_length=128)
+        generate(Iteration(run, recipe, 0), engine)
+        rates.append(read_manifest(run.stage(0, "generate")).info["copy_rate"])
+        assert ("on those rows there is nothing to tell apart" in capsys.readouterr().err) == is_known
+    assert rates == [1.0, 0.0]
 
 
 def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

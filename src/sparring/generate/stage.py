@@ -7,6 +7,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from sparring import distributed
 from sparring.commits import commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
@@ -14,10 +16,13 @@ from sparring.errors import Stopped
 from sparring.generate.hf import BATCH_SIZE
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
-from sparring.progress import track
+from sparring.progress import say, track
 from sparring.types import OpenBackend, Prompt
 
 PART_PROMPTS = 512
+
+MANY_COPIES = 0.5
+"""The share of answers equal to the real ones from which a person is told."""
 
 
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
@@ -36,6 +41,8 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
             f"the engine cannot answer {num_failed} of {num_prompts} prompts, named above; more than "
             f"data.max_rejected ({iteration.recipe.data.max_rejected:g}) allows. Delete {work} to have them tried again"
         )
+    real = {row.id: row.real_ids for row in iteration.train_rows()}
+    num_copies = sum(np.array_equal(answer.token_ids, real[answer.id]) for answer in answers)
     commit_folder(
         work,
         final,
@@ -47,8 +54,14 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
             "failed": num_failed,
             "tokens": sum(len(answer.token_ids) for answer in answers),
             "end_rate": sum(answer.finish == "stop" for answer in answers) / len(answers),
+            "copy_rate": num_copies / len(answers),
         },
     )
+    if num_copies > MANY_COPIES * len(answers):
+        say(
+            f"note: {num_copies / len(answers):.0%} of the opponent's answers to training prompts are the real ones, "
+            "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
+        )
 
 
 def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 0, num_ranks: int = 1) -> None:
