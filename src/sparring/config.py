@@ -66,13 +66,38 @@ class Data(Strict):
 
 
 class Generate(Strict):
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm", "server"] = "hf"
     max_new_tokens: PositiveInt = 256
     temperature: NonNegative = 1.0
     top_p: Probability = 1.0
     samples: PositiveInt = 1
     """Answers per prompt."""
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt | None = None
+    """Prompts at a time. None: 64 with hf and server, the engine's own choice with vllm."""
+    python: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """The interpreter that runs vLLM, which may have an environment of its own. None: ours."""
+    tensor_parallel_size: PositiveInt = 1
+    gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=NEUTRAL)
+    url: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """A completions server that is running."""
+    command: str | None = None
+    """Starts a completions server on loopback; {model}, {port}, {token} and {dtype} stand for what it serves."""
+
+    @validator(mode="after")
+    def is_read(self) -> Generate:
+        """A setting that the chosen engine does not read is a mistake."""
+        for name, engine in {
+            "python": "vllm",
+            "tensor_parallel_size": "vllm",
+            "gpu_memory_utilization": "vllm",
+            "url": "server",
+            "command": "server",
+        }.items():
+            if self.backend != engine and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of {engine}, and generate.backend is {self.backend}")
+        if self.backend == "server" and (self.url is None) == (self.command is None):
+            raise ValueError("backend server needs either url or command")
+        return self
 
 
 class Adapter(Strict):
@@ -169,6 +194,10 @@ class Recipe(Strict):
     stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
+    launch: Literal["inline", "torchrun"] = Field(default="inline", json_schema_extra=NEUTRAL)
+    """torchrun: answers are drawn by several processes of this machine, one per device."""
+    processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
+    """How many. auto: one per GPU, or per CPU core where there is none."""
     threads: PositiveInt | None = None
     """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
 

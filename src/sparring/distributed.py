@@ -24,13 +24,7 @@ from sparring.progress import say
 @cache
 def accelerator() -> Accelerator:
     """One for the process. Autocast is the scorer's, so that scoring and training share one code path."""
-    found = Accelerator(mixed_precision="no")
-    if found.num_processes > 1:
-        raise Refused(
-            f"{found.num_processes} processes were started; this version of sparring plays on one device. "
-            "Start it with 'sparring run', not with a launcher"
-        )
-    return found
+    return Accelerator(mixed_precision="no")
 
 
 def device() -> torch.device:

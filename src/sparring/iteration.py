@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,8 +114,14 @@ class Iteration:
         return {role: every[role] for role in self.recipe.method.needs.roles}
 
     def generations(self, index: int) -> dict[str, list[Generation]]:
-        """The answers that iteration `index` drew, by row id, in the order of their samples."""
+        """The answers that iteration `index` drew, by row id, in the order of samples; only rows that have them all."""
         answers: dict[str, list[Generation]] = {}
         for generation in read_generations(sorted(self.run.stage(index, "generate").glob("part-*.parquet"))):
             answers.setdefault(generation.id, []).append(generation)
-        return answers
+        samples = max((len(drawn) for drawn in answers.values()), default=0)
+        return {id: drawn for id, drawn in answers.items() if len(drawn) == samples}
+
+    def played_rows(self, rounds: Iterable[Mapping[str, list[Generation]]]) -> list[Rendered]:
+        """The training rows that were answered in each of `rounds`: an engine may have failed at some."""
+        answers = list(rounds)
+        return [row for row in self.train_rows() if all(row.id in drawn for drawn in answers)]

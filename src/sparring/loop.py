@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from sparring.config import Recipe
 from sparring.disk import forecast, free_bytes, size
 from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import evaluate
-from sparring.generate import generate, open_backend
+from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
+from sparring.launch import draw_on_devices
 from sparring.model import num_parameters
 from sparring.prepare import prepare
 from sparring.progress import say
@@ -46,6 +46,8 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise Refused("sparring was started by a launcher; start it with 'sparring run' and set 'launch: torchrun'")
     run = RunDir(run_dir)
     with run.own(), interrupt.listening():
         begin(run, recipe)
@@ -89,16 +91,12 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     if is_done(iteration.run, final):
         shutil.rmtree(iteration.run.work(final), ignore_errors=True)  # left by a death just after the commit
         return False
-    recipe = iteration.recipe
-    engine = partial(
-        open_backend,
-        settings=recipe.generate,
-        dtype=getattr(torch, recipe.train.dtype),
-        end_ids=iteration.data.end_ids,
-    )
+    engine = engine_of(iteration)
     start = time.monotonic()
     match stage:
         case "generate":
+            if iteration.recipe.launch == "torchrun":
+                draw_on_devices(iteration)
             generate(iteration, engine)
         case "score":
             score(iteration)

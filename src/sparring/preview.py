@@ -45,7 +45,7 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     room = min(recipe.generate.max_new_tokens, renderer.max_length - len(row.prompt_ids))
     prompt = Prompt(row.id, 0, row.prompt_ids, room, seed_of(recipe.seed, "preview", row.id))
     dtype = getattr(torch, recipe.train.dtype)
-    with open_backend(folder, recipe.generate, dtype, ends) as engine:
+    with open_backend(folder, recipe.generate, recipe.train.dtype, ends, renderer.max_length) as engine:
         (drawn,) = engine.generate([prompt])
     model = load_model(folder, dtype=getattr(torch, recipe.weights_dtype), device=distributed.device())
     group = Group(row.id, row.prompt_ids, {"real": (row.real_ids,), "generated": (drawn.token_ids,)})

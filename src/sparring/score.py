@@ -35,9 +35,9 @@ def score(iteration: Iteration) -> None:
     drawn_in = [run.stage(t, "generate") for t in (*rounds, *((0,) if "proto" in needs.roles else ()))]
     reads = run.reads(run.data, *models, *drawn_in)  # verified before they are read
     answers = {t: iteration.generations(t) for t in rounds}
-    rows = iteration.train_rows()
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
     proto = iteration.generations(0) if "proto" in needs.roles else {}
+    rows = iteration.played_rows([*answers.values(), *([proto] if proto else [])])
     groups = []
     for row in rows:
         drawn = [answers[t][row.id][s] for t, s in keys]

@@ -191,8 +191,9 @@ def load_plays(iteration: Iteration) -> list[Play]:
     proto = iteration.generations(0) if "proto" in roles else {}
     scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
     plays = []
+    rows = iteration.played_rows([*answers.values(), *([proto] if proto else [])])
     for t in answers or (0,):
-        for row in iteration.train_rows():
+        for row in rows:
             responses = iteration.responses(row, answers[t][row.id] if answers else [], proto.get(row.id, []))
             opponent: dict[Role, np.ndarray] = {}
             for role in roles if needs.opponent else ():

@@ -17,8 +17,9 @@ Role = Literal["real", "generated", "proto", "rejected"]
 """Who wrote a response: the data set, the opponent, the model that the run started from, or whoever gave the worse
 answer of the user's preference pairs."""
 
-Finish = Literal["stop", "length"]
-"""Why a response ends: with its end token, or cut at a limit (then it has no end token)."""
+Finish = Literal["stop", "length", "failed"]
+"""Why a response ends: with its end token, or cut at a limit (then it has no end token).
+"failed": there is none, since the engine cannot answer this prompt; it never gets further than the generate stage."""
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -85,6 +86,7 @@ class Generation:
     sample: int
     token_ids: TokenIds
     finish: Finish
+    logprob: float | None = None  # as the engine reports it; for comparison with our own scorer, never for training
 
 
 @dataclass(frozen=True)

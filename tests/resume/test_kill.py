@@ -54,7 +54,7 @@ def recipe(tiny: Path) -> Recipe:
             "method": "spin",
             "iterations": 2,
             "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "generate": {"max_new_tokens": 12},
+            "generate": {"max_new_tokens": 12, "batch_size": 20},
             "train": {"learning_rate": 1e-3, "batch_size": 16, "dtype": "float32", "checkpoint_every": 2},
             "evaluate": {"checker": "number"},
         }

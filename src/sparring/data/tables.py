@@ -28,7 +28,14 @@ ROWS = pa.schema(
 )
 
 GENERATIONS = pa.schema(
-    {"id": pa.string(), "sample": pa.int16(), "token_ids": IDS, "finish": pa.string(), "text": pa.string()}
+    {
+        "id": pa.string(),
+        "sample": pa.int16(),
+        "token_ids": IDS,
+        "finish": pa.string(),
+        "logprob": pa.float32(),  # as the engine reports it; null where it does not
+        "text": pa.string(),
+    }
 )
 
 SCORES = pa.schema(
@@ -84,7 +91,7 @@ def read_generations(paths: Iterable[Path]) -> list[Generation]:
     for path in paths:
         table = read_table(path)
         columns = (table["id"].to_pylist(), table["sample"].to_pylist(), id_lists(table["token_ids"]))
-        generations += map(Generation, *columns, table["finish"].to_pylist())
+        generations += map(Generation, *columns, table["finish"].to_pylist(), table["logprob"].to_pylist())
     return generations
 
 

@@ -16,6 +16,7 @@ import torch
 from sparring import distributed
 from sparring.commits import commit, write_json
 from sparring.data.tables import IDS, id_lists, read_table, write_table
+from sparring.errors import Stopped
 from sparring.evaluate.text import text_metrics
 from sparring.evaluate.verifiers import is_correct, make_extract
 from sparring.game import game_metrics, quadrants
@@ -138,6 +139,8 @@ def answer(iteration: Iteration, backend: Backend, rows: Sequence[Rendered], *, 
     found: dict[str, Generation] = {}
     with track(f"answer {'greedily' if greedy else 'held-out prompts'}", len(prompts)) as advance:
         for generation in backend.generate(prompts, greedy=greedy):
+            if generation.finish == "failed":
+                raise Stopped(f"the engine cannot answer held-out row {generation.id}; take that row out of the data")
             found[generation.id] = generation
             advance(1, len(generation.token_ids))
     return [found[row.id] for row in rows]

@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from sparring.generate.answers import finished
 from sparring.seeds import uniforms
 from sparring.types import Generation, Prompt
+
+BATCH_SIZE = 64
 
 
 class HfBackend:
@@ -30,7 +33,7 @@ class HfBackend:
         end_ids: Sequence[int],
         temperature: float = 1.0,
         top_p: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         self.model = model
         self.end_ids = list(end_ids)
@@ -104,13 +107,3 @@ def choose(scores: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"])
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
     # scaled by the last sum, which is 1 up to rounding; right: a token of probability 0 is never chosen
     return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-
-
-def finished(prompt: Prompt, tokens: Int[np.ndarray, " steps"], end_ids: Sequence[int]) -> Generation:
-    """Cuts a row of output after its first end token, or at its own limit."""
-    ends = np.flatnonzero(np.isin(tokens, end_ids))
-    length = int(ends[0]) + 1 if len(ends) else len(tokens)
-    if length > prompt.max_new_tokens or not len(ends):
-        cut = tokens[: min(length, prompt.max_new_tokens)]
-        return Generation(prompt.id, prompt.sample, cut.astype(np.int32), "length")
-    return Generation(prompt.id, prompt.sample, tokens[:length].astype(np.int32), "stop")

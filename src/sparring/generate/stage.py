@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from sparring import distributed, interrupt
 from sparring.commits import begin_work, commit_folder, commit_part, has_part
 from sparring.data.tables import read_generations, write_generations
+from sparring.errors import Stopped
+from sparring.generate.hf import BATCH_SIZE
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
 from sparring.progress import say, track
@@ -23,8 +29,76 @@ MANY_COPIES = 0.5
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
     start = time.monotonic()
-    settings, run = iteration.recipe.generate, iteration.run
-    reads = run.reads(run.data, iteration.opponent)
+    reads = begin_parts(iteration)
+    generate_parts(iteration, open_backend)
+    final = iteration.stage("generate")
+    work = iteration.run.work(final)
+    parts = parts_of(iteration)
+    num_prompts = sum(map(len, parts.values()))
+    answers = read_generations(parts)
+    num_failed = num_prompts - len(answers)
+    if num_failed > iteration.recipe.data.max_rejected * num_prompts:
+        raise Stopped(
+            f"the engine cannot answer {num_failed} of {num_prompts} prompts, named above; more than "
+            f"data.max_rejected ({iteration.recipe.data.max_rejected:g}) allows. Delete {work} to have them tried again"
+        )
+    real = {row.id: row.real_ids for row in iteration.train_rows()}
+    num_copies = sum(np.array_equal(answer.token_ids, real[answer.id]) for answer in answers)
+    commit_folder(
+        work,
+        final,
+        reads=reads,
+        info={
+            "seconds": time.monotonic() - start,
+            "peak_memory_mib": distributed.peak_memory_mib(),
+            "answers": len(answers),
+            "failed": num_failed,
+            "tokens": sum(len(answer.token_ids) for answer in answers),
+            "end_rate": sum(answer.finish == "stop" for answer in answers) / len(answers),
+            "copy_rate": num_copies / len(answers),
+        },
+    )
+    if num_copies > MANY_COPIES * len(answers):
+        say(
+            f"note: {num_copies / len(answers):.0%} of the opponent's answers to training prompts are the real ones, "
+            "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
+        )
+
+
+def begin_parts(iteration: Iteration) -> Mapping[str, str]:
+    """Makes the folder for parts, emptied of any that were made from other inputs; returns what the stage reads."""
+    reads = iteration.run.reads(iteration.run.data, iteration.opponent)
+    begin_work(iteration.run.work(iteration.stage("generate")), reads)
+    return reads
+
+
+def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 0, num_ranks: int = 1) -> None:
+    """Commits every `num_ranks`-th of the parts that are missing. An engine is opened if there are any."""
+    everything = parts_of(iteration)
+    every = [(path, wanted) for path, wanted in everything.items() if not has_part(path)]
+    missing = dict(every[rank::num_ranks])
+    if not missing:
+        return
+    tokenizer = load_tokenizer(iteration.opponent)
+    prompts = [prompt for wanted in missing.values() for prompt in wanted]
+    what = f"generate {iteration.index}" + (f", process {rank}" if num_ranks > 1 else "")
+    with open_backend(iteration.opponent) as backend, track(what, len(prompts)) as advance:
+        # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
+        drawn = backend.generate(prompts)
+        for path, wanted in missing.items():
+            answers = []
+            for answer in islice(drawn, len(wanted)):
+                advance(1, len(answer.token_ids))
+                if answer.finish != "failed":
+                    answers.append(answer)
+            texts = texts_of(tokenizer, answers)
+            commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
+            interrupt.stop_if_asked()
+
+
+def parts_of(iteration: Iteration) -> dict[Path, list[Prompt]]:
+    """Every file that the stage commits, with the prompts whose answers are in it."""
+    settings = iteration.recipe.generate
     prompts = [
         Prompt(
             id=row.id,
@@ -37,43 +111,8 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
         for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
         for sample in range(settings.samples)
     ]
-    tokenizer = load_tokenizer(iteration.opponent)
-    final = iteration.stage("generate")
-    work = begin_work(run.work(final), reads)
-    real = {row.id: row.real_ids for row in iteration.train_rows()}
-    num_tokens = num_stopped = num_copies = 0
-    with open_backend(iteration.opponent) as backend, track(f"generate {iteration.index}", len(prompts)) as advance:
-        for part in range(0, len(prompts), PART_PROMPTS):
-            path = work / f"part-{part // PART_PROMPTS:05d}.parquet"
-            wanted = prompts[part : part + PART_PROMPTS]
-            if has_part(path):
-                answers = read_generations([path])
-            else:
-                answers = []
-                for answer in backend.generate(wanted):
-                    answers.append(answer)
-                    advance(1, len(answer.token_ids))
-                texts = texts_of(tokenizer, answers)
-                commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
-                interrupt.stop_if_asked()
-            num_tokens += sum(len(a.token_ids) for a in answers)
-            num_stopped += sum(a.finish == "stop" for a in answers)
-            num_copies += sum(np.array_equal(a.token_ids, real[a.id]) for a in answers)
-    commit_folder(
-        work,
-        final,
-        reads=reads,
-        info={
-            "seconds": time.monotonic() - start,
-            "peak_memory_mib": distributed.peak_memory_mib(),
-            "answers": len(prompts),
-            "tokens": num_tokens,
-            "end_rate": num_stopped / len(prompts),
-            "copy_rate": num_copies / len(prompts),
-        },
-    )
-    if num_copies > MANY_COPIES * len(prompts):
-        say(
-            f"note: {num_copies / len(prompts):.0%} of the opponent's answers to training prompts are the real ones, "
-            "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
-        )
+    batch = settings.batch_size or BATCH_SIZE
+    size = math.ceil(PART_PROMPTS / batch) * batch  # so a rerun that finds some parts still cuts the same batches
+    work = iteration.run.work(iteration.stage("generate"))
+    starts = range(0, len(prompts), size)
+    return {work / f"part-{n:05d}.parquet": prompts[s : s + size] for n, s in enumerate(starts)}

@@ -1,0 +1,107 @@
+"""The process that holds a vLLM engine: JSON lines in, JSON lines out. Needs vLLM and Python, nothing of sparring.
+
+`vllm.py` starts it with the interpreter that `generate.python` names, so vLLM may live in an environment of its own.
+In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": what all requests share}, then
+a line {"number", "prompt", "max_tokens", "seed", "temperature", "logprobs"} per request.
+Out: {"ready": version}, then, as they finish, {"number", "tokens", "logprob"} or {"number", "error"}; now and then {},
+a sign of life. {"missing"} or {"refused"} in place of "ready" says why there is no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from typing import Any, TextIO
+
+Requests = queue.SimpleQueue[dict[str, Any] | None]
+
+ALIVE_EVERY_SECONDS = 10.0
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)  # whatever else prints goes to the log
+    requests: Requests = queue.SimpleQueue()
+    threading.Thread(target=read, args=(requests,), daemon=True).start()
+    hello = requests.get()
+    assert hello is not None
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this is the engine's process already
+    try:
+        import vllm  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        say(out, {"missing": str(error)})
+        return
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    try:
+        # compiled graphs pay on a GPU; on a CPU they cost a minute at every start
+        engine = vllm.LLM(**hello["engine"], enforce_eager=current_platform.is_cpu()).llm_engine
+    except Exception as error:  # whatever it is, the user must read it
+        say(out, {"refused": f"{type(error).__name__}: {error}"})
+        raise
+    adapter = LoRARequest("opponent", 1, hello["adapter"]) if hello["adapter"] else None
+    say(out, {"ready": vllm.__version__})
+    try:
+        work(engine, adapter, hello["sampling"], requests, out)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # at once: an engine that failed is not asked to tidy up
+    if hello["engine"]["tensor_parallel_size"] == 1:
+        os._exit(0)  # there are no workers to end, and leaving Python in order takes seconds
+
+
+def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests, out: TextIO) -> None:
+    """Answers until nobody asks any more."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    spoken = time.monotonic()
+    while True:
+        while not requests.empty() or not engine.has_unfinished_requests():
+            request = requests.get()
+            if request is None:
+                return
+            settings = SamplingParams(
+                **sampling,
+                max_tokens=request["max_tokens"],
+                seed=request["seed"],
+                temperature=request["temperature"],
+                logprobs=request["logprobs"],
+            )
+            prompt = {"prompt_token_ids": request["prompt"]}
+            try:
+                engine.add_request(str(request["number"]), prompt, settings, lora_request=adapter)
+            except ValueError as error:
+                say(out, {"number": request["number"], "error": str(error)})
+        for output in engine.step():
+            if output.finished:
+                drawn = output.outputs[0]
+                # assigned ids may carry a suffix of vLLM's own
+                number = int(output.request_id.partition("-")[0])
+                say(out, {"number": number, "tokens": list(drawn.token_ids), "logprob": drawn.cumulative_logprob})
+                spoken = time.monotonic()
+        if time.monotonic() - spoken > ALIVE_EVERY_SECONDS:
+            say(out, {})
+            spoken = time.monotonic()
+
+
+def read(requests: Requests) -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    requests.put(None)  # sparring is done with this engine, or is dead
+
+
+def say(out: TextIO, message: dict[str, Any]) -> None:
+    out.write(json.dumps(message) + "\n")
+
+
+if __name__ == "__main__":
+    main()
