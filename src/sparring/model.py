@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -153,7 +153,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(folder: Path, *, dtype: torch.dtype | Literal["auto"], device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly.
 
     Of an adapter's folder: its base in `dtype`, with the adapter, in float32, in place.
@@ -188,7 +188,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
 
 def check_weights(folder: Path) -> int:
     """Loads a model once, to refuse it before a run begins; returns for how many tokens it has embeddings."""
-    model = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))  # half the memory, as telling
+    model = load_model(folder, dtype="auto", device=torch.device("cpu"))  # as it is stored
     return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,8 +95,11 @@ def die_at(point: str, recipe: Recipe, folder: Path) -> int:
         os.environ["SPARRING_FAIL_AT"] = point
         try:
             play(recipe, folder)
-        finally:
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
