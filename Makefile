@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm check
+.PHONY: demo test test-vllm check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
@@ -12,6 +12,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check
 
 check: test
+
+# about half an hour; the numbers of docs/performance.md
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 
 # the contract of every engine, on the real vLLM, which has an environment of its own
 test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed

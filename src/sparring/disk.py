@@ -51,12 +51,6 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def forecast(num_parameters: int, iterations: int, moments: int, checkpoints: int) -> int:
-    """Bytes that training will keep: a float32 model per iteration, and the checkpoints of one of them at a time."""
-    model = 4 * num_parameters
-    return iterations * model + (checkpoints + 1) * (1 + moments) * model  # a new one is whole before the oldest goes
-
-
 def size(count: int) -> str:
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

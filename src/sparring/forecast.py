@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparring.checkpoint import KEEP
 from sparring.config import Adapter, Recipe
 from sparring.kernels.chunked import BLOCK, KEPT
 from sparring.model import load_config
@@ -25,7 +26,7 @@ class Forecast:
     num_trained: int
     state_bytes: int  # weights, gradients, moments: exact
     work_bytes: int  # activations and the block of logits of a micro-batch: a rule of thumb
-    disk_bytes: int  # of models and of the last two checkpoints, at the end of the last training
+    disk_bytes: int  # at the most, at the end of the last training
     steps_per_iteration: int
 
     @property
@@ -45,17 +46,23 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     per_token = config.num_hidden_layers * config.hidden_size * BYTES[train.dtype]
     # 17 values per layer, token and width without checkpointing (Korthikanti et al. 2022: 34 bytes in 16 bits)
     activations = train.micro_batch_tokens * per_token * (1 if train.gradient_checkpointing else 17)
-    is_whole = adapter is None or adapter.merge is not None
-    kept = 4 * num_parameters if is_whole else 4 * num_trained
     rows = num_rows * (min(2, recipe.method.needs.rounds) if recipe.iterations > 1 else 1)
     return Forecast(
         num_parameters=num_parameters,
         num_trained=num_trained,
         state_bytes=frozen + num_trained * 4 * (2 + moments),
         work_bytes=activations + 4 * (KEPT + 3 * BLOCK),
-        disk_bytes=recipe.iterations * kept + 2 * num_trained * 4 * (1 + moments),
+        disk_bytes=disk_bytes(recipe, num_parameters, num_trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )
+
+
+def disk_bytes(recipe: Recipe, num_parameters: int, num_trained: int, iterations: int) -> int:
+    """What training keeps: a model or an adapter per iteration, in float32, and the checkpoints of one iteration."""
+    is_whole = recipe.adapter is None or recipe.adapter.merge is not None
+    checkpoint = 4 * num_trained * (1 + MOMENTS[recipe.train.optimizer])
+    # a new checkpoint is whole before the oldest goes
+    return iterations * 4 * (num_parameters if is_whole else num_trained) + (KEEP + 1) * checkpoint
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

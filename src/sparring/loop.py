@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from sparring import distributed, interrupt
-from sparring.checkpoint import KEEP
 from sparring.commits import is_committed, read_sealed, replace_file, seal_json
 from sparring.config import Recipe
-from sparring.disk import forecast, free_bytes, size
+from sparring.disk import free_bytes, size
 from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import evaluate
+from sparring.forecast import adapter_size, disk_bytes, empty_model
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
 from sparring.launch import draw_on_devices
@@ -232,16 +232,18 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
 def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
     """A forecast of the disk that training needs. Refused where it cannot be enough."""
     left = sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
-    moments = 1 if recipe.train.optimizer == "rmsprop" else 2
-    needs = forecast(num_parameters(Path(Iteration(run, recipe, 0).data.model)), left, moments, KEEP) if left else 0
-    free = free_bytes(run.root)
+    if not left:
+        return
+    model = Path(Iteration(run, recipe, 0).data.model)
+    whole = num_parameters(model)
+    trained = whole if recipe.adapter is None else adapter_size(empty_model(model), recipe.adapter)
+    needs, free = disk_bytes(recipe, whole, trained, left), free_bytes(run.root)
     if needs > free:
         raise Refused(
             f"{run.root}: {left} more iterations need about {size(needs)} and the disk has {size(free)}: "
             f"{size(needs - free)} are missing. Make room there, or choose a run directory on another disk"
         )
-    if left:
-        say(f"disk: about {size(needs)} for {left} more iterations and their checkpoints, {size(free)} free")
+    say(f"disk: about {size(needs)} for {left} more iterations and their checkpoints, {size(free)} free")
 
 
 def headline(iteration: Iteration) -> str:
