@@ -104,6 +104,8 @@ def check_model_folder(folder: Path) -> Path:
         if (folder / name).is_file():
             try:
                 content = json.loads((folder / name).read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    raise ValueError("it is not a mapping")
             except (OSError, ValueError, RecursionError) as error:
                 raise Refused(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
             refuse_orders(folder / name, content)

@@ -104,10 +104,10 @@ FORGETFUL = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + 
 
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (remove("config.json"), r"has no config\.json, so it is not a transformers model folder"),
-    "config cut": (cut("config.json"), r"config\.json cannot be loaded"),
-    "config empty": (write("config.json", b""), r"config\.json cannot be loaded"),
-    "config a list": (write("config.json", b"[1]"), r"config\.json cannot be loaded"),
-    "config of bytes": (write("config.json", bytes(range(256))), r"config\.json cannot be loaded"),
+    "config cut": (cut("config.json"), r"config\.json cannot be read"),
+    "config empty": (write("config.json", b""), r"config\.json cannot be read"),
+    "config a list": (write("config.json", b"[1]"), r"config\.json cannot be read"),
+    "config of bytes": (write("config.json", bytes(range(256))), r"config\.json cannot be read"),
     "no model type": (config(model_type=None, architectures=None), r"config\.json cannot be loaded"),
     "an unknown model type": (config(model_type="no-such"), r"config\.json cannot be loaded"),
     "a model that does not generate": (config(model_type="vit"), "cannot be loaded|lack"),
@@ -136,7 +136,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "the tokenizer in .* cannot be loaded"),
     "tokenizer cut": (cut("tokenizer.json"), "the tokenizer in .* cannot be loaded"),
     "tokenizer of bytes": (write("tokenizer.json", bytes(range(256))), "the tokenizer in .* cannot be loaded"),
-    "tokenizer config cut": (cut("tokenizer_config.json"), "the tokenizer in .* cannot be loaded"),
+    "tokenizer config cut": (cut("tokenizer_config.json"), r"tokenizer_config\.json cannot be read"),
     "more tokens than embeddings": (
         lambda f: (config(vocab_size=8)(f), edit_weights(f, lambda w: w.update(
             {"model.embed_tokens.weight": w["model.embed_tokens.weight"][:8].clone()})))[-1],

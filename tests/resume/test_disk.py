@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,7 @@ def as_nobody(said: Path, *arguments: str | Path) -> tuple[int, str]:
     child = os.fork()
     if child == 0:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w")  # pytest's own may lead elsewhere
         if os.getuid() == 0:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -135,7 +137,10 @@ def as_nobody(said: Path, *arguments: str | Path) -> tuple[int, str]:
         try:
             main()
         except SystemExit as end:
+            sys.stderr.flush()
             os._exit(int(end.code or 0))
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
@@ -151,10 +156,12 @@ def test_folders_that_may_not_be_written(recipe: Path, tiny: Path, tmp_path: Pat
             path.chmod(0o755 if path.is_dir() else 0o644)
         overrides = (f"model={home / 'tiny/model'}", f"data.train={home / 'tiny/rows.jsonl'}")
         task = (home / "recipe.yaml", home / "run", *overrides)
+        play(home / "recipe.yaml", tmp_path / "warm", overrides)  # what is imported late may lie where nobody reads
         home.chmod(0o555)
         if os.getuid() == 0:
             code, said = as_nobody(tmp_path / "said", "run", *task)
-            assert code == 2 and f"{home / 'run'} cannot be used as a run directory" in said and "as user" in said, said
+            assert code == 2, said
+            assert f"{home / 'run'} cannot be used as a run directory" in said and "as user" in said, said
         home.chmod(0o755)
         run = play(home / "recipe.yaml", home / "run", overrides)
         stages = sorted(p.parent for p in run.root.rglob("MANIFEST.json"))
