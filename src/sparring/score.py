@@ -49,6 +49,7 @@ def score(iteration: Iteration) -> None:
         scorer = Scorer(model, getattr(torch, settings.dtype))
         with track(f"score {iteration.index}", len(groups)) as advance:
             found.append(score_groups(scorer, groups, settings.micro_batch_tokens, advance))
+        del model, scorer  # before the next one is loaded
     scores = found[0]
     if is_anchored:
         scores = {role: needs.anchor * found[1][role] + (1 - needs.anchor) * found[0][role] for role in scores}

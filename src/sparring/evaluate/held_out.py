@@ -69,6 +69,7 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     with open_backend(iteration.policy) as backend:
         fresh = answer(iteration, backend, rows, greedy=False)
         greedy = answer(iteration, backend, rows, greedy=True) if is_checked else []
+    del backend  # one model at a time: the scorer loads its own
     texts = texts_of(tokenizer, fresh)
     columns: dict[str, Sequence[object] | np.ndarray] = {
         "id": [row.id for row in rows],
