@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparring.commits import commit, failpoint, is_committed, verify, write_json
+from sparring.commits import commit, failpoint, verify, write_json
 from sparring.errors import Stopped
 from sparring.progress import say
 
@@ -54,10 +54,6 @@ def load_checkpoint(work: Path, model: nn.Module, optimizer: Optimizer, metrics:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
     metrics.unlink(missing_ok=True)
     return 0
-
-
-def has_checkpoint(work: Path) -> bool:
-    return any(is_committed(folder) for folder in work.glob("step-*"))
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
