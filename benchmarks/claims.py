@@ -1,0 +1,407 @@
+"""The papers' claims put to the test at the size that we have: docs/results.md, from benchmarks/results/claims.json.
+
+    python benchmarks/claims.py play FOLDER [--stories FILE --model FOLDER] [--minutes 4]
+    python benchmarks/claims.py gather FOLDER
+
+`play` plays what is missing until the minutes are over, and continues when it is called again; several processes may
+play in one folder. The stories are TinyStories as JSON lines with the field `text`, the model is the 260,000-parameter
+Llama of llama2.c in the Hugging Face layout; without them the tasks of the demo's problems are played alone.
+
+Every arm is swept over the same learning rates on a seed of its own, whose problems, split and starting model are not
+those of the reported seeds (0 and up). Its rate is the one with the lowest held-out NLL at the best iteration. What is
+reported is played afterwards, at that rate, to the end. An early stop is chosen on one half of the held-out rows and
+judged on the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from demo_seeds import cpu_name
+
+from sparring.commits import read_manifest, replace_file
+from sparring.compare import take_over
+from sparring.config import Recipe
+from sparring.data.tables import read_rendered
+from sparring.demo import LARGEST, START, TRAIN, demo_recipe, make_model, make_tokenizer, problems, write_task
+from sparring.loop import begin, play
+from sparring.model import save_model
+from sparring.report.comparison import Arm as Played
+from sparring.results import Results
+from sparring.rundir import RunDir
+from sparring.seeds import seed_of
+
+SWEEP_SEED = 100
+TARGET = Path(__file__).parent / "results" / "claims.json"
+
+KEPT = {
+    "reward_accuracy": "rewards/accuracies",
+    "reward_margin": "rewards/margins",
+    "higher_reward_higher_likelihood": "quadrants/higher_reward_higher_likelihood",
+    "higher_reward_lower_likelihood": "quadrants/higher_reward_lower_likelihood",
+    "lower_reward_higher_likelihood": "quadrants/lower_reward_higher_likelihood",
+    "lower_reward_lower_likelihood": "quadrants/lower_reward_lower_likelihood",
+    "likelihood_gap": "advantages/current",
+    "kl_from_start": "kl_from_start",
+    "entropy": "entropy",
+    "length": "length",
+    "end_rate": "end_rate",
+}
+"""Our column -> the metric of an evaluation; beside NLL and accuracies, which are kept for both halves."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    label: str
+    method: Mapping[str, object]
+    samples: int = 1
+    rate_of: str | None = None
+    """Not swept: played at the rate that this other arm chose."""
+    share: float = 1.0
+
+
+SFT = Arm("sft", {"name": "sft"})
+SPIN = Arm("spin 0.1", {"name": "spin", "lambda": 0.1})
+SPIN_1 = Arm("spin 1", {"name": "spin", "lambda": 1.0})
+SPIN_FRESH = Arm("spin 0.1, rounds 1", {"name": "spin", "lambda": 0.1, "rounds": 1}, rate_of="spin 0.1")
+TSPIN = Arm("tspin 1", {"name": "tspin", "alpha": 1.0, "beta": 0.1})
+TSPIN_SMALL = Arm("tspin 0.1", {"name": "tspin", "alpha": 0.1, "beta": 0.1})
+TSPIN_NO_HISTORY = Arm("tspin 1, beta 0", {"name": "tspin", "alpha": 1.0, "beta": 0.0})
+SPACE = Arm("space 1", {"name": "space", "mu": 1.0})
+SPACE_3 = Arm("space 3", {"name": "space", "mu": 3.0}, samples=3, rate_of="space 1")
+SPACE_7 = Arm("space 7", {"name": "space", "mu": 7.0}, samples=7, rate_of="space 1")
+ALL = (SFT, SPIN, SPIN_1, TSPIN, TSPIN_SMALL, TSPIN_NO_HISTORY, SPACE)
+
+
+def quarter(arm: Arm) -> Arm:
+    return replace(arm, label=f"{arm.label}, 25 %", rate_of=arm.label, share=0.25)
+
+
+def own(arm: Arm) -> Arm:
+    return replace(arm, rate_of=None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A starting model, rows to play on, held-out rows. `seeds` are reported."""
+
+    name: str
+    rates: tuple[float, ...]
+    seeds: int
+    iterations: int
+    sweep_iterations: int
+    swept: tuple[Arm, ...]
+    further: tuple[Arm, ...] = ()
+
+    def arms(self) -> tuple[Arm, ...]:
+        return (*self.swept, *self.further)
+
+
+TASKS = (
+    Task("problems", (3e-5, 1e-4, 3e-4, 1e-3), 3, 5, 3, ALL, (SPIN_FRESH, SPACE_3, SPACE_7)),
+    Task(
+        "stories",
+        (1e-5, 3e-5, 1e-4, 3e-4),
+        3,
+        5,
+        2,
+        ALL,
+        (quarter(SFT), quarter(SPIN_1), quarter(TSPIN), quarter(SPACE), SPACE_3, SPACE_7),
+    ),
+    Task(
+        "fresh rows",
+        (3e-5, 1e-4, 3e-4, 1e-3),
+        3,
+        5,
+        3,
+        (SFT, own(quarter(SFT)), own(quarter(SPIN)), own(quarter(SPIN_1)), own(quarter(TSPIN)), own(quarter(SPACE))),
+    ),
+    Task("small model", (1e-4, 3e-4, 1e-3), 3, 4, 2, (SFT, SPIN, SPIN_1, TSPIN, SPACE)),
+)
+"""problems: the demo as it is, played on the 1,000 rows that the start has seen 40 times. fresh rows: the same models,
+played on 1,000 other rows. small model: a quarter of the width and half of the layers, 3,000 rows, until SFT stalls."""
+
+NUM_SMALL, STORY_ROWS, STORY_HELD_OUT = 3000, 192, 192
+SMALL_START = {**TRAIN, "learning_rate": 4e-3, "schedule": "linear", "epochs": 16, "batch_size": 64}
+STORY_TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 256, "dtype": "float32", "epochs": 1}
+
+
+@dataclass(frozen=True)
+class Play:
+    task: Task
+    arm: Arm
+    rate: float
+    seed: int
+
+    @property
+    def is_sweep(self) -> bool:
+        return self.seed == SWEEP_SEED
+
+    @property
+    def iterations(self) -> int:
+        return self.task.sweep_iterations if self.is_sweep else self.task.iterations
+
+    def folder(self, root: Path) -> Path:
+        name = f"{self.arm.label}-{self.rate:g}".replace(" ", "_").replace("%", "percent").replace(",", "")
+        return root / self.task.name.replace(" ", "-") / f"seed-{self.seed}" / name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are, and what the user brought."""
+
+    root: Path
+    stories: Path | None
+    model: Path | None
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        return [task for task in TASKS if task.name != "stories" or (self.stories and self.model)]
+
+    def result(self, one: Play) -> dict[str, object] | None:
+        path = one.folder(self.root) / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def sweep(task: Task) -> list[Play]:
+    return [Play(task, arm, rate, SWEEP_SEED) for arm in task.swept for rate in task.rates]
+
+
+def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
+    """The rate with the lowest held-out NLL at its best iteration; None: not known yet."""
+    label = arm.rate_of or arm.label
+    found: dict[float, float] = {}
+    for one in sweep(task):
+        if one.arm.label == label:
+            result = place.result(one)
+            if result is None:
+                return None
+            found[one.rate] = min(result["metrics"]["nll"])  # type: ignore[index]
+    return min(found, key=lambda rate: found[rate])
+
+
+def to_play(place: Place) -> Iterator[Play]:
+    """What can be played now: sweeps, then what is reported, two tasks at a time and seed by seed."""
+    for tasks in (place.tasks[:2], place.tasks[2:]):
+        for task in tasks:
+            yield from sweep(task)
+        for seed in range(max(task.seeds for task in tasks)):
+            for task in tasks:
+                for arm in task.arms() if seed < task.seeds else ():
+                    rate = chosen_rate(place, task, arm)
+                    if rate is not None:
+                        yield Play(task, arm, rate, seed)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[bool]:
+    """Whether nobody else holds this lock; it goes with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
+    """(the starting model, the folder with train.jsonl and held_out.jsonl), made if they are not there."""
+    root = place.root / task.name.replace(" ", "-") / f"seed-{seed}"
+    rows = root / "rows"
+    if task.name == "stories":
+        assert place.stories and place.model
+        if not rows.is_dir():
+            lines = place.stories.read_text(encoding="utf-8").splitlines()
+            every = [json.loads(line) for line in lines if line]
+            random.Random(seed).shuffle(every)  # noqa: S311
+            write_rows(rows / "held_out.jsonl", every[:STORY_HELD_OUT])
+            write_rows(rows / "train.jsonl", every[STORY_HELD_OUT : STORY_HELD_OUT + STORY_ROWS])
+        return place.model, rows
+    if task.name == "small model":
+        every = problems(NUM_SMALL + 1000, seed, LARGEST)
+        tokenizer = make_tokenizer(every)
+        if not (root / "task" / "model").is_dir():
+            write_rows(rows / "train.jsonl", every[:NUM_SMALL])
+            write_rows(rows / "held_out.jsonl", every[NUM_SMALL:])
+            model = make_model(tokenizer, width=32, layers=1, seed=seed)
+            save_model(model, tokenizer, root / "task" / "model")
+        recipe = recipe_of(root / "task" / "model", rows, SFT, seed, 1, SMALL_START)
+        return play(recipe, root / "start").model(0), rows
+    shared = place.root / "problems" / f"seed-{seed}"  # one start for both tasks
+    write_task(shared / "task", seed)
+    start = play(
+        demo_recipe(shared, shared / "task" / "model", "sft", seed, iterations=1, train=START), shared / "start"
+    )
+    if task.name == "fresh rows" and not rows.is_dir():
+        write_rows(rows / "train.jsonl", problems(3000, seed, LARGEST)[2000:])
+        held_out = (shared / "task" / "held_out.jsonl").read_text(encoding="utf-8")
+        replace_file(rows / "held_out.jsonl", held_out)
+    return start.model(0), rows if task.name == "fresh rows" else shared / "task"
+
+
+def recipe_of(
+    model: Path, rows: Path, arm: Arm, seed: int, iterations: int, train: Mapping[str, object], *, stories: bool = False
+) -> Recipe:
+    data: dict[str, object] = {"train": str(rows / "train.jsonl"), "held_out": str(rows / "held_out.jsonl")}
+    if stories:
+        data |= {"split_on": "sentence", "end_token": "<s>"}
+    if arm.share < 1:
+        data["limit"] = int(arm.share * len((rows / "train.jsonl").read_text(encoding="utf-8").splitlines()))
+    return Recipe.model_validate(
+        {
+            "model": str(model),
+            "method": dict(arm.method),
+            "iterations": iterations,
+            "data": data,
+            "generate": {"max_new_tokens": 48 if stories else 24, "batch_size": 256, "samples": arm.samples},
+            "train": dict(train),
+            "evaluate": {"checker": None if stories else "number"},
+            "seed": seed,
+            "threads": 1,
+        }
+    )
+
+
+def play_one(place: Place, one: Play) -> None:
+    model, rows = start_of(place, one.task, one.seed)
+    is_story = one.task.name == "stories"
+    train = {
+        **(STORY_TRAIN if is_story else {**TRAIN, "epochs": 2}),
+        "learning_rate": one.rate,
+        "schedule": "linear",
+        **({"batch_size": 64} if one.task.name == "small model" else {}),
+    }
+    recipe = recipe_of(model, rows, one.arm, one.seed, one.iterations, train, stories=is_story)
+    run = RunDir(one.folder(place.root) / "run")
+    run.root.mkdir(parents=True, exist_ok=True)
+    with run.own():
+        begin(run, recipe)
+        donors = [
+            RunDir(path.parent / "run")
+            for path in sorted(one.folder(place.root).parent.glob("*/result.json"))
+            if json.loads(path.read_text(encoding="utf-8"))["data"] == [one.arm.share, one.arm.samples]
+        ]
+        take_over(Results(run.root).iterations[1], donors)
+    play(recipe, run.root)
+    result = {
+        "task": one.task.name,
+        "arm": one.arm.label,
+        "rate": one.rate,
+        "seed": one.seed,
+        "data": [one.arm.share, one.arm.samples],
+        **measure(run),
+        "recipe": recipe.model_dump(by_alias=True, mode="json"),
+    }
+    replace_file(one.folder(place.root) / "result.json", json.dumps(result))
+
+
+def measure(run: RunDir) -> dict[str, object]:
+    """Budget, copies among the first answers, and per evaluation (the start first) what the page needs."""
+    results = Results(run.root)
+    played = Played("", 0, 1.0, run)
+    held_out = read_rendered(run.data / "held_out.parquet")
+    tokens = np.array([len(row.real_ids) for row in held_out], dtype=float)
+    is_dev = np.array([seed_of("dev", row.id) % 2 == 0 for row in held_out])
+    halves = {"": np.ones_like(is_dev), "_dev": is_dev, "_test": ~is_dev}
+    metrics: dict[str, list[float | None]] = {}
+    for index, evaluation in results.evaluations().items():
+        names = ["nll"] if results.recipe.evaluate.checker is None else ["nll", "greedy", "sampled"]
+        for name in names:
+            metric = {"nll": "held_out_nll"}.get(name, f"{name}_accuracy")
+            values = played.per_row(metric, index)
+            weights = tokens if name == "nll" else np.ones_like(tokens)
+            for half, rows in halves.items():
+                value = float(values[rows].sum() / weights[rows].sum())
+                metrics.setdefault(name + half, []).append(round(value, 5))
+        for name, metric in KEPT.items():
+            value = evaluation.get(metric)
+            metrics.setdefault(name, []).append(None if value is None else round(value, 4))
+    first = run.stage(0, "generate")
+    copies = read_manifest(first).info["copy_rate"] if first.is_dir() else None
+    budget = {name: round(value) for name, value in played.budget().items()}
+    return {"budget": budget, "copies_of_the_start": copies, "metrics": metrics}
+
+
+def gather(place: Place) -> None:
+    """Writes benchmarks/results/claims.json: one line per play."""
+    plays: list[dict[str, object]] = []
+    tasks: dict[str, object] = {}
+    for task in TASKS:
+        wanted = sweep(task) + [
+            Play(task, arm, rate, seed)
+            for arm in task.arms()
+            for seed in range(task.seeds)
+            if (rate := chosen_rate(place, task, arm)) is not None
+        ]
+        found = [result for one in wanted if (result := place.result(one)) is not None]
+        if not found:
+            continue
+        recipe: dict[str, object] = found[0].pop("recipe")  # type: ignore[assignment]
+        for result in found:
+            result.pop("recipe", None)
+        recipe |= {"model": "", "data": {**recipe["data"], "train": "", "held_out": ""}}  # type: ignore[dict-item]
+        tasks[task.name] = {
+            "rates": task.rates,
+            "planned_seeds": task.seeds,
+            "sweep_seed": SWEEP_SEED,
+            "iterations": task.iterations,
+            "sweep_iterations": task.sweep_iterations,
+            "arms": [asdict(arm) | {"chosen_rate": chosen_rate(place, task, arm)} for arm in task.arms()],
+            "recipe": {key: recipe[key] for key in ("data", "generate", "train", "evaluate", "threads")},
+        }
+        plays += found
+    head = {
+        "what": __doc__.split("\n")[0] if __doc__ else "",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread per play",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "numpy")},
+        "tasks": tasks,
+    }
+    lines = ",\n".join(json.dumps(one) for one in plays)
+    TARGET.write_text(json.dumps(head, indent=1)[:-2] + f',\n "plays": [\n{lines}\n]\n}}\n', encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The papers' claims at a small size.")
+    parser.add_argument("what", choices=("play", "gather"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stories", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    arguments = parser.parse_args()
+    place = Place(arguments.folder.resolve(), arguments.stories, arguments.model)
+    if arguments.what == "gather":
+        gather(place)
+        return
+    end = time.monotonic() + 60 * arguments.minutes
+    for one in to_play(place):
+        share = "stories" if one.task.name == "stories" else "problems"  # plays of one seed share a starting model
+        with only_one(place.root / f"{share}-{one.seed}.lock") as is_mine:
+            if is_mine and place.result(one) is None:
+                play_one(place, one)
+        if time.monotonic() > end:
+            return
+
+
+if __name__ == "__main__":
+    main()
