@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparring.commits import write_json
 from sparring.errors import Refused
+from sparring.quantization import import_bitsandbytes
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."  # what peft and vLLM write before a module's name
@@ -41,6 +42,7 @@ def base_of(folder: Path) -> Path:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Puts the adapter of `folder` in place, frozen. Where peft would warn of a missing weight, it is refused."""
+    import_bitsandbytes()
     from peft import PeftModel
 
     try:
@@ -58,6 +60,7 @@ def train_adapter(model: PreTrainedModel, settings: Mapping[str, object], seed: 
 
     A model without one gets a new one, which changes no output yet; `settings` are fields of peft's LoraConfig.
     """
+    import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
     if not has_adapter(model):
@@ -92,6 +95,7 @@ def save_adapter(model: PreTrainedModel, base: Path, digest: str, folder: Path) 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model` with the adapter of `folder` added to its weights: a plain model."""
+    import_bitsandbytes()
     from peft import PeftModel
 
     return cast(Any, PeftModel.from_pretrained(cast(Any, model), folder)).merge_and_unload(safe_merge=True)

@@ -110,6 +110,8 @@ class Adapter(Strict):
     """Ends of module names, or one regular expression; "all-linear": every linear layer but the output head."""
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = False
+    """QLoRA: the frozen base is kept in 4 bits (NF4), for sampling, scoring and training alike."""
     merge: Literal["each_iteration"] | None = None
     """None: one adapter, trained on from iteration to iteration. Else: a new one each time, merged when trained."""
 
@@ -120,8 +122,17 @@ class Adapter(Strict):
             raise ValueError(f"{value:g} would make the policy differ from its opponent before the first step; set 0")
         return value
 
+    @validator(mode="after")
+    def is_kept_apart(self) -> Adapter:
+        if self.load_in_4bit and self.merge:
+            raise ValueError(
+                "merge: each_iteration adds the adapter to the weights, and load_in_4bit keeps those in 4 bits, which "
+                "cannot hold the sum; leave one of them out"
+            )
+        return self
+
     def for_peft(self) -> dict[str, object]:
-        fields = self.model_dump(exclude={"merge"})
+        fields = self.model_dump(exclude={"merge", "load_in_4bit"})
         is_text = isinstance(self.target_modules, str)
         return fields if is_text else {**fields, "target_modules": list(self.target_modules)}
 
@@ -206,6 +217,10 @@ class Recipe(Strict):
         """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
         return "float32" if self.adapter is None else self.train.dtype
 
+    @property
+    def in_4bit(self) -> bool:
+        return self.adapter is not None and self.adapter.load_in_4bit
+
     @validator(mode="before")
     @classmethod
     def published_defaults(cls, raw: Any) -> Any:
@@ -224,6 +239,11 @@ class Recipe(Strict):
     def consistent(self) -> Recipe:
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        if self.in_4bit and self.generate.backend != "hf":
+            raise ValueError(
+                f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
+                "generate.backend: hf, which draws from the same 4-bit weights"
+            )
         if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
             raise ValueError("stop needs evaluate.held_out")
         for index in self.per_iteration:

@@ -21,6 +21,7 @@ from sparring.errors import Refused
 from sparring.forecast import forecast
 from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
 from sparring.prepare import Intake, Keyed, make_renderer
+from sparring.quantization import refuse_without_4bit
 
 MAX_ROWS = 2000
 """Rows that are rendered; a sample is enough to know the rest."""
@@ -48,6 +49,12 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     except Refused as refusal:
         yield Finding("bad", str(refusal))
         return
+    if recipe.in_4bit:
+        try:
+            refuse_without_4bit(distributed.device())
+            yield Finding("good", f"the base is kept in 4 bits by bitsandbytes {version('bitsandbytes')}")
+        except Refused as refusal:
+            yield Finding("bad", str(refusal))
     ends = sorted({renderer.end.id} | declared_end_ids(folder, tokenizer))
     where = "in the template" if renderer.end.is_in_template else "added by sparring, since the template has none"
     kind = "your text" if renderer.text_template else "your template" if renderer.chat_template else "the tokenizer's"

@@ -15,6 +15,7 @@ from sparring.checkpoint import KEEP
 from sparring.config import Adapter, Recipe
 from sparring.kernels.chunked import BLOCK, KEPT
 from sparring.model import load_config
+from sparring.quantization import BYTES_PER_WEIGHT
 
 BYTES = {"float32": 4, "bfloat16": 2}
 MOMENTS = {"rmsprop": 1, "adamw": 2}
@@ -40,7 +41,7 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     train, adapter = recipe.train, recipe.adapter
     num_parameters = sum(p.numel() for p in model.parameters())
     num_trained = num_parameters if adapter is None else adapter_size(model, adapter)
-    frozen = 0 if adapter is None else num_parameters * BYTES[recipe.weights_dtype]
+    frozen = 0 if adapter is None else frozen_bytes(model, BYTES[recipe.weights_dtype], recipe.in_4bit)
     moments = MOMENTS[train.optimizer]
     config = model.config.get_text_config()
     per_token = config.num_hidden_layers * config.hidden_size * BYTES[train.dtype]
@@ -80,6 +81,16 @@ def adapter_size(model: PreTrainedModel, adapter: Adapter) -> int:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and is_target(name, adapter.target_modules)
     )
+
+
+def frozen_bytes(model: PreTrainedModel, bytes_each: int, in_4bit: bool) -> int:
+    """Of a base beside its adapter. In 4 bits are the linear layers but the output head."""
+    total = bytes_each * sum(p.numel() for p in model.parameters())
+    if not in_4bit:
+        return total
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return total - round(linear * (bytes_each - BYTES_PER_WEIGHT))
 
 
 def is_target(name: str, wanted: str | tuple[str, ...]) -> bool:

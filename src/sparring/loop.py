@@ -27,6 +27,7 @@ from sparring.launch import draw_on_devices
 from sparring.model import num_parameters
 from sparring.prepare import prepare
 from sparring.progress import say
+from sparring.quantization import refuse_without_4bit
 from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
 from sparring.results import Results
@@ -73,9 +74,11 @@ def begin(run: RunDir, recipe: Recipe) -> None:
     """The data stage, if it is not done. A run that is refused here leaves nothing in the way of the next attempt."""
     try:
         settle(run, recipe)
+        if recipe.in_4bit:
+            refuse_without_4bit(distributed.device())
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        record_session(run)
+        record_session(run, (*PACKAGES, "bitsandbytes") if recipe.in_4bit else PACKAGES)
         if not is_done(run, run.data):
             prepare(run, recipe)
     except Refused:
@@ -169,7 +172,7 @@ def settle(run: RunDir, recipe: Recipe) -> None:
     replace_file(run.recipe, own_recipe(recipe))
 
 
-def record_session(run: RunDir) -> None:
+def record_session(run: RunDir, packages: Sequence[str] = PACKAGES) -> None:
     """Adds to env.json what this process runs on. Says so when the software has changed since the run began."""
     try:
         sessions = json.loads(read_sealed(run.env))["sessions"] if run.env.is_file() else []
@@ -178,7 +181,7 @@ def record_session(run: RunDir) -> None:
         sessions = []
     session = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in packages},
         "commit": source_commit(),
         "python": platform.python_version(),
         "host": platform.node(),

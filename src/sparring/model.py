@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from sparring.adapters import base_of, has_adapter, is_adapter, load_adapter, merge_adapter, save_adapter
 from sparring.commits import hash_path
 from sparring.errors import Refused
+from sparring.quantization import compute_alike, dequantize, nf4, refuse_without_4bit
 from sparring.types import Generation
 
 disable_progress_bar()  # ours says what takes long
@@ -109,6 +110,11 @@ def check_model_folder(folder: Path) -> Path:
             except (OSError, ValueError, RecursionError) as error:
                 raise Refused(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
             refuse_orders(folder / name, content)
+            if name == "config.json" and content.get("quantization_config"):
+                raise Refused(
+                    f"model: the weights in {folder} are stored quantized; give the original weights, and "
+                    "adapter.load_in_4bit: true to train an adapter on them in 4 bits"
+                )
     return folder
 
 
@@ -155,12 +161,19 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | Literal["auto"], device: torch.device) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | Literal["auto"], device: torch.device, in_4bit: bool = False
+) -> PreTrainedModel:
     """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly.
 
-    Of an adapter's folder: its base in `dtype`, with the adapter, in float32, in place.
+    Of an adapter's folder: its base in `dtype`, with the adapter, in float32, in place. With `in_4bit` the linear
+    layers of the base are quantized while they are read, and compute in `dtype`, as everything else of it.
     """
     config = load_config(folder)
+    quantized: dict[str, Any] = {}
+    if in_4bit:
+        refuse_without_4bit(device)
+        quantized = {"quantization_config": nf4(cast(torch.dtype, dtype)), "device_map": {"": device}}
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -172,6 +185,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | Literal["auto"], device: to
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
         )
     except UNREADABLE as error:
         raise Refused(f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
@@ -179,6 +193,8 @@ def load_model(folder: Path, *, dtype: torch.dtype | Literal["auto"], device: to
     if lacking := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise Refused(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
+    if in_4bit:
+        compute_alike(model)
     if is_adapter(folder):
         load_adapter(model, folder)
     for name, parameter in model.named_parameters():
@@ -228,10 +244,20 @@ def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def save_merged(adapter: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """A plain model folder of an adapter and its base. The sum is made in float32, then kept in `dtype`."""
-    base = base_of(adapter)
-    model = merge_adapter(load_model(base, dtype=torch.float32, device=torch.device("cpu")), adapter)
+def save_merged(
+    adapter: Path, folder: Path, *, dtype: torch.dtype = torch.float32, quantized_in: torch.dtype | None = None
+) -> None:
+    """A plain model folder of an adapter and its base. The sum is made in float32, then kept in `dtype`.
+
+    `quantized_in`: the adapter was trained on its base in 4 bits, computing in this dtype. What is added to is then
+    that base dequantized, so that the sum is what was trained; the original weights would make another model.
+    """
+    base, cpu = base_of(adapter), torch.device("cpu")
+    if quantized_in is None:
+        model = load_model(base, dtype=torch.float32, device=cpu)
+    else:
+        dequantize(model := load_model(base, dtype=quantized_in, device=cpu, in_4bit=True))
+    model = merge_adapter(model, adapter)
     torch.nn.Module.to(model, dtype)
     save_successor(model, base, folder)
 

@@ -44,12 +44,13 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     ends = sorted({renderer.end.id} | declared_end_ids(folder, tokenizer))
     room = min(recipe.generate.max_new_tokens, renderer.max_length - len(row.prompt_ids))
     prompt = Prompt(row.id, 0, row.prompt_ids, room, seed_of(recipe.seed, "preview", row.id))
-    dtype = getattr(torch, recipe.train.dtype)
-    with open_backend(folder, recipe.generate, recipe.train.dtype, ends, renderer.max_length) as engine:
+    computed_in, in_4bit = recipe.train.dtype, recipe.in_4bit
+    with open_backend(folder, recipe.generate, computed_in, ends, renderer.max_length, in_4bit) as engine:
         (drawn,) = engine.generate([prompt])
-    model = load_model(folder, dtype=getattr(torch, recipe.weights_dtype), device=distributed.device())
+    weights = getattr(torch, recipe.weights_dtype)
+    model = load_model(folder, dtype=weights, device=distributed.device(), in_4bit=in_4bit)
     group = Group(row.id, row.prompt_ids, {"real": (row.real_ids,), "generated": (drawn.token_ids,)})
-    scores = score_groups(Scorer(model, dtype), [group], recipe.train.micro_batch_tokens)
+    scores = score_groups(Scorer(model, getattr(torch, computed_in)), [group], recipe.train.micro_batch_tokens)
     answers = (
         ("real", row.real_ids, row.real_finish, scores["real"][0]),
         ("generated", drawn.token_ids, drawn.finish, scores["generated"][0, 0]),

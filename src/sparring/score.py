@@ -45,7 +45,7 @@ def score(iteration: Iteration) -> None:
     dtype = getattr(torch, iteration.recipe.weights_dtype)
     found = []
     for path in models:
-        model = load_model(path, dtype=dtype, device=distributed.device())
+        model = load_model(path, dtype=dtype, device=distributed.device(), in_4bit=iteration.recipe.in_4bit)
         scorer = Scorer(model, getattr(torch, settings.dtype))
         with track(f"score {iteration.index}", len(groups)) as advance:
             found.append(score_groups(scorer, groups, settings.micro_batch_tokens, advance))

@@ -60,7 +60,8 @@ def train(iteration: Iteration) -> None:
     work = begin_work(iteration.run.work(final), reads)
 
     dtype, adapter = getattr(torch, iteration.recipe.weights_dtype), iteration.recipe.adapter
-    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device())
+    in_4bit = iteration.recipe.in_4bit
+    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device(), in_4bit=in_4bit)
     if adapter is not None:
         train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
     if settings.gradient_checkpointing:

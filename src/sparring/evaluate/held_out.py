@@ -96,7 +96,7 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
             responses["proto"] = (proto.token_ids[index],)
         groups.append(Group(row.id, row.prompt_ids, responses))
     dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.policy, dtype=dtype, device=distributed.device())
+    model = load_model(iteration.policy, dtype=dtype, device=distributed.device(), in_4bit=recipe.in_4bit)
     scorer = Scorer(model, getattr(torch, recipe.train.dtype))
     with track(f"evaluate {'start' if is_start else iteration.index}", len(groups)) as advance:
         scores = score_groups(scorer, groups, recipe.train.micro_batch_tokens, advance)

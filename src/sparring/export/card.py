@@ -54,6 +54,20 @@ USE_ADAPTER = """    from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"""
 
+USE_4BIT = """It was trained on its base in 4 bits, and computes on that as it did in the run:
+
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.{dtype},
+    )
+    model = AutoPeftModelForCausalLM.from_pretrained(FOLDER, quantization_config=quantization, dtype=torch.{dtype})"""
+
 
 def model_card(results: Results, index: int, is_adapter: bool) -> str:
     from importlib.metadata import version
@@ -83,12 +97,18 @@ def model_card(results: Results, index: int, is_adapter: bool) -> str:
         num_held_out=data.num_held_out,
         table=table(results),
         end=data.end_token,
-        use=USE_ADAPTER if is_adapter else USE_MODEL,
+        use=use(recipe, is_adapter),
         version=version("sparring"),
         name=results.run.root.name,
         recipe=yaml.safe_dump(without_folders(recipe), sort_keys=False, allow_unicode=True).strip(),
     )
     return str(ModelCard(card))
+
+
+def use(recipe: Recipe, is_adapter: bool) -> str:
+    if not is_adapter:
+        return USE_MODEL
+    return USE_4BIT.format(dtype=recipe.train.dtype) if recipe.in_4bit else USE_ADAPTER
 
 
 def table(results: Results) -> str:

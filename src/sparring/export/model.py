@@ -45,7 +45,8 @@ def export_model(
                 raise Refused("--dtype: an adapter is kept in float32; add --merge to make a whole model")
             copy_adapter(source, folder, results.recipe.model)
         elif merge:
-            save_merged(source, folder, dtype=kept)
+            run_dtype = getattr(torch, results.recipe.train.dtype)
+            save_merged(source, folder, dtype=kept, quantized_in=run_dtype if results.recipe.in_4bit else None)
         else:
             save_successor(load_model(source, dtype=kept, device=torch.device("cpu")), source, folder)
         write_usage(results, load_tokenizer(source), base, folder)

@@ -26,12 +26,15 @@ __all__ = ["begin_parts", "engine_of", "generate", "generate_parts", "open_backe
 
 @contextmanager
 def open_backend(
-    model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int
+    model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int, in_4bit: bool = False
 ) -> Iterator[Backend]:
-    """The engine that the recipe names, holding `model`; its memory is free again afterwards."""
+    """The engine that the recipe names, holding `model`; its memory is free again afterwards.
+
+    `in_4bit`: its base quantized as for training, which only `hf` does.
+    """
     match settings.backend:
         case "hf":
-            loaded = load_model(model, dtype=getattr(torch, dtype), device=distributed.device())
+            loaded = load_model(model, dtype=getattr(torch, dtype), device=distributed.device(), in_4bit=in_4bit)
             yield HfBackend(
                 loaded,
                 end_ids=end_ids,
@@ -79,6 +82,7 @@ def engine_of(iteration: Iteration) -> OpenBackend:
         dtype=iteration.recipe.train.dtype,
         end_ids=iteration.data.end_ids,
         max_length=iteration.data.max_length,
+        in_4bit=iteration.recipe.in_4bit,
     )
 
 

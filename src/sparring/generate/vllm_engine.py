@@ -44,12 +44,13 @@ def main() -> None:
 
     try:
         # compiled graphs pay on a GPU; on a CPU they cost a minute at every start
-        engine = vllm.LLM(**hello["engine"], enforce_eager=current_platform.is_cpu()).llm_engine
+        eager = current_platform.is_cpu()
+        engine = vllm.LLM(**hello["engine"], enforce_eager=eager).llm_engine  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # whatever it is, the user must read it
         say(out, {"refused": f"{type(error).__name__}: {error}"})
         raise
     adapter = LoRARequest("opponent", 1, hello["adapter"]) if hello["adapter"] else None
-    say(out, {"ready": vllm.__version__})
+    say(out, {"ready": vllm.__version__})  # pyright: ignore[reportAttributeAccessIssue]
     try:
         work(engine, adapter, hello["sampling"], requests, out)
     except BaseException:
@@ -61,7 +62,7 @@ def main() -> None:
 
 def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests, out: TextIO) -> None:
     """Answers until nobody asks any more."""
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     spoken = time.monotonic()
     while True:
