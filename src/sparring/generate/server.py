@@ -1,4 +1,4 @@
-"""Answers from a completions server that speaks OpenAI's protocol with token ids, as vLLM's does."""
+"""Answers from a completions server that takes and returns token ids, as vLLM's and llama.cpp's do."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from sparring.errors import Refused, Stopped
 from sparring.generate.answers import NUM_CHECKED, failed, finished, in_order
+from sparring.generate.dialects import DIALECTS, LlamaCpp, Vllm
 from sparring.processes import guarded
 from sparring.types import Generation, Prompt
 
@@ -33,8 +34,8 @@ START_SECONDS = 1800.0
 REQUEST_SECONDS = 3600.0
 CONTRACT = (
     "Sampling and training must use the same weights and token ids. So the server must name the folder that it serves "
-    "in /v1/models, take a list of ids as `prompt`, and return `prompt_token_ids` and `token_ids` when it is asked to "
-    "with `return_token_ids`, as vLLM's server does from 0.10.2 on"
+    "in /v1/models, take a list of ids as `prompt`, and return ids: as vLLM's server does from 0.10.2 on, when "
+    "/v1/completions is asked with `return_token_ids`, or llama.cpp's /completion with `return_tokens`"
 )
 
 
@@ -55,14 +56,12 @@ class ServerBackend:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.end_ids = list(end_ids)
         self.temperature = temperature
-        self.top_p = top_p
         self.concurrency = batch_size or CONCURRENCY
         self.headers = {"Content-Type": "application/json"}
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
         self.local = threading.local()
-        self.name = self._served_name(model)
-        self._check_token_contract()
+        self.dialect = self._dialect(self._served_name(model), top_p)
 
     def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
         return in_order(self._answers(prompts, greedy))
@@ -82,26 +81,15 @@ class ServerBackend:
             pool.shutdown(cancel_futures=True)
 
     def _answer(self, prompt: Prompt, greedy: bool, is_checked: bool) -> Generation:
-        status, answer = self._request(
-            {
-                "model": self.name,
-                "prompt": prompt.token_ids.tolist(),
-                "max_tokens": prompt.max_new_tokens,
-                "temperature": 0.0 if greedy else self.temperature,
-                "top_p": self.top_p,
-                "seed": prompt.seed % 2**63,
-                "stop_token_ids": self.end_ids,
-                "ignore_eos": True,  # end_ids has every end token
-                "return_token_ids": True,
-                "logprobs": 0 if is_checked else None,  # 0: of the drawn token alone
-            }
-        )
+        body = self.dialect.request(prompt, 0.0 if greedy else self.temperature, is_checked)
+        status, answer = self._request(self.dialect.path, body)
         if status != 200:
             return failed(prompt, f"the server says {status}: {answer[:300]}")
-        choice = answer["choices"][0]
-        reported = choice.get("logprobs") or {}
-        logprob = sum(reported["token_logprobs"]) if reported.get("token_logprobs") else None
-        return finished(prompt, np.array(choice["token_ids"]), self.end_ids, logprob)
+        try:
+            tokens, logprob = self.dialect.drawn(answer)
+        except ValueError as error:
+            raise Refused(f"generate.backend: {self.url}: {error}. Name it in data.end_token, or not there") from error
+        return finished(prompt, tokens, self.end_ids, logprob)
 
     def _served_name(self, model: Path) -> str:
         """The server's name of `model`: the weights that it holds must be those that are asked for."""
@@ -123,19 +111,24 @@ class ServerBackend:
             "folder there and run the same command again, or give generate.command, which starts a server by itself"
         )
 
-    def _check_token_contract(self) -> None:
-        probe = {"model": self.name, "prompt": [self.end_ids[0]], "max_tokens": 1, "return_token_ids": True}
-        status, answer = self._request(probe)
-        choice = answer["choices"][0] if status == 200 else {}
-        if choice.get("prompt_token_ids") != probe["prompt"] or not choice.get("token_ids"):
-            raise Refused(f"generate.backend: {self.url} answers {status}: {str(answer)[:300]}. {CONTRACT}")
+    def _dialect(self, name: str, top_p: float) -> Vllm | LlamaCpp:
+        """The first that the server understands."""
+        probe = Prompt("probe", 0, np.array([self.end_ids[0]], dtype=np.int32), 1, 0)
+        said = []
+        for kind in DIALECTS:
+            dialect = kind(name, self.end_ids, top_p)
+            status, answer = self._request(dialect.path, dialect.request(probe, 0.0, False))
+            if status == 200 and dialect.understood(probe, answer):
+                return dialect
+            said.append(f"{dialect.path} answers {status}: {str(answer)[:300]}")
+        raise Refused(f"generate.backend: {self.url}: {'; '.join(said)}. {CONTRACT}")
 
-    def _request(self, body: dict[str, Any]) -> tuple[int, Any]:
+    def _request(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer, a text if that is not 200. Tried again while the server is busy, broken or unreachable."""
         problem = ""
         for pause in (*WAITS_SECONDS, None):
             try:
-                status, text = self._once("POST", "/v1/completions", json.dumps(body))
+                status, text = self._once("POST", path, json.dumps(body))
                 if status != 429 and status < 500:
                     return status, json.loads(text) if status == 200 else text.decode(errors="replace")
                 problem = f"{status}: {text[:300]!r}"
