@@ -99,8 +99,6 @@ def test_a_later_phase_may_have_another_method(tmp_path: Path) -> None:
         ("{0: {method.name: tspin}}", "cannot change between iterations"),
         ("{0: {method.lambda: -1}}", "greater than 0"),
         ("{x: {method.lambda: 1}}", "per_iteration"),
-        ("{2: {method: sft}}", "per_iteration.3: spin plays with the answers of iteration 2, in which sft draws none"),
-        ("{0: {method: sft}, 1: {method: tspin}}", "per_iteration.1: tspin plays with the answers of iteration 0"),
     ],
 )
 def test_per_iteration_is_strict(tmp_path: Path, table: str, message: str) -> None:

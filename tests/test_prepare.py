@@ -84,6 +84,53 @@ def test_held_out_prompts_are_not_in_training(make_recipe: MakeRecipe, tmp_path:
     assert not {row.id for row in train} & {row.id for row in held_out}
 
 
+PHASES = {0: {"method": "sft"}}
+
+
+def test_game_rows_are_kept_from_sft(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Two answers to each prompt; a share of what is not held out."""
+    rows = [row for r in good(30) for row in (r, {**r, "answer": r["answer"] + "0"})]
+    data = {"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.2, "game_rows": 0.25}
+    directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
+    parts = [read_rendered(directory.data / f"{name}.parquet") for name in ("train", "game", "held_out")]
+    assert [len(part) for part in parts] == [36, 12, 12]
+    assert (summary.num_train, summary.num_game, summary.num_held_out) == (48, 12, 12)
+    assert len({row.prompt for part in parts for row in part}) == 30, "no prompt is on two sides"
+
+
+def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    other = [{**row, "answer": row["answer"] + "0"} for row in good(20, start=18)]
+    data = {
+        "train": write(tmp_path / "rows.jsonl", good(20)),
+        "held_out": write(tmp_path / "held_out.jsonl", good(10, start=20)),
+        "game_rows": write(tmp_path / "game.jsonl", other),
+    }
+    directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
+    assert (summary.num_train, summary.num_game, summary.num_held_out) == (28, 8, 10)
+    assert summary.rejected == {
+        "the prompt is also in the training data": 2,
+        "the prompt is also in the held-out data": 10,
+    }
+    assert len(read_rendered(directory.data / "game.parquet")) == 8
+
+
+@pytest.mark.parametrize(
+    ("amount", "method", "phases", "message"),
+    [
+        (0.5, "space", {}, "keeps rows from sft for a game, so it needs both"),
+        (0.5, "sft", {}, "keeps rows from sft for a game, so it needs both"),
+        (30, "space", PHASES, "data.game_rows: 30 leaves none of 20 prompts for training"),
+        (0.01, "space", PHASES, "data.game_rows: 0.01 leaves no row to play on"),
+    ],
+)
+def test_game_rows_that_cannot_be(
+    make_recipe: MakeRecipe, tmp_path: Path, amount: float, method: str, phases: dict[int, object], message: str
+) -> None:
+    data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "game_rows": amount}
+    with pytest.raises(Refused, match=message):
+        run(tmp_path, make_recipe(method, data=data, per_iteration=phases))
+
+
 def test_all_turns_of_a_conversation_stay_on_one_side(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = []
     for row in good(20):

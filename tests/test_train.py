@@ -14,7 +14,7 @@ import torch
 import sparring.score
 import sparring.train
 from sparring.config import Recipe, Train
-from sparring.data.tables import read_scores
+from sparring.data.tables import read_rendered, read_scores
 from sparring.distributed import smaller_budget
 from sparring.errors import Stopped
 from sparring.iteration import Iteration
@@ -195,6 +195,29 @@ def test_the_anchor_mixes_the_starting_model_in(make_recipe: MakeRecipe, tmp_pat
     for role in ("real", "generated"):
         assert np.abs(first[role] - last[role]).max() > 0.1
         np.testing.assert_allclose(mixed[role], 0.25 * first[role] + 0.75 * last[role], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["spin", "tspin", "space"])
+def test_sft_then_a_game_on_rows_that_it_did_not_see(
+    method: str, make_recipe: MakeRecipe, tiny: Path, tmp_path: Path
+) -> None:
+    """data.game_rows: sft trains on the other rows, the game draws, scores and plays on these; proto is its first."""
+    data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "game_rows": 0.25}
+    recipe = make_recipe(method, iterations=3, data=data, per_iteration={0: {"method": "sft"}})
+    run = play(recipe, tmp_path / "run")
+    rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "game"))
+    assert (len(rows), len(kept)) == (36, 12) and not rows & kept
+    first, second, third = (Iteration(run, recipe.at(t), t) for t in range(3))
+    assert {one.group.id for one in load_plays(first)} == rows
+    assert not run.stage(0, "generate").exists()
+    for iteration in (second, third):
+        assert {one.group.id for one in load_plays(iteration)} == kept == set(iteration.generations(iteration.index))
+    assert (second.rounds(), third.rounds()) == ([1], [2, 1] if method == "spin" else [2])
+    if method == "tspin":
+        drawn = second.generations(1)
+        for one in load_plays(third):
+            assert np.array_equal(one.group.responses["proto"][0], drawn[one.group.id][0].token_ids)
+    assert Results(run.root).data.num_train == 48  # type: ignore[union-attr]
 
 
 def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(plays: list[Play], tiny: Path) -> None:

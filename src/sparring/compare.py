@@ -106,6 +106,11 @@ def compare(
     chosen = [parse_method(label) for label in methods]
     if seeds < 1 or len({m.folder for m in chosen}) < len(chosen) or not all(0 < share <= 1 for share in fractions):
         raise Refused("--methods must differ, --seeds be 1 or more, --fractions lie above 0 and up to 1")
+    if recipe.data.game_rows is not None:
+        raise Refused(
+            "data.game_rows is for one run with an sft phase; to compare games on rows that sft did not see, run the "
+            "sft phase by itself and compare from its model, with data.train the other rows"
+        )
     if not recipe.evaluate.held_out:
         raise Refused("evaluate.held_out is false, so there is nothing to compare by")
     plans = [

@@ -22,7 +22,7 @@ from sparring.objectives import (
     Tspin,
     TspinRef,
 )
-from sparring.types import NonNegative, Positive, Share
+from sparring.types import NonNegative, Objective, Positive, Share
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,6 +45,9 @@ class Data(Strict):
     """A .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id."""
     held_out: Share | NonNegativeInt | str = 0.05
     """A share of the prompts, a number of prompts, or a file of their own."""
+    game_rows: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | str | None = None
+    """Prompts that `sft` iterations never see and all others play on: a share, a number, or a file of their own.
+    None: every iteration has the same rows."""
     columns: dict[str, str] = {}
     """Our field name -> the name of the user's column."""
     template: str | None = None
@@ -253,16 +256,11 @@ class Recipe(Strict):
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"per_iteration.{index}: {where}: {first['msg']}") from error
-        methods = [self.at(index).method for index in range(self.iterations)]
-        for index, method in enumerate(methods):
-            first = [0] if "proto" in method.needs.roles else []
-            for earlier in (*first, *range(max(0, index - method.needs.rounds + 1), index)):
-                if methods[earlier].needs.rounds == 0:
-                    raise ValueError(
-                        f"per_iteration.{index}: {method.name} plays with the answers of iteration {earlier}, in which "
-                        f"{methods[earlier].name} draws none"
-                    )
         return self
+
+    def methods(self) -> list[Objective]:
+        """The recipe's method, and those of its phases."""
+        return [self.method, *(self.at(index).method for index in self.per_iteration)]
 
     def at(self, index: int) -> Recipe:
         """The settings of one iteration."""

@@ -67,17 +67,19 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     if (context := context_length(folder)) and context < recipe.train.max_length:
         yield Finding("note", f"the model's context is {context} tokens, so train.max_length is that")
 
-    intake = Intake(recipe, renderer)
     try:
+        intake = Intake(recipe, renderer)
         rows = intake.take(recipe.data.train, min(recipe.data.limit or MAX_ROWS, MAX_ROWS))
     except Refused as refusal:
         yield Finding("bad", str(refusal))
         return
     yield from examine_rows(recipe, intake, rows)
-    if isinstance(recipe.data.held_out, str):
+    for what, file in (("held-out", recipe.data.held_out), ("game", recipe.data.game_rows)):
+        if not isinstance(file, str):
+            continue
         try:
-            held_out = intake.take(recipe.data.held_out, 100)
-            yield Finding("good", f"held-out file: rows of the form {intake.shape}; {len(held_out)} looked at")
+            found = intake.take(file, 100)
+            yield Finding("good", f"{what} file: rows of the form {intake.shape}; {len(found)} looked at")
         except Refused as refusal:
             yield Finding("bad", str(refusal))
     yield from examine_needs(recipe, folder, len(rows))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparring.commits import verified, write_json
+from sparring.commits import is_committed, verified, write_json
 from sparring.config import Recipe
 from sparring.data.tables import read_generations, read_rendered
 from sparring.rundir import STAGES, RunDir
@@ -23,7 +23,7 @@ class DataSummary:
 
     model: str  # folder of the model that the run starts from, its exact version
     shape: str
-    num_train: int
+    num_train: int  # those kept for the game among them
     num_held_out: int
     rejected: Mapping[str, int]  # reason -> rows
     num_cut: int  # real answers cut at a length limit, which therefore have no end token
@@ -33,6 +33,7 @@ class DataSummary:
     max_length: int  # prompt + response, the model's context taken into account
     mean_prompt_tokens: float
     mean_real_tokens: float
+    num_game: int = 0  # rows that sft iterations do not see
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -89,14 +90,22 @@ class Iteration:
         return replace(self, index=self.index - 1)
 
     def rounds(self) -> list[int]:
-        """The iterations whose generated answers this one plays with, the newest first."""
-        return list(range(self.index, max(-1, self.index - self.recipe.method.needs.rounds), -1))
+        """The iterations whose generated answers this one plays with, the newest first. One of sft has drawn none."""
+        window = range(self.index, max(-1, self.index - self.recipe.method.needs.rounds), -1)
+        return [t for t in window if t == self.index or is_committed(self.run.stage(t, "generate"))]
+
+    @property
+    def proto_round(self) -> int:
+        """The iteration whose answers are the proto answers: the first that drew any."""
+        return next((t for t in range(self.index) if is_committed(self.run.stage(t, "generate"))), self.index)
 
     def seed(self, *coordinates: str | int) -> int:
         return seed_of(self.recipe.seed, self.index, *coordinates)
 
     def train_rows(self) -> list[Rendered]:
-        return read_rendered(self.run.data / "train.parquet")
+        """The rows of this iteration: with data.game_rows, those kept for the game unless it is one of sft."""
+        is_game = self.recipe.data.game_rows is not None and self.recipe.method.name != "sft"
+        return read_rendered(self.run.data / ("game.parquet" if is_game else "train.parquet"))
 
     def held_out_rows(self) -> list[Rendered]:
         return read_rendered(self.run.data / "held_out.parquet")

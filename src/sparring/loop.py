@@ -214,6 +214,8 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
         f"{recipe.method.name}: {recipe.iterations} iterations, {data.num_train:,} training rows ({data.shape}), "
         f"{data.num_held_out:,} held out, answers end with {data.end_token!r}; run directory {run.root}"
     )
+    if data.num_game:
+        say(f"{data.num_game:,} of the training rows are kept from sft and played on")
     if data.rejected:
         say(f"note: {sum(data.rejected.values())} rows cannot be used, listed in {run.data / 'rejected.jsonl'}")
     if data.num_cut:

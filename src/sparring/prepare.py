@@ -27,24 +27,21 @@ from sparring.types import Example, Rendered
 
 
 def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
-    """Writes data/: train.parquet, held_out.parquet, rejected.jsonl and summary.json."""
+    """Writes data/: train.parquet, held_out.parquet, perhaps game.parquet, rejected.jsonl and summary.json."""
     model = resolve_model(recipe.model)
     tokenizer = load_tokenizer(model)
     renderer = make_renderer(recipe, model, tokenizer)
     intake = Intake(recipe, renderer)
     rows = intake.take(recipe.data.train, recipe.data.limit)
-    if isinstance(recipe.data.held_out, str):
-        train, held_out = rows, []
-        prompts = {key for key, _ in train}
-        for key, row in intake.take(recipe.data.held_out):
-            if key in prompts:
-                intake.reject(recipe.data.held_out, row.row, "the prompt is also in the training data")
-            else:
-                held_out.append((key, row))
-    else:
-        train, held_out = split(rows, recipe.data.held_out, recipe.seed)
+    train, held_out = apart(intake, rows, recipe.data.held_out, "held-out", recipe.seed)
+    game: list[Keyed] = []
+    if recipe.data.game_rows is not None:
+        train, game = apart(intake, train, recipe.data.game_rows, "game-rows", recipe.seed, others=held_out)
+        if not game:
+            raise Refused(f"data.game_rows: {recipe.data.game_rows} leaves no row to play on")
     known = check_weights(model)
-    largest = max(int(ids.max()) for _, row in (*train, *held_out) for ids in (row.prompt_ids, row.real_ids))
+    every = [row for _, row in (*train, *game, *held_out)]
+    largest = max(int(ids.max()) for row in every for ids in (row.prompt_ids, row.real_ids))
     if max(largest, renderer.end.id) >= known:
         raise Refused(
             f"model: the tokenizer in {model} gives token {max(largest, renderer.end.id)}, and the model has "
@@ -54,20 +51,23 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
     summary = DataSummary(
         model=str(model),
         shape=intake.shape or "",
-        num_train=len(train),
+        num_train=len(train) + len(game),
         num_held_out=len(held_out),
         rejected=dict(intake.rejected),
-        num_cut=sum(row.real_finish == "length" for _, row in (*train, *held_out)),
+        num_cut=sum(row.real_finish == "length" for row in every),
         end_token=str(tokenizer.convert_ids_to_tokens(renderer.end.id)),
         end_ids=tuple(sorted({renderer.end.id} | declared_end_ids(model, tokenizer))),
         template_digest=renderer.template_digest,
         max_length=renderer.max_length,
-        mean_prompt_tokens=float(np.mean([len(row.prompt_ids) for _, row in train])),
-        mean_real_tokens=float(np.mean([len(row.real_ids) for _, row in train])),
+        mean_prompt_tokens=float(np.mean([len(row.prompt_ids) for _, row in (*train, *game)])),
+        mean_real_tokens=float(np.mean([len(row.real_ids) for _, row in (*train, *game)])),
+        num_game=len(game),
     )
     sources = [Path(source).resolve() for source in intake.sources if Path(source).exists()]
     with commit(run.data, reads=run.reads(model, *sources)) as folder:
         write_rows(folder / "train.parquet", [row for _, row in train])
+        if game:
+            write_rows(folder / "game.parquet", [row for _, row in game])
         write_rows(folder / "held_out.parquet", [row for _, row in held_out])
         (folder / "rejected.jsonl").write_text("".join(intake.log), encoding="utf-8")
         summary.write(folder / "summary.json")
@@ -94,8 +94,13 @@ class Intake:
 
     def __init__(self, recipe: Recipe, renderer: Renderer) -> None:
         self.settings = recipe.data
-        methods = [recipe.method, *(recipe.at(index).method for index in recipe.per_iteration)]
+        methods = recipe.methods()
         self.is_paired = any("rejected" in method.needs.roles for method in methods)
+        if recipe.data.game_rows is not None and len({method.name == "sft" for method in methods}) < 2:
+            raise Refused(
+                "data.game_rows keeps rows from sft for a game, so it needs both, as in method: space, "
+                "per_iteration: {0: {method: sft}}"
+            )
         self.render = renderer
         self.seen: dict[str, int] = {}
         self.rejected: Counter[str] = Counter()
@@ -160,17 +165,33 @@ class Intake:
         return f"{self.first}{f' (and {more} more)' if more > 0 else ''}"
 
 
-def split(rows: Sequence[Keyed], held_out: float, seed: int) -> tuple[list[Keyed], list[Keyed]]:
-    """Held-out prompts by hash, so that adding a row moves few others. All rows of a prompt go together.
+def apart(
+    intake: Intake, rows: list[Keyed], amount: float | str, what: str, seed: int, others: Sequence[Keyed] = ()
+) -> tuple[list[Keyed], list[Keyed]]:
+    """(the rest, the rows kept apart): some of `rows`, or those of a file whose prompts are in none of the rows."""
+    if not isinstance(amount, str):
+        return split(rows, amount, what, seed)
+    elsewhere = {key: "training" for key, _ in rows} | {key: "held-out" for key, _ in others}
+    kept: list[Keyed] = []
+    for key, row in intake.take(amount):
+        if key in elsewhere:
+            intake.reject(amount, row.row, f"the prompt is also in the {elsewhere[key]} data")
+        else:
+            kept.append((key, row))
+    return rows, kept
 
-    `held_out` is a share if it is a float, else a number of prompts.
+
+def split(rows: Sequence[Keyed], amount: float, what: str, seed: int) -> tuple[list[Keyed], list[Keyed]]:
+    """Prompts kept apart by hash, so that adding a row moves few others. All rows of a prompt go together.
+
+    `amount` is a share if it is a float, else a number of prompts.
     """
-    prompts = sorted({key for key, _ in rows}, key=lambda key: seed_of(seed, "held-out", key))
-    count = round(held_out * len(prompts)) if isinstance(held_out, float) else held_out
+    prompts = sorted({key for key, _ in rows}, key=lambda key: seed_of(seed, what, key))
+    count = round(amount * len(prompts)) if isinstance(amount, float) else amount
     if count >= len(prompts):
-        raise Refused(f"data.held_out: {held_out} leaves none of {len(prompts)} prompts for training")
-    apart = set(prompts[:count])
-    return [r for r in rows if r[0] not in apart], [r for r in rows if r[0] in apart]
+        raise Refused(f"data.{what.replace('-', '_')}: {amount} leaves none of {len(prompts)} prompts for training")
+    chosen = set(prompts[:count])
+    return [r for r in rows if r[0] not in chosen], [r for r in rows if r[0] in chosen]
 
 
 def _template(recipe: Recipe) -> str | None:

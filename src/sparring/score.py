@@ -32,11 +32,13 @@ def score(iteration: Iteration) -> None:
     needs, rounds = iteration.recipe.method.needs, iteration.rounds()
     is_anchored = needs.anchor > 0 and iteration.index > 0
     models = [iteration.opponent, *([Path(iteration.data.model)] if is_anchored else [])]
-    drawn_in = [run.stage(t, "generate") for t in (*rounds, *((0,) if "proto" in needs.roles else ()))]
+    drawn_in = [
+        run.stage(t, "generate") for t in (*rounds, *((iteration.proto_round,) if "proto" in needs.roles else ()))
+    ]
     reads = run.reads(run.data, *models, *drawn_in)  # verified before they are read
     answers = {t: iteration.generations(t) for t in rounds}
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
-    proto = iteration.generations(0) if "proto" in needs.roles else {}
+    proto = iteration.generations(iteration.proto_round) if "proto" in needs.roles else {}
     rows = iteration.played_rows([*answers.values(), *([proto] if proto else [])])
     groups = []
     for row in rows:

@@ -189,7 +189,7 @@ def load_plays(iteration: Iteration) -> list[Play]:
     needs = iteration.recipe.method.needs
     roles = needs.roles
     answers = {t: iteration.generations(t) for t in iteration.rounds()} if "generated" in roles else {}
-    proto = iteration.generations(0) if "proto" in roles else {}
+    proto = iteration.generations(iteration.proto_round) if "proto" in roles else {}
     scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
     plays = []
     rows = iteration.played_rows([*answers.values(), *([proto] if proto else [])])
@@ -210,7 +210,7 @@ def load_plays(iteration: Iteration) -> list[Play]:
 def inputs(iteration: Iteration) -> list[Path]:
     """What the stage reads beside data/."""
     needs, run = iteration.recipe.method.needs, iteration.run
-    rounds = set(iteration.rounds()) | ({0} if "proto" in needs.roles else set())
+    rounds = set(iteration.rounds()) | ({iteration.proto_round} if "proto" in needs.roles else set())
     scored = [iteration.stage("score")] if needs.opponent else []
     return [iteration.opponent, *scored, *(run.stage(t, "generate") for t in sorted(rounds))]
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sparring.commits import is_committed
-from sparring.data.tables import read_generations, read_rendered
+from sparring.data.tables import read_generations
+from sparring.iteration import Iteration
 from sparring.results import Results
 from sparring.types import Generation, Rendered
 
@@ -60,7 +61,7 @@ def shortcut(results: Results, index: int) -> float | None:
     folder = results.run.stage(index, "generate")
     if not is_committed(folder) or results.data is None:
         return None
-    rows = read_rendered(results.run.data / "train.parquet")[:MAX_ROWS]
+    rows = Iteration(results.run, results.recipe.at(index), index).train_rows()[:MAX_ROWS]
     wanted = {row.id for row in rows}
     parts = sorted(folder.glob("part-*.parquet"))
     answers = {a.id: a for a in read_generations(parts) if a.sample == 0 and a.id in wanted}
