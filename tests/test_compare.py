@@ -172,6 +172,9 @@ def test_refusals(made: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_
     changed = recipe.model_copy(update={"iterations": 1, "seed": 5})
     with pytest.raises(RunMismatch, match="seed is 5"):
         compare(changed, comparison.root, METHODS)
+    phases = {"data": {"game_rows": 0.5}, "per_iteration": {0: {"method": "sft"}}}
+    with pytest.raises(Refused, match=r"data.game_rows is for one run"):
+        compare(make_recipe("space", **phases), tmp_path / "none", METHODS)
     with pytest.raises(Refused, match=r"evaluate.held_out is false"):
         compare(make_recipe(evaluate={"held_out": False}), tmp_path / "none", METHODS)
 
