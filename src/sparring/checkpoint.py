@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparring.commits import commit, failpoint, verify, write_json
+from sparring.disk import writing
 from sparring.errors import Stopped
 from sparring.progress import say
 
@@ -50,7 +51,8 @@ def load_checkpoint(work: Path, model: nn.Module, optimizer: Optimizer, metrics:
             shutil.rmtree(folder)  # ours, and made again on the way
             continue
         _restore(folder, model, optimizer)
-        shutil.copyfile(folder / "metrics.jsonl", metrics)
+        with writing(metrics):
+            shutil.copyfile(folder / "metrics.jsonl", metrics)
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
     metrics.unlink(missing_ok=True)
     return 0

@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import xxhash
 
@@ -160,24 +161,63 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
     with writing(final):
         (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
     sync(work / MANIFEST)
+    (work / READS).unlink(missing_ok=True)
     sync(work)
     failpoint(f"before-rename-{final.name}")
-    (work / READS).unlink(missing_ok=True)
     work.rename(final)
     sync(final.parent)
     failpoint(f"committed-{final.name}")
 
 
+def sweep(leftovers: Iterable[Path]) -> None:
+    """Removes what commits that never ended left behind. Only for who knows that no other process is at work there."""
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
     """The folder `work` of a stage that keeps what it has so far; emptied if that was made from other inputs."""
     note, text = work / READS, seal_json(dict(reads))
-    if work.exists() and (not note.is_file() or note.read_bytes() != text.encode()):
+    if work.exists() and not _was_made_from(work, reads, text):
         shutil.rmtree(work)
     if not work.exists():
         with writing(work):
             work.mkdir(parents=True)
+    if not note.exists():
         replace_file(note, text)
     return work
+
+
+def _was_made_from(work: Path, reads: Mapping[str, str], text: str) -> bool:
+    """Whether the note says so; or the manifest, of a commit that died before its rename, when the note is gone."""
+    note = work / READS
+    if note.is_file() or not is_committed(work):
+        return note.is_file() and note.read_bytes() == text.encode()
+    try:
+        return dict(read_manifest(work).reads) == dict(reads)
+    except Stopped:
+        return False
+
+
+def copy_committed(source: Path, final: Path) -> None:
+    """Copies a committed directory with its manifest, every file of it checked. Nobody sees a part of it."""
+    manifest = verify(source)
+    temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        with writing(final, sum(cast(int, file["bytes"]) for file in manifest.files.values())):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            failpoint(f"before-copy-{final.name}")
+            temporary.rename(final)
+            sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def commit_part(path: Path, write: Callable[[Path], None]) -> None:

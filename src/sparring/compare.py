@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from sparring import strict_yaml
-from sparring.commits import commit, is_committed, read_manifest, replace_file
+from sparring.commits import commit, copy_committed, is_committed, read_manifest, replace_file
 from sparring.config import Recipe, set_key
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import Refused, RunMismatch
@@ -25,7 +22,7 @@ from sparring.loop import is_done, play, settle
 from sparring.objectives import OBJECTIVES
 from sparring.prepare import prepare
 from sparring.progress import say
-from sparring.recipe_file import differences, load_own_recipe, load_recipe, make_recipe
+from sparring.recipe_file import differences, load_own_recipe, load_recipe, make_recipe, own_recipe
 from sparring.report.comparison import Arm, Comparison, write_comparison
 from sparring.rundir import RunDir
 from sparring.seeds import seed_of
@@ -148,12 +145,11 @@ def keep_settings(whole: RunDir, recipe: Recipe) -> None:
     """Keeps the recipe that all arms share as comparison.yaml, or refuses another one."""
     path = whole.root / "comparison.yaml"
     if path.is_file():
-        kept = make_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-        if changed := differences(kept, recipe):
+        if changed := differences(load_own_recipe(path), recipe):
             raise RunMismatch(f"{whole.root} holds a comparison with other settings:\n  " + "\n  ".join(changed))
     elif any(whole.root.glob("*.yaml")):
         raise RunMismatch(f"{whole.root} holds a run of its own; use another directory")
-    replace_file(path, yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"), sort_keys=False))
+    replace_file(path, own_recipe(recipe))
 
 
 def take_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
@@ -183,7 +179,4 @@ def take_over(first: Iteration, donors: Sequence[RunDir]) -> None:
                 stages.append((first.stage("score"), donor.stage(0, "score")))
         for mine, theirs in stages:
             if is_committed(theirs) and not mine.exists():
-                mine.parent.mkdir(parents=True, exist_ok=True)
-                temporary = mine.with_name(f".{mine.name}.tmp-{uuid.uuid4().hex}")
-                shutil.copytree(theirs, temporary)
-                temporary.rename(mine)  # whole, with the manifest of the one who made it
+                copy_committed(theirs, mine)

@@ -17,6 +17,7 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from sparring.disk import writing
 from sparring.errors import Refused, Stopped
 from sparring.progress import say
 
@@ -52,19 +53,25 @@ def tracking(names: Sequence[str], root: Path, settings: Mapping[str, object]) -
     found.project_configuration.logging_dir = str(root / "tensorboard")
     hosted = {"name": root.name, "config": dict(settings), "resume": "allow"}
     identity = xxhash.xxh3_64_hexdigest(str(root).encode())  # so that a continued run goes on in its own line
-    found.init_trackers(
-        "sparring", init_kwargs={"wandb": {**hosted, "id": identity, "dir": str(root)}, "trackio": hosted}
-    )
+    with writing(root / "tensorboard"):
+        found.init_trackers(
+            "sparring", init_kwargs={"wandb": {**hosted, "id": identity, "dir": str(root)}, "trackio": hosted}
+        )
     try:
         yield
     finally:
-        for tracker in found.trackers:
-            tracker.finish()
+        trackers = list(found.trackers)
         found.trackers.clear()
+        with writing(root / "tensorboard"):
+            for tracker in trackers:
+                tracker.finish()
 
 
 def log(values: Mapping[str, float], step: int) -> None:
-    accelerator().log(dict(values), step=step)
+    found = accelerator()
+    if found.trackers:
+        with writing(Path(found.project_configuration.logging_dir or ".")):
+            found.log(dict(values), step=step)
 
 
 def peak_memory_mib() -> float:

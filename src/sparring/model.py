@@ -240,7 +240,7 @@ def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     for pattern in USAGE_FILES:
-        for file in sorted(origin.glob(pattern)):
+        for file in sorted(f for f in origin.glob(pattern) if f.is_file()):
             shutil.copyfile(file, folder / file.name)
 
 

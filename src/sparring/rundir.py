@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, verify
+from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, sweep, verify
 from sparring.errors import Refused, RunMismatch, Stopped
 
 # A process that was killed while it started another one leaves its lock to that for a moment.
@@ -126,7 +125,7 @@ class RunDir:
         try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             replace_file(self._owner, json.dumps(me))
-            self.sweep()
+            sweep(self.root.rglob(".*.tmp-*"))
             yield
         finally:
             self._owner.unlink(missing_ok=True)
@@ -149,11 +148,3 @@ class RunDir:
                 return owner
             time.sleep(0.05)
         return None
-
-    def sweep(self) -> None:
-        """Removes what commits that never ended left behind. Only ever called by the owner."""
-        for leftover in self.root.rglob(".*.tmp-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import jinja2
 import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from sparring.data.read import BadRow
+from sparring.data.templates import TemplateProcess, TemplateRefuses
 from sparring.errors import Refused
 from sparring.types import Example, Message, Rendered
 
@@ -58,6 +58,7 @@ class Renderer:
                 "data.template: the tokenizer has no chat template, so give a text, for example "
                 r'"### Instruction: {prompt}\n\n### Response: "'
             )
+        self._templates: TemplateProcess | None = None
         self.end = self._end_of_turn(end_token)
         bos = cast(int | None, tokenizer.bos_token_id)
         begins = bos is not None and cast(list[int], tokenizer(SENTINEL)["input_ids"])[:1] == [bos]
@@ -131,17 +132,23 @@ class Renderer:
         return prompt, prompt_ids, [*all_ids[len(prompt_ids) :], self.end.id]
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        self._templates = self._templates or TemplateProcess(self._render)
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
+            return self._templates(messages, add_generation_prompt)
+        except TemplateRefuses as refusal:
+            raise BadRow(f"the chat template refuses it: {refusal}") from refusal
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """In the child process."""
+        return cast(
+            str,
+            self.tokenizer.apply_chat_template(
+                messages,
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-            )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
-        assert isinstance(text, str)
-        return text
+            ),
+        )
 
     def _tokens(self, text: str) -> list[int]:
         return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

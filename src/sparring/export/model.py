@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from glob import escape
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparring.adapters import CONFIG, WEIGHTS, base_of, is_adapter
-from sparring.commits import Json, commit, hash_path, is_committed, write_json
+from sparring.commits import Json, commit, hash_path, is_committed, sweep, write_json
 from sparring.config import Recipe
 from sparring.errors import Refused
 from sparring.export.card import model_card
@@ -27,7 +28,7 @@ def export_model(
 
     `dtype` None keeps the one that the run computed in. An adapter stays one, in float32, unless `merge`.
     """
-    refuse_what_is_there(out)
+    begin_export(out)
     index = chosen_iteration(results, iteration)
     source = results.run.model(index)
     reads = results.run.reads(results.run.data, source)  # verifies every file
@@ -54,9 +55,11 @@ def export_model(
     return index
 
 
-def refuse_what_is_there(out: Path) -> None:
+def begin_export(out: Path) -> None:
+    """Refuses a place that is taken, and removes what an export to it left there that was killed."""
     if out.exists():
         raise Refused(f"{out} is there already; give a new folder, or remove that one")
+    sweep(out.parent.glob(f".{escape(out.name)}.tmp-*"))
 
 
 def chosen_iteration(results: Results, iteration: str) -> int:
@@ -96,7 +99,7 @@ def write_usage(results: Results, tokenizer: PreTrainedTokenizerBase, base: Path
     recipe, data = results.recipe, results.data
     assert data is not None
     for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"):
-        for file in base.glob(pattern):
+        for file in (f for f in base.glob(pattern) if f.is_file()):
             shutil.copyfile(file, folder / file.name)
     if template := chat_template(recipe, tokenizer, data.end_token):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

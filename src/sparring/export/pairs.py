@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sparring.commits import commit, is_committed
 from sparring.data.tables import write_table
 from sparring.errors import Refused
-from sparring.export.model import refuse_what_is_there
+from sparring.export.model import begin_export
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer
 from sparring.results import Results
@@ -44,7 +44,7 @@ out. Where a `finish` is `length` the answer was cut: leave such rows out if not
 
 def export_pairs(results: Results, out: Path) -> int:
     """Writes iteration-NN.parquet for every round that was drawn, and a card; returns the number of pairs."""
-    refuse_what_is_there(out)
+    begin_export(out)
     drawn = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "generate"))]
     if results.data is None or not drawn:
         raise Refused(f"--pairs: {results.run.root} has no generated answers yet")

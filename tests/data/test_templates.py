@@ -1,0 +1,89 @@
+"""A template is a stranger's program: it ends, it stays small, and it leaves nothing running."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import sparring.data.templates as templates
+from sparring.data.render import Renderer
+from sparring.data.templates import TemplateProcess
+from sparring.errors import Refused
+from sparring.model import load_tokenizer
+from sparring.types import Message
+
+TURNS = [Message(role="user", content="?")]
+
+BOMBS = {
+    "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "one product that no exception interrupts": "{{ 9**(9**9) }}",
+    "a long range": "{% for i in range(10**9) %}x{% endfor %}",
+    "a long text": "{{ 'a' * 10**10 }}",
+    "a long list": "{{ [0] * 10**12 }}",
+    "a text that doubles": "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "a long output": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+    "no bottom": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "Python's insides": "{{ ''.__class__.__mro__ }}",
+    "padding": "{{ '%99999999999d' % 1 }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0)  # the kernel counts whole ones, and one is added
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(Refused, match=r"data\.template: the chat template (used up|refuses it)") as refused:
+        Renderer(
+            load_tokenizer(tiny / "model"), template=BOMBS[name], end_token=None, max_length=64, max_response=None
+        )
+    assert len(str(refused.value)) < 1000
+    del refused  # whose frames hold the renderer
+    gc.collect()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 600 * 1024, "KiB of this process"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_template_that_turns_on_its_hundredth_row_is_stopped_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0)
+    turns_bad = "{% if 'bad' in messages[0].content %}" + BOMBS["a loop in a loop"] + "{% endif %}ok<|end|>"
+    tokenizer = load_tokenizer(tiny / "model")
+    renderer = Renderer(tokenizer, template=turns_bad, end_token=None, max_length=64, max_response=None)
+    assert [renderer._apply(TURNS) for _ in range(100)] == ["ok<|end|>"] * 100
+    with pytest.raises(Refused, match="used up"):
+        renderer._apply([Message(role="user", content="bad")])
+
+
+def test_the_child_ends_with_us_and_does_not_hold_the_lock(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock", timeout=0)
+    with lock:
+        process = TemplateProcess(lambda messages, add: messages[0]["content"] * 2)
+        assert process(TURNS, False) == "??"
+    with FileLock(tmp_path / "lock", timeout=0):
+        pass
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.child, 0)
+    with pytest.raises(Refused):
+        process(TURNS, False)
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:  # one that is killed while its child works
+        process = TemplateProcess(lambda messages, add: messages[0]["content"])
+        os.write(writer, str(process.child).encode())
+        os.kill(os.getpid(), 9)
+    os.waitpid(owner, 0)
+    orphan = int(os.read(reader, 20))
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{orphan}").exists() and "Z" not in Path(f"/proc/{orphan}/stat").read_text().split():
+        assert time.monotonic() < deadline, "it finds the end of the pipe"
+        time.sleep(0.01)
