@@ -26,12 +26,12 @@ BOMBS = {
     "a long range": "{% for i in range(10**9) %}x{% endfor %}",
     "a long text": "{{ 'a' * 10**10 }}",
     "a long list": "{{ [0] * 10**12 }}",
-    "a text that doubles": "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "a doubling text": "{% set n = namespace(x='aaaaa') %}{% for i in range(40) %}{% set n.x = n.x*2 %}{% endfor %}",
     "a long output": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "no bottom": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "Python's insides": "{{ ''.__class__.__mro__ }}",
     "padding": "{{ '%99999999999d' % 1 }}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -39,9 +39,7 @@ def test_a_bomb_is_refused(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(templates, "SECONDS", 0)  # the kernel counts whole ones, and one is added
     before = resource.getrusage(resource.RUSAGE_SELF)
     with pytest.raises(Refused, match=r"data\.template: the chat template (used up|refuses it)") as refused:
-        Renderer(
-            load_tokenizer(tiny / "model"), template=BOMBS[name], end_token=None, max_length=64, max_response=None
-        )
+        Renderer(load_tokenizer(tiny / "model"), template=BOMBS[name], end_token=None, max_length=64, max_response=None)
     assert len(str(refused.value)) < 1000
     del refused  # whose frames hold the renderer
     gc.collect()

@@ -15,10 +15,9 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 
@@ -43,7 +42,7 @@ class TemplateProcess:
     """A child that renders: messages in, text out. Forked, since it needs what is imported here and nothing else."""
 
     def __init__(self, render: Render) -> None:
-        ours, theirs = Pipe()
+        ours, theirs = cast(tuple[Connection, Connection], Pipe())
         sys.stdout.flush()
         sys.stderr.flush()
         self.child = os.fork()
