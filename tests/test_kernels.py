@@ -15,8 +15,9 @@ from sparring.kernels import chunked, reference
 @pytest.fixture(params=["kept", "recomputed", "both"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few tokens, whose logits the backward pass finds kept, computes again, or some of each."""
-    monkeypatch.setattr(chunked, "BLOCK", 200)
-    monkeypatch.setattr(chunked, "KEPT", {"kept": 10**9, "recomputed": 0, "both": 500}[request.param])
+    monkeypatch.setattr(chunked, "BLOCK", 3)
+    monkeypatch.setattr(chunked, "STRIP", 200)
+    monkeypatch.setattr(chunked, "KEPT", {"kept": 10**9, "recomputed": 0, "both": 4000}[request.param])
 
 
 def make(tokens: int, width: int, vocab: int, dtype: torch.dtype, bias: bool = True) -> tuple[list[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -183,6 +183,37 @@ def test_long_responses_are_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) 
         ours, twin = (values_and_gradients(scorer, groups, [[0, 1]]) for scorer in (shared, padded))
         for one, other in zip(ours, twin, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
+def test_the_backward_pass_in_pieces_equals_torch_s(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of bfloat16 on CPU; here in float32, where nothing hides a mistake."""
+    monkeypatch.setattr(attention, "PIECE", 500)
+    shared, padded = twins(family)
+    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
+    torchs = values_and_gradients(padded, groups, [[0, 1, 2]])
+    monkeypatch.setattr(attention, "by_pieces", partial(use_pieces, attention.by_pieces))
+    for one, other in zip(values_and_gradients(shared, groups, [[0, 2], [1]]), torchs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def use_pieces(by_pieces: object, *arguments: object) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return attention._PiecesInBackward.apply(*arguments)
+    return by_pieces(*arguments)  # type: ignore[operator]
+
+
+def test_bfloat16_gradients_are_as_near_as_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    exact = values_and_gradients(Scorer(model), groups, [[0, 1]])[1]
+    scorer = Scorer(model, torch.bfloat16)
+    ours = float((values_and_gradients(scorer, groups, [[0, 1]])[1] - exact).norm())
+    monkeypatch.setattr(attention._PiecesInBackward, "apply", attention.by_pieces)
+    torchs = float((values_and_gradients(scorer, groups, [[0, 1]])[1] - exact).norm())
+    assert torchs > 1e-3, "bfloat16 rounds"
+    assert ours < 1.1 * torchs
 
 
 def test_gradient_checkpointing_recomputes_the_shared_row() -> None:

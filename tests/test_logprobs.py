@@ -173,8 +173,8 @@ def test_blocks_of_the_head_change_nothing(llama: PreTrainedModel, monkeypatch: 
         return [values.detach(), *(p.grad.clone() for p in llama.parameters() if p.grad is not None)]
 
     whole = gradients()
-    monkeypatch.setattr(chunked, "BLOCK", VOCAB * 4)
-    monkeypatch.setattr(chunked, "KEPT", VOCAB * 9)
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    monkeypatch.setattr(chunked, "KEPT", VOCAB * 9 * 4)
     for expected, found in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

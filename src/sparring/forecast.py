@@ -52,7 +52,7 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
         num_parameters=num_parameters,
         num_trained=num_trained,
         state_bytes=frozen + num_trained * 4 * (2 + moments),
-        work_bytes=activations + 4 * (KEPT + 3 * BLOCK),
+        work_bytes=activations + KEPT + BLOCK * config.vocab_size * BYTES[train.dtype],
         disk_bytes=disk_bytes(recipe, num_parameters, num_trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )
