@@ -187,6 +187,24 @@ def test_alpha_spin_s_optimum_has_the_first_model_in_it() -> None:
     torch.testing.assert_close(found, tilted(1 / scale, mixture, P_OPPONENT), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("mu", "past"), [(1.0, 0.25), (1.0, 0.5), (3.0, 0.5)])
+def test_space_against_a_pool_of_opponents_keeps_its_optimum_and_its_fixed_point(mu: float, past: float) -> None:
+    """Answers from a mixture of iterations, rewards against that mixture's density: p_data again, and no signal there.
+
+    With the last iteration's density alone, or the mixture of log-probs, the same answers lead elsewhere.
+    """
+    pool = past * P_FIRST + (1 - past) * P_OPPONENT
+    torch.testing.assert_close(solve(Space(mu=mu), pool), P_DATA, atol=1e-6, rtol=0)
+    at_data = past * P_FIRST + (1 - past) * P_DATA
+    logits = P_DATA.log().clone().requires_grad_()
+    expected_loss(Space(mu=mu), logits.log_softmax(0), at_data, at_data, P_FIRST).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits.grad), atol=1e-12, rtol=0)
+    geometric = (past * P_FIRST.log() + (1 - past) * P_OPPONENT.log()).softmax(0)
+    for reference in (P_OPPONENT, geometric):
+        assert total_variation(solve(Space(mu=mu), reference, noise=pool)) > 0.005
+
+
 @pytest.mark.parametrize("objective", [Sipo(tau=0.5), ChiSquare(lambda_=1.0)], ids=repr)
 def test_the_squared_losses_halve_the_distance_in_a_round(objective: Objective) -> None:
     p = P_FIRST

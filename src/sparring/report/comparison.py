@@ -295,6 +295,7 @@ def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[dict]]], xlabel:
                 capsize=2,
                 label=label,
             )
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(xlabel)
 
     return plot
