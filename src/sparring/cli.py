@@ -82,6 +82,44 @@ def preview(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many devices, over all machines.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="a100-40, a100, l40s, h100, h200 or b200.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="A run of the same model: take the rates that it had.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Default: data.limit, else those that are found.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="PROMPT,ANSWER: means; else the rows are looked at.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
+) -> None:
+    """Forecast memory, time, disk and cost of a recipe on given GPUs. Loads no weights and writes nothing."""
+    from sparring.plan import print_plan
+    from sparring.recipe_file import load_recipe
+
+    print_plan(load_recipe(recipe, overrides or ()), gpus, gpu, measured, rows, tokens, price)
+
+
+@app.command()
+def launch(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its path on the cluster.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Its path on the cluster.")],
+    scheduler: Annotated[str, typer.Option("--print", help="slurm or kubernetes.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="Devices of each machine.")] = 8,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: a container image that has sparring.")] = None,
+    claim: Annotated[
+        str | None, typer.Option(help="Kubernetes: the PersistentVolumeClaim of the shared files.")
+    ] = None,
+) -> None:
+    """Print a job file for a scheduler: read it, change what your cluster wants otherwise, and submit it."""
+    from sparring.jobs import job_file
+
+    if scheduler not in ("slurm", "kubernetes"):
+        raise Refused(f"--print {scheduler}: slurm and kubernetes are known")
+    typer.echo(job_file(scheduler, recipe, run_dir, nodes=nodes, gpus=gpus, image=image, claim=claim), nl=False)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from sparring.recipe_file import json_schema
@@ -116,6 +154,20 @@ def stage(
 
     if not run_one_stage(run_dir, name, iteration):
         typer.echo(f"{name} of iteration {iteration} is done already")
+
+
+@app.command()
+def restore(
+    mirror: Annotated[str, typer.Argument(metavar="URI", help="The recipe's 'mirror'.")], run_dir: RunDirectory
+) -> None:
+    """Bring a run back from its mirror: every finished stage that is missing here, verified."""
+    from sparring.mirror import Mirror
+    from sparring.rundir import RunDir
+
+    run, source = RunDir(run_dir), Mirror(mirror)
+    with run.own():
+        for folder in source.fetch(run):
+            typer.echo(folder)
 
 
 @app.command()

@@ -205,11 +205,15 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), json_schema_extra=NEUTRAL)
     """Trackers that are told every number, beside metrics.jsonl."""
+    mirror: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Where every finished stage is copied to, and found again from an empty run directory: s3://bucket/folder, ..."""
     stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
-    launch: Literal["inline", "torchrun"] = Field(default="inline", json_schema_extra=NEUTRAL)
-    """torchrun: answers are drawn by several processes of this machine, one per device."""
+    launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=NEUTRAL)
+    """torchrun: answers are drawn by several processes of this machine, one per device; ray: of many machines."""
+    address: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
     processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
     """How many. auto: one per GPU, or per CPU core where there is none."""
     threads: PositiveInt | None = None
@@ -247,6 +251,8 @@ class Recipe(Strict):
                 f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
                 "generate.backend: hf, which draws from the same 4-bit weights"
             )
+        if self.address is not None and self.launch != "ray":
+            raise ValueError(f"address is a setting of launch: ray, and launch is {self.launch}")
         if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
             raise ValueError("stop needs evaluate.held_out")
         for index in self.per_iteration:

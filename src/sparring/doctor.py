@@ -18,7 +18,7 @@ from rich.text import Text
 from sparring import distributed
 from sparring.config import Recipe
 from sparring.errors import Refused
-from sparring.forecast import forecast
+from sparring.forecast import forecast, num_training
 from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
 from sparring.prepare import Intake, Keyed, make_renderer
 from sparring.quantization import refuse_without_4bit
@@ -137,14 +137,6 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
     yield Finding("good" if fits else "bad", words + ("" if fits else remedy))
     words = f"models and checkpoints need {needs.disk_bytes / GIB:.2f} GiB of disk; {disk / GIB:.1f} are free here"
     yield Finding("good" if needs.disk_bytes < disk else "bad", words)
-
-
-def num_training(recipe: Recipe, num_rows: int) -> int:
-    """Of the rows, those that are not held out; a row is taken for a prompt."""
-    held_out = recipe.data.held_out
-    if isinstance(held_out, str):
-        return num_rows
-    return max(1, num_rows - (round(held_out * num_rows) if isinstance(held_out, float) else held_out))
 
 
 def spread(lengths: np.ndarray) -> str:

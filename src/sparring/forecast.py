@@ -58,6 +58,14 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     )
 
 
+def num_training(recipe: Recipe, num_rows: int) -> int:
+    """Of the rows, those that are not held out; a row is taken for a prompt."""
+    held_out = recipe.data.held_out
+    if isinstance(held_out, str):
+        return num_rows
+    return max(1, num_rows - (round(held_out * num_rows) if isinstance(held_out, float) else held_out))
+
+
 def disk_bytes(recipe: Recipe, num_parameters: int, num_trained: int, iterations: int) -> int:
     """What training keeps: a model or an adapter per iteration, in float32, and the checkpoints of one iteration."""
     is_whole = recipe.adapter is None or recipe.adapter.merge is not None

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,7 +25,9 @@ from sparring.forecast import adapter_size, disk_bytes, empty_model
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
 from sparring.launch import draw_on_devices
+from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
+from sparring.on_ray import draw_on_cluster
 from sparring.prepare import prepare
 from sparring.progress import say
 from sparring.quantization import refuse_without_4bit
@@ -50,8 +53,16 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise Refused("sparring was started by a launcher; start it with 'sparring run' and set 'launch: torchrun'")
     run = RunDir(run_dir)
+    mirror = None if recipe.mirror is None else Mirror(recipe.mirror)
     with run.own(), interrupt.listening():
+        if mirror is not None:
+            join(run, recipe, mirror)
         begin(run, recipe)
+        if mirror is not None:
+            for folder in committed_folders(run):
+                mirror.send(run, folder)
+            for note in (run.recipe, run.env):
+                mirror.send_note(run, note)
         say_what_it_needs(run, recipe)
         say_what_is_played(run, recipe)
         worked = False
@@ -60,14 +71,37 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
                 iteration = Iteration(run, recipe.at(index), index)
                 for stage in iteration.stages:
                     interrupt.stop_if_asked()
-                    worked = run_stage(iteration, stage) or worked
+                    if run_stage(iteration, stage):
+                        worked = True
+                        if mirror is not None:
+                            mirror.send(run, iteration.stage(stage))
                 if 0 <= index < recipe.iterations - 1 and (reason := Results(run.root).reason_to_stop(index)):
                     say(f"the run ends with iteration {index}: {reason}")
                     break
         if worked or not run.report.is_file():
             write_report(run)
+            if mirror is not None:
+                mirror.send_note(run, run.report)
         say(f"{'done' if worked else 'all was done already'}; report: {run.report}")
     return run
+
+
+def join(run: RunDir, recipe: Recipe, mirror: Mirror) -> None:
+    """Brings here what the mirror has and this disk has not, unless the mirror is of a run with other settings."""
+    text = mirror.recipe()
+    if text is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Path(folder, "recipe.yaml")
+        theirs.write_text(text, encoding="utf-8")
+        if changed := differences(load_own_recipe(theirs), recipe):
+            raise RunMismatch(
+                f"mirror: {mirror.name} holds a run with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another place"
+            )
+    if fetched := mirror.fetch(run):
+        say(f"{len(fetched)} finished stages fetched from {mirror.name}")
 
 
 def begin(run: RunDir, recipe: Recipe) -> None:
@@ -98,8 +132,13 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
     start = time.monotonic()
     match stage:
         case "generate":
-            if iteration.recipe.launch == "torchrun":
-                draw_on_devices(iteration)
+            match iteration.recipe.launch:
+                case "inline":
+                    pass
+                case "torchrun":
+                    draw_on_devices(iteration)
+                case "ray":
+                    draw_on_cluster(iteration)
             generate(iteration, engine)
         case "score":
             score(iteration)

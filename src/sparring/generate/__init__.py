@@ -15,13 +15,13 @@ from sparring import distributed
 from sparring.config import Generate
 from sparring.generate.hf import BATCH_SIZE, HfBackend
 from sparring.generate.server import ServerBackend, started_server
-from sparring.generate.stage import begin_parts, generate, generate_parts
+from sparring.generate.stage import begin_parts, draw_parts, generate, generate_parts, parts_of
 from sparring.generate.vllm import VllmBackend
 from sparring.iteration import Iteration
 from sparring.model import load_model
 from sparring.types import Backend, OpenBackend
 
-__all__ = ["begin_parts", "engine_of", "generate", "generate_parts", "open_backend"]
+__all__ = ["begin_parts", "draw_parts", "engine_of", "generate", "generate_parts", "open_backend", "parts_of"]
 
 
 @contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from sparring import distributed, interrupt
 from sparring.commits import begin_work, commit_folder, commit_part, has_part
@@ -17,8 +18,8 @@ from sparring.errors import Stopped
 from sparring.generate.hf import BATCH_SIZE
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer, texts_of
-from sparring.progress import say, track
-from sparring.types import OpenBackend, Prompt
+from sparring.progress import Advance, say, track
+from sparring.types import Backend, Generation, OpenBackend, Prompt
 
 PART_PROMPTS = 512
 
@@ -80,20 +81,31 @@ def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 
     if not missing:
         return
     tokenizer = load_tokenizer(iteration.opponent)
-    prompts = [prompt for wanted in missing.values() for prompt in wanted]
     what = f"generate {iteration.index}" + (f", process {rank}" if num_ranks > 1 else "")
-    with open_backend(iteration.opponent) as backend, track(what, len(prompts)) as advance:
-        # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
-        drawn = backend.generate(prompts)
-        for path, wanted in missing.items():
-            answers = []
-            for answer in islice(drawn, len(wanted)):
-                advance(1, len(answer.token_ids))
-                if answer.finish != "failed":
-                    answers.append(answer)
-            texts = texts_of(tokenizer, answers)
+    with open_backend(iteration.opponent) as backend, track(what, sum(map(len, missing.values()))) as advance:
+        drawn = draw_parts(backend, tokenizer, list(missing.values()), advance)
+        for path, (answers, texts) in zip(missing, drawn, strict=True):
             commit_part(path, lambda p, a=answers, t=texts: write_generations(p, a, t))
             interrupt.stop_if_asked()
+
+
+def draw_parts(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Sequence[Prompt]],
+    advance: Advance | None = None,
+) -> Iterator[tuple[list[Generation], list[str]]]:
+    """The answers of each part, without those that failed, and their texts."""
+    # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
+    drawn = backend.generate([prompt for wanted in parts for prompt in wanted])
+    for wanted in parts:
+        answers = []
+        for answer in islice(drawn, len(wanted)):
+            if advance is not None:
+                advance(1, len(answer.token_ids))
+            if answer.finish != "failed":
+                answers.append(answer)
+        yield answers, texts_of(tokenizer, answers)
 
 
 def parts_of(iteration: Iteration) -> dict[Path, list[Prompt]]:
