@@ -312,6 +312,20 @@ def test_an_interpreter_without_vllm_is_refused(folder: Path, tmp_path: Path) ->
         list(engine.generate(prompts(folder, 1)))
 
 
+def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in of the last version before CVE-2026-22807 was mended: refused before it sees the model."""
+    for name in ("vllm", "vllm/lora", "vllm/lora/request", "vllm/platforms"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("LoRARequest = current_platform = None\n")
+    (tmp_path / "vllm" / "__init__.py").write_text("__version__ = '0.13.2'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = VllmBackend(folder, end_ids=[END], max_length=128)
+    with pytest.raises(Refused, match=r"it is 0\.13\.2, and before 0\.14 .*CVE-2026-22807"):
+        list(engine.generate(prompts(folder, 1)))
+
+
 def test_an_engine_that_always_dies_is_started_three_more_times(folder: Path, tmp_path: Path) -> None:
     dies = tmp_path / "dies"
     dies.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\necho out of memory >&2\nexit 1\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 Requests = queue.SimpleQueue[dict[str, Any] | None]
 
 ALIVE_EVERY_SECONDS = 10.0
+FLOOR = (0, 14)
 
 
 def main() -> None:
@@ -42,6 +44,10 @@ def main() -> None:
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
+    if is_below_floor(vllm.__version__):
+        why = f"it is {vllm.__version__}, and before {'.'.join(map(str, FLOOR))} it runs a model folder's own code"
+        say(out, {"refused": f"{why} whatever it is told (CVE-2026-22807)"})
+        return
     try:
         # compiled graphs pay on a GPU; on a CPU they cost a minute at every start
         eager = current_platform.is_cpu()
@@ -58,6 +64,11 @@ def main() -> None:
         os._exit(1)  # at once: an engine that failed is not asked to tidy up
     if hello["engine"]["tensor_parallel_size"] == 1:
         os._exit(0)  # there are no workers to end, and leaving Python in order takes seconds
+
+
+def is_below_floor(version: str) -> bool:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return "dev" not in version and numbers < FLOOR
 
 
 def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests, out: TextIO) -> None:
