@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from sparring.adapters import CONFIG
 from sparring.config import Generate, Recipe
 from sparring.data.read import read_rows
+from sparring.data.render import text_as_jinja
 from sparring.data.shapes import detect_shape, examples
 from sparring.data.tables import read_rendered
 from sparring.errors import Refused
 from sparring.evaluate.held_out import answer
 from sparring.export import export_model, export_pairs, push
-from sparring.export.model import text_as_jinja
 from sparring.generate import open_backend
 from sparring.iteration import Iteration
 from sparring.loop import play

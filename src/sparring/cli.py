@@ -230,6 +230,34 @@ def push(
 
 
 @app.command()
+def judge(
+    run_dir: RunDirectory,
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint; its token is read from OPENAI_API_KEY.")],
+    model: Annotated[str, typer.Option(help="The judge, by the name that the endpoint has for it.")],
+    iteration: Annotated[int, typer.Option(help="Whose MT-Bench answers.")],
+    against: Annotated[int, typer.Option(help="Whose answers stand beside them; -1 is the starting model.")] = -1,
+    prompts: Annotated[Path | None, typer.Option(help="FastChat's judge_prompts.jsonl; else our own words.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Reference answers in FastChat's form.")] = None,
+) -> None:
+    """Have a model judge MT-Bench answers of two iterations, in both orders, with ties. Continues where it stopped."""
+    from sparring.judge import judge as judge_answers
+    from sparring.results import Results
+
+    found = judge_answers(
+        Results(run_dir),
+        index=iteration,
+        against=against,
+        url=url,
+        model=model,
+        prompts=prompts,
+        references=references,
+    )
+    shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("win", "tie", "loss", "unclear"))
+    typer.echo(f"{shares}; score {found['score']:.3f} ± {found['score_stderr']:.3f} (one standard error)")
+    typer.echo(f"the place decided {found['prefers_a_place']:.1%} of the pairs, which are ties")
+
+
+@app.command()
 def compare(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML: data, model, settings.")],
     run_dir: RunDirectory,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
@@ -173,6 +175,75 @@ class Regex(Strict):
         return value
 
 
+SUITES: Mapping[str, tuple[str, ...]] = {
+    # T-SPIN (2601.08198), Table 1: ten tasks with their shots. The leaderboard_* forms are those whose metrics it names
+    "tspin": (
+        *("gsm8k:5", "leaderboard_math_hard:4", "leaderboard_musr:0", "mmlu:5", "leaderboard_mmlu_pro:5"),
+        *("leaderboard_gpqa:0", "hellaswag:10", "winogrande:5", "leaderboard_bbh:3", "ifeval:0"),
+    ),
+    # SPIN (2401.01335): the Open LLM Leaderboard of its time
+    "spin": ("arc_challenge:25", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5", "hellaswag:10", "mmlu:5"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark of lm-evaluation-harness: its name there, or a YAML file; None: as many shots as it says itself."""
+
+    name: str
+    num_shots: int | None
+
+    @property
+    def label(self) -> str:
+        stem = Path(self.name).stem if self.name.endswith((".yaml", ".yml")) else self.name
+        return stem if self.num_shots is None else f"{stem}-{self.num_shots}shot"
+
+
+class Harness(Strict):
+    """Benchmarks of lm-evaluation-harness, each of them in a process of its own, for every iteration and the start."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(json_schema_extra=NEUTRAL)
+    """Names, or YAML files; with the number of shots after a colon. "tspin" and "spin": the suites of the papers."""
+    limit: PositiveInt | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Only so many rows of each task."""
+    batch_size: PositiveInt = Field(default=8, json_schema_extra=NEUTRAL)
+    apply_chat_template: bool = Field(default=False, json_schema_extra=NEUTRAL)
+
+    def stages(self) -> dict[str, Task]:
+        """By names that hold whatever changes the result, so that no result is taken for another one."""
+        more = ("-chat" if self.apply_chat_template else "") + (f"-first{self.limit}" if self.limit else "")
+        return {task.label + more: task for task in parse_tasks(self.tasks)}
+
+    @field_validator("tasks")
+    @classmethod
+    def have_labels_of_their_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        labels = [task.label for task in parse_tasks(value)]
+        for label in labels:
+            if labels.count(label) > 1 or not re.fullmatch(r"[\w.+-]+", label):
+                raise ValueError(f"'{label}' is named twice, or is no name of a task; give it once")
+        return value
+
+
+def parse_tasks(words: Sequence[str]) -> list[Task]:
+    found = []
+    for word in (w for each in words for w in SUITES.get(each, (each,))):
+        name, colon, shots = word.rpartition(":")
+        found.append(Task(name, int(shots)) if colon and shots.isdecimal() else Task(word, None))
+    return found
+
+
+class MtBench(Strict):
+    """Answers to the questions of MT-Bench, for `sparring judge`."""
+
+    questions: str = Field(json_schema_extra=NEUTRAL)
+    """A file such as FastChat's question.jsonl: question_id, category, turns."""
+    max_new_tokens: PositiveInt = Field(default=1024, json_schema_extra=NEUTRAL)
+
+    @property
+    def label(self) -> str:
+        return f"mt_bench-{Path(self.questions).stem}-{self.max_new_tokens}"
+
+
 class Evaluate(Strict):
     held_out: bool = True
     checker: Literal["number", "exact"] | Regex | None = None
@@ -180,6 +251,8 @@ class Evaluate(Strict):
     save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
         default="held_out_nll", json_schema_extra=NEUTRAL
     )
+    harness: Harness | None = None
+    mt_bench: MtBench | None = None
 
 
 class Stop(Strict):
@@ -223,6 +296,11 @@ class Recipe(Strict):
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:
         """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
         return "float32" if self.adapter is None else self.train.dtype
+
+    @property
+    def template(self) -> str | None:
+        """As `data.template`; of `text` rows the prompt is the text itself."""
+        return "{prompt}" if self.data.template is None and self.data.split_on is not None else self.data.template
 
     @property
     def in_4bit(self) -> bool:
@@ -288,6 +366,8 @@ SECTIONS: Mapping[str, type[Strict]] = {
     "generate": Generate,
     "train": Train,
     "evaluate": Evaluate,
+    "evaluate.harness": Harness,
+    "evaluate.mt_bench": MtBench,
     "stop": Stop,
 }
 

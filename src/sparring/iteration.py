@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sparring.commits import is_committed, verified, write_json
-from sparring.config import Recipe
+from sparring.config import Recipe, Task
 from sparring.data.tables import read_generations, read_rendered
-from sparring.rundir import STAGES, RunDir
+from sparring.rundir import BENCHMARKS, STAGES, RunDir
 from sparring.seeds import seed_of
 from sparring.types import Generation, Rendered, Role, TokenIds
 
@@ -68,8 +68,9 @@ class Iteration:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this iteration: those whose work matters to its method."""
+        benchmarks = tuple(f"{BENCHMARKS}/{label}" for label in self.benchmarks)
         if self.index < 0:
-            return ("evaluate",) if self.is_evaluated else ()
+            return (*(("evaluate",) if self.is_evaluated else ()), *benchmarks)
         needs = self.recipe.method.needs
         needed = {
             "generate": needs.rounds > 0,
@@ -77,7 +78,14 @@ class Iteration:
             "train": True,
             "evaluate": self.is_evaluated,
         }
-        return tuple(stage for stage in STAGES if needed[stage])
+        return (*(stage for stage in STAGES if needed[stage]), *benchmarks)
+
+    @property
+    def benchmarks(self) -> dict[str, Task | None]:
+        """Stages of their own, so that one more can be asked of a run that exists. None: MT-Bench, which is ours."""
+        settings = self.recipe.evaluate
+        tasks = settings.harness.stages() if settings.harness else {}
+        return {**tasks, **({settings.mt_bench.label: None} if settings.mt_bench else {})}
 
     @property
     def is_evaluated(self) -> bool:

@@ -20,7 +20,7 @@ from sparring.commits import is_committed, read_sealed, replace_file, seal_json
 from sparring.config import Recipe
 from sparring.disk import free_bytes, size
 from sparring.errors import Damaged, Refused, RunMismatch
-from sparring.evaluate import evaluate
+from sparring.evaluate import answer_questions, benchmark, evaluate
 from sparring.forecast import adapter_size, disk_bytes, empty_model
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
@@ -34,7 +34,7 @@ from sparring.quantization import refuse_without_4bit
 from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
 from sparring.results import Results
-from sparring.rundir import RunDir
+from sparring.rundir import BENCHMARKS, RunDir
 from sparring.score import score
 from sparring.tracking import steps_before, track_evaluation, tracking
 from sparring.train import train
@@ -149,9 +149,12 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
             metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
             track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)
         case _:
-            raise ValueError(stage)
+            label = stage.removeprefix(f"{BENCHMARKS}/")
+            task = iteration.benchmarks[label]
+            answer_questions(iteration, engine) if task is None else benchmark(iteration, task, label)
     where = "start" if iteration.index < 0 else f"iteration {iteration.index}"
-    say(f"{where}: {stage} {time.monotonic() - start:.1f} s{headline(iteration) if stage == 'evaluate' else ''}")
+    found = headline(iteration) if stage == "evaluate" else Results(iteration.run.root).headline(iteration, stage)
+    say(f"{where}: {stage} {time.monotonic() - start:.1f} s{found}")
     return True
 
 

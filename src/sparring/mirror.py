@@ -149,6 +149,7 @@ class Mirror:
 
 def committed_folders(run: RunDir) -> Iterator[Path]:
     """Of a run on this disk, in the order in which they were made, as far as names tell."""
-    for folder in (run.data, *sorted(run.start.glob("*")), *sorted(run.root.glob("iter-*/*"))):
+    places = ("start/*", "start/benchmarks/*", "iter-*/*", "iter-*/benchmarks/*", "judged/*")
+    for folder in (run.data, *(folder for place in places for folder in sorted(run.root.glob(place)))):
         if is_committed(folder):
             yield folder

@@ -174,7 +174,8 @@ def speed_of_run(run_dir: Path, shape: Shape) -> Speed:
     theirs = Shape.of(Path(data.model), recipe.train.dtype)
     if theirs != shape:
         raise Refused(f"--measured {run_dir}: its model has other sizes than the recipe's, and rates are of one model")
-    infos: dict[str, Any] = {name: read_manifest(iteration.stage(name)).info for name in iteration.stages}
+    done = [name for name in iteration.stages if is_committed(iteration.stage(name))]
+    infos: dict[str, Any] = {name: read_manifest(iteration.stage(name)).info for name in done}
     drawn = infos.get("generate")
     generated = drawn["tokens"] / drawn["answers"] if drawn else data.mean_real_tokens
     lengths = Lengths(data.num_train, data.mean_prompt_tokens, data.mean_real_tokens, generated)

@@ -78,7 +78,7 @@ def make_renderer(recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBas
     context = context_length(model)
     return Renderer(
         tokenizer,
-        template=_template(recipe),
+        template=recipe.template,
         end_token=recipe.data.end_token,
         max_length=min(recipe.train.max_length, context or recipe.train.max_length),
         max_response=recipe.generate.max_new_tokens if recipe.data.cap_real else None,
@@ -192,8 +192,3 @@ def split(rows: Sequence[Keyed], amount: float, what: str, seed: int) -> tuple[l
         raise Refused(f"data.{what.replace('-', '_')}: {amount} leaves none of {len(prompts)} prompts for training")
     chosen = set(prompts[:count])
     return [r for r in rows if r[0] not in chosen], [r for r in rows if r[0] in chosen]
-
-
-def _template(recipe: Recipe) -> str | None:
-    is_text = recipe.data.split_on is not None
-    return "{prompt}" if is_text and recipe.data.template is None else recipe.data.template

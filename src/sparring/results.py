@@ -18,7 +18,7 @@ from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
 from sparring.iteration import DataSummary, Iteration
 from sparring.recipe_file import load_own_recipe
-from sparring.rundir import RunDir
+from sparring.rundir import BENCHMARKS, JUDGED, RunDir
 
 LEVEL = 0.1
 """How wide, on each side, the interval of won minus lost may be at an equilibrium: it takes about 400 rows."""
@@ -156,6 +156,8 @@ class Results:
                     info = read_manifest(path).info
                     metrics = self.evaluation(iteration.index) or {} if stage == "evaluate" else {}
                     kept = {name: metrics[name] for name in HEADLINES if name in metrics}
+                    if stage.startswith(BENCHMARKS):
+                        kept = dict([next(iter(self.benchmark(iteration, stage).items()))])
                     seconds, memory = (float(str(info[name])) for name in ("seconds", "peak_memory_mib"))
                     found.append(StageState(iteration.index, stage, "done", seconds, memory, None, kept))
                 else:
@@ -173,6 +175,39 @@ class Results:
     def evaluations(self) -> dict[int, dict[str, float]]:
         every = {iteration.index: self.evaluation(iteration.index) for iteration in self.iterations}
         return {index: metrics for index, metrics in every.items() if metrics is not None}
+
+    def benchmark(self, iteration: Iteration, stage: str) -> dict[str, float]:
+        """The metrics of a benchmark that is done, the first of them its own first."""
+        folder = iteration.stage(stage)
+        return json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
+
+    def benchmarks(self) -> dict[tuple[str, str], dict[int, tuple[float, float | None]]]:
+        """(benchmark, metric) -> iteration -> (value, its standard error); -1 is the start."""
+        found: dict[tuple[str, str], dict[int, tuple[float, float | None]]] = {}
+        for iteration in self.iterations:
+            for stage in iteration.stages:
+                if stage.startswith(BENCHMARKS) and is_committed(iteration.stage(stage)):
+                    metrics = self.benchmark(iteration, stage)
+                    for name, value in metrics.items():
+                        if not name.endswith("_stderr"):
+                            key = (stage.removeprefix(f"{BENCHMARKS}/"), name)
+                            found.setdefault(key, {})[iteration.index] = (value, metrics.get(f"{name}_stderr"))
+        for folder in sorted((self.run.root / JUDGED).glob("*")):
+            if is_committed(folder):
+                metrics = json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
+                other = "the start" if metrics["against"] < 0 else f"iteration {metrics['against']}"
+                key = (f"MT-Bench by {metrics['judge']}", f"wins and half of the ties, against {other}")
+                found.setdefault(key, {})[metrics["iteration"]] = (metrics["score"], metrics["score_stderr"])
+        return found
+
+    def headline(self, iteration: Iteration, stage: str) -> str:
+        """The first metric of a benchmark, for one line."""
+        if not stage.startswith(BENCHMARKS):
+            return ""
+        metrics = self.benchmark(iteration, stage)
+        name, value = next(iter(metrics.items()))
+        error = f" ± {metrics[f'{name}_stderr']:.2g}" if f"{name}_stderr" in metrics else ""
+        return f" | {name} {value:.4g}{error}"
 
     def training(self, index: int) -> list[dict[str, float]]:
         """The lines of an iteration's metrics.jsonl, of a training that is still going on too."""

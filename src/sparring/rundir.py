@@ -19,6 +19,9 @@ from sparring.errors import Refused, RunMismatch, Stopped
 LOCK_SECONDS = 1.0
 
 STAGES = ("generate", "score", "train", "evaluate")
+JUDGED = "judged"
+BENCHMARKS = "benchmarks"
+"""The folder of an iteration in which each benchmark is a stage."""
 
 
 class RunDir:

@@ -39,7 +39,8 @@ def print_status(results: Results) -> None:
             stage.stage,
             f"{MARKS[stage.state]} {stage.state}",
             f"{stage.seconds:.1f}" if stage.seconds is not None else "",
-            stage.progress or "  ".join(f"{SHORT[name]} {value:.4g}" for name, value in stage.metrics.items()),
+            stage.progress
+            or "  ".join(f"{SHORT.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
         )
     console.print(table)
     if results.stopped:

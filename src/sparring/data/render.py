@@ -7,6 +7,7 @@ response token is the end token that the model is to emit, unless the response w
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,3 +191,31 @@ class Renderer:
 
     def _show(self, token_id: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"
+
+
+def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
+    """The template of a run as a chat template: its own, or the tokenizer's."""
+    if template is None:
+        return cast(str | None, tokenizer.chat_template)
+    if "{%" in template or "{{" in template:
+        return template
+    bos = cast(str | None, tokenizer.bos_token)
+    begins = bos is not None and cast(list[int], tokenizer("x")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return text_as_jinja(template, cast(str, bos) if begins else "", end)
+
+
+def text_as_jinja(text: str, bos: str, end: str) -> str:
+    """A text with {prompt} as a chat template: the same tokens for one turn, spaces before the answer included."""
+    head = text.rstrip(" ")
+    space = text[len(head) :]
+
+    def literal(words: str) -> str:
+        return f"{{{{ {json.dumps(words, ensure_ascii=False)} }}}}" if words else ""
+
+    def turns(role: str) -> str:
+        return f"messages | selectattr('role', 'equalto', '{role}') | map(attribute='content') | join('\\n')"
+
+    slots = {"{prompt}": f"{{{{ {turns('user')} }}}}", "{system}": f"{{{{ {turns('system')} }}}}"}
+    body = "".join(slots.get(piece) or literal(piece) for piece in re.split(r"(\{system\}|\{prompt\})", head))
+    answer = f"{literal(space)}{{{{ messages[-1]['content'] }}}}{literal(end)}"
+    return f"{literal(bos)}{body}{{% if messages[-1]['role'] == 'assistant' %}}{answer}{{% endif %}}"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from glob import escape
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparring.adapters import CONFIG, WEIGHTS, base_of, is_adapter
 from sparring.commits import Json, commit, hash_path, is_committed, sweep, write_json
-from sparring.config import Recipe
+from sparring.data.render import chat_template_of
 from sparring.errors import Refused
 from sparring.export.card import model_card
 from sparring.model import load_model, load_tokenizer, save_merged, save_successor
@@ -101,7 +99,7 @@ def write_usage(results: Results, tokenizer: PreTrainedTokenizerBase, base: Path
     for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"):
         for file in (f for f in base.glob(pattern) if f.is_file()):
             shutil.copyfile(file, folder / file.name)
-    if template := chat_template(recipe, tokenizer, data.end_token):
+    if template := chat_template_of(recipe.template, tokenizer, data.end_token):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else data.end_ids[0]
     settings: Json = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(data.end_ids), "pad_token_id": pad}
@@ -109,32 +107,3 @@ def write_usage(results: Results, tokenizer: PreTrainedTokenizerBase, base: Path
     if generate.temperature > 0:
         settings |= {"do_sample": True, "temperature": generate.temperature, "top_p": generate.top_p, "top_k": 0}
     write_json(folder / "generation_config.json", settings)
-
-
-def chat_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
-    """The template of the run: its own, or the tokenizer's."""
-    template = "{prompt}" if recipe.data.template is None and recipe.data.split_on else recipe.data.template
-    if template is None:
-        return cast(str | None, tokenizer.chat_template)
-    if "{%" in template or "{{" in template:
-        return template
-    bos = cast(str | None, tokenizer.bos_token)
-    begins = bos is not None and cast(list[int], tokenizer("x")["input_ids"])[:1] == [tokenizer.bos_token_id]
-    return text_as_jinja(template, cast(str, bos) if begins else "", end)
-
-
-def text_as_jinja(text: str, bos: str, end: str) -> str:
-    """A text with {prompt} as a chat template: the same tokens for one turn, spaces before the answer included."""
-    head = text.rstrip(" ")
-    space = text[len(head) :]
-
-    def literal(words: str) -> str:
-        return f"{{{{ {json.dumps(words, ensure_ascii=False)} }}}}" if words else ""
-
-    def turns(role: str) -> str:
-        return f"messages | selectattr('role', 'equalto', '{role}') | map(attribute='content') | join('\\n')"
-
-    slots = {"{prompt}": f"{{{{ {turns('user')} }}}}", "{system}": f"{{{{ {turns('system')} }}}}"}
-    body = "".join(slots.get(piece) or literal(piece) for piece in re.split(r"(\{system\}|\{prompt\})", head))
-    answer = f"{literal(space)}{{{{ messages[-1]['content'] }}}}{literal(end)}"
-    return f"{literal(bos)}{body}{{% if messages[-1]['role'] == 'assistant' %}}{answer}{{% endif %}}"

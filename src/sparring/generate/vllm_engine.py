@@ -9,6 +9,7 @@ a sign of life. {"missing"} or {"refused"} in place of "ready" says why there is
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -37,7 +38,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this is the engine's process already
     try:
-        import vllm  # pyright: ignore[reportMissingImports]
+        vllm: Any = importlib.import_module("vllm")  # as a name, for the file beside this one has it too
     except ImportError as error:
         say(out, {"missing": str(error)})
         return
@@ -51,12 +52,12 @@ def main() -> None:
     try:
         # compiled graphs pay on a GPU; on a CPU they cost a minute at every start
         eager = current_platform.is_cpu()
-        engine = vllm.LLM(**hello["engine"], enforce_eager=eager).llm_engine  # pyright: ignore[reportAttributeAccessIssue]
+        engine = vllm.LLM(**hello["engine"], enforce_eager=eager).llm_engine
     except Exception as error:  # whatever it is, the user must read it
         say(out, {"refused": f"{type(error).__name__}: {error}"})
         raise
     adapter = LoRARequest("opponent", 1, hello["adapter"]) if hello["adapter"] else None
-    say(out, {"ready": vllm.__version__})  # pyright: ignore[reportAttributeAccessIssue]
+    say(out, {"ready": vllm.__version__})
     try:
         work(engine, adapter, hello["sampling"], requests, out)
     except BaseException:

@@ -86,6 +86,7 @@ def render(run: RunDir) -> str:
         evaluations=evaluations,
         table=[row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())],
         quadrants=QUADRANTS,
+        benchmarks=results.benchmarks(),
         stages=results.stages(),
         missing=[s for s in results.stages() if s.state != "done"],
         figures=draw(results),
