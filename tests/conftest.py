@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 # executes the shapes in the signatures; before any module of sparring is imported
 install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

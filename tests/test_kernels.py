@@ -1,6 +1,11 @@
-"""The chunked kernel against its specification, torch's own fused loss, and finite differences."""
+"""The kernels against their specification, torch's own fused loss, and finite differences."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparring.kernels import chunked, reference
+from sparring.kernels import chunked, reference, rows
 
 
 @pytest.fixture(params=["kept", "recomputed", "both"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few tokens, whose logits the backward pass finds kept, computes again, or some of each."""
     monkeypatch.setattr(chunked, "BLOCK", 3)
-    monkeypatch.setattr(chunked, "STRIP", 200)
+    monkeypatch.setattr(rows, "STRIP", 200)
     monkeypatch.setattr(chunked, "KEPT", {"kept": 10**9, "recomputed": 0, "both": 4000}[request.param])
 
 
@@ -107,3 +112,48 @@ def test_bfloat16_products_with_float32_statistics() -> None:
     ours, theirs = gradients(found, inputs), gradients(specified, inputs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[ModuleType]:
+    """The Triton kernels, run by Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        # Triton reads the source of its kernels, which the hook that checks shapes would wrap
+        patch.setattr(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__])
+        patch.setattr(import_module("sparring.kernels.triton"), "TILE", 64)
+        yield import_module("sparring.kernels.triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
+@pytest.mark.parametrize("tokens, vocab", [(1, 2), (7, 64), (5, 199), (3, 65)])
+def test_triton_equals_torch(
+    interpreted: ModuleType, tokens: int, vocab: int, scale: float, softcap: float | None, dtype: torch.dtype
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (8 * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)).to(dtype).to(device)
+    targets = torch.randint(vocab, (tokens,), generator=generator).to(device)
+    expected = rows.logprobs_of(logits.clone(), targets, scale, softcap)
+    found = interpreted.logprobs_of(logits.clone(), targets, scale, softcap)
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=exact, rtol=exact)
+    outer = torch.linspace(-1, 2, tokens, dtype=expected[0].dtype, device=device)
+    slopes, torchs = logits.clone(), logits.clone()
+    interpreted.slopes_(slopes, targets, expected[1], outer, scale, softcap)
+    rows.slopes_(torchs, targets, expected[1], outer, scale, softcap)
+    exact = 1e-2 if dtype == torch.bfloat16 else exact  # rounded to bfloat16, perhaps to its other side
+    torch.testing.assert_close(slopes, torchs, atol=exact, rtol=exact)
+
+
+def test_the_head_with_triton_in_its_place(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    monkeypatch.setattr(chunked, "rows_for", lambda device: interpreted)
+    inputs, targets = make(11, 4, 37, torch.float64)
+    found = chunked.linear_logprob(*inputs, targets, scale=0.7, softcap=2.0)
+    monkeypatch.undo()
+    expected = chunked.linear_logprob(*inputs, targets, scale=0.7, softcap=2.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), atol=1e-12, rtol=1e-12)

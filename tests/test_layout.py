@@ -203,6 +203,17 @@ def use_pieces(by_pieces: object, *arguments: object) -> torch.Tensor:
     return by_pieces(*arguments)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
+def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU gets. Its forward pass alone: there is no backward pass on CPU."""
+    shared, padded = twins(family)
+    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
+    monkeypatch.setattr(shared, "is_flex", True)
+    monkeypatch.setattr(attention, "by_pieces", None)
+    with torch.no_grad():
+        torch.testing.assert_close(shared(shared_row(groups)), padded(padded_rows(groups)), atol=1e-4, rtol=1e-5)
+
+
 def test_bfloat16_gradients_are_as_near_as_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]
     torch.manual_seed(0)

@@ -2,14 +2,16 @@
 
 A packed row holds prompt, response, response, ..., prompt, response, ... Each prompt attends to itself once,
 and each response to its prompt and itself, as calls of torch's attention of their own: no work is spent on
-what a mask would hide. (FlexAttention, which skips hidden blocks too, has no backward pass on CPU.)
+what a mask would hide. On a GPU that has Triton, one call of FlexAttention does the row, and skips the blocks that
+its mask hides. (It has no backward pass on CPU. Its forward pass is compared there; it was not run on a GPU yet.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -37,7 +40,9 @@ class SharedPrompts:
     """Where the groups of a packed row lie: in order, the tokens of each prompt and of its responses."""
 
     sizes: tuple[tuple[int, ...], ...]
+    is_flex: bool = False  # by FlexAttention
     masks: dict[tuple[int, int, int], Bool[Tensor, "queries keys"]] = field(default_factory=dict)  # made once per row
+    block_masks: dict[int, BlockMask] = field(default_factory=dict)  # likewise, by window
 
     def mask(self, queries: int, keys: int, window: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
         """Which keys each of the last `queries` positions sees: at most `window`, the last its own."""
@@ -47,6 +52,30 @@ class SharedPrompts:
             visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
             self.masks[queries, keys, window] = visible.triu(before - window + 1)
         return self.masks[queries, keys, window]
+
+    def block_mask(self, window: int, device: torch.device) -> BlockMask:
+        """Which positions of the whole row each position sees, in blocks."""
+        if window not in self.block_masks:
+            # for each position of the row: its group, its response (0: the prompt), its place after the prompt's start
+            rows = [
+                (group, response, place)
+                for group, (prompt, *sizes) in enumerate(self.sizes)
+                for response, (before, size) in enumerate([(0, prompt), *((prompt, size) for size in sizes)])
+                for place in range(before, before + size)
+            ]
+            group, response, place = torch.tensor(rows, device=device).unbind(1)
+
+            self.block_masks[window] = create_block_mask(
+                lambda _, __, q, k: (
+                    (group[q] == group[k])
+                    & ((response[k] == 0) | (response[q] == response[k]))
+                    & (place[k] <= place[q])
+                    & (place[q] - place[k] < window)
+                ),
+                *(None, None, len(rows), len(rows)),
+                device=device.type,
+            )
+        return self.block_masks[window]
 
 
 def attention(
@@ -67,10 +96,21 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
     window = sliding_window or query.shape[2]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if shared_prompts.is_flex:
+        dtype = _dtype(query)
+        states = (x.to(dtype) for x in (query, key, value))
+        mask = shared_prompts.block_mask(window, query.device)
+        return flex(query.device)(*states, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2), None
     if (dtype := _dtype(query)) == torch.bfloat16 and query.device.type == "cpu":
         states = (x.to(dtype) for x in (query, key, value))
         return _PiecesInBackward.apply(*states, shared_prompts, window, scale), None  # type: ignore[return-value]
     return by_pieces(query, key, value, shared_prompts, window, scale), None
+
+
+@cache
+def flex(device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention, compiled on a GPU, for any length: compiling anew for each would take longer than it saves."""
+    return torch.compile(flex_attention, dynamic=True) if device.type == "cuda" else flex_attention  # type: ignore[return-value]
 
 
 def by_pieces(

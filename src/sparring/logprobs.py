@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -56,6 +58,7 @@ class Scorer(nn.Module):
         self.scale, self.softcap = head_settings(model)
         self.kind: Kind = "padded"
         self.why_padded: str | None = None
+        self.is_flex = self.device.type == "cuda" and find_spec("triton") is not None
         self.check_head()
         if kind == "shared":
             self.why_padded = why_not_shared(model) or self.share_prompts()
@@ -86,6 +89,8 @@ class Scorer(nn.Module):
             return self.logprobs(layout)
 
     def logprobs(self, layout: Layout) -> Float[Tensor, " responses"]:
+        if self.is_flex and layout.shared_prompts is not None:
+            layout = replace(layout, shared_prompts=replace(layout.shared_prompts, is_flex=True))
         hidden = self.model.base_model(**model_inputs(layout), use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, layout.positions)
         head = self.head
@@ -125,16 +130,27 @@ class Scorer(nn.Module):
             expected = self.logprobs(padded_rows(groups).to(self.device))
         before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
         self.model.set_attn_implementation(attention.NAME)
-        try:
+        row = shared_row(groups).to(self.device)
+
+        def difference() -> float:
             with self.as_loaded():
-                difference = float((self.logprobs(shared_row(groups).to(self.device)) - expected).abs().max())
+                return float((self.logprobs(row) - expected).abs().max())
+
+        tolerance = PROBE_TOLERANCE[self.head.weight.dtype]
+        if self.is_flex:
+            try:
+                self.is_flex = difference() <= tolerance
+            except Exception:  # a compiler's, of any kind, for this model's sizes: then in pieces
+                self.is_flex = False
+        try:
+            found = difference()
         except TypeError as error:
             problem = f"its forward does not take what shared prompts need ({error})"
         else:
-            if difference <= PROBE_TOLERANCE[self.head.weight.dtype]:
+            if found <= tolerance:
                 self.kind = "shared"
                 return None
-            problem = f"log-probs of shared rows differ from those of padded rows by {difference:.2g}"
+            problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
         self.model.set_attn_implementation(before)
         return problem
 

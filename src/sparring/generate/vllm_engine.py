@@ -45,8 +45,9 @@ def main() -> None:
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-    if is_below_floor(vllm.__version__):
-        why = f"it is {vllm.__version__}, and before {'.'.join(map(str, FLOOR))} it runs a model folder's own code"
+    found: str = vllm.__version__  # pyright: ignore[reportAttributeAccessIssue]
+    if is_below_floor(found):
+        why = f"it is {found}, and before {'.'.join(map(str, FLOOR))} it runs a model folder's own code"
         say(out, {"refused": f"{why} whatever it is told (CVE-2026-22807)"})
         return
     try:

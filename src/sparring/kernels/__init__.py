@@ -1,4 +1,5 @@
-"""From hidden states to log-probs of tokens. `reference.py` is the specification, `chunked.py` what runs."""
+"""From hidden states to log-probs of tokens. `reference.py` is the specification, `chunked.py` what runs: products of
+torch's, and between them `rows.py`, or `triton.py` on a GPU."""
 
 from sparring.kernels.chunked import linear_logprob
 
