@@ -87,6 +87,21 @@ def test_a_lost_disk_costs_the_stage_that_was_running_and_no_more(
     assert (tmp_path / "restored" / last).read_bytes() == (alone.root / last).read_bytes()
 
 
+def test_every_committed_folder_comes_back_and_no_other(tmp_path: Path) -> None:
+    """The store is a folder here."""
+    run = RunDir(tmp_path / "run")
+    names = ("data", "start/evaluate", "start/benchmarks/gsm8k-5", "iter-00/generate", "iter-107/benchmarks/a.b+c")
+    for name in (*names, "judged/one-against-two", "iter-00/train.damaged-1", "elsewhere/train"):
+        with commit(run.root / name) as folder:
+            (folder / "file").write_text(name)
+    mirror = Mirror((tmp_path / "store").as_uri())
+    for folder in committed_folders(run):
+        mirror.send(run, folder)
+    back = RunDir(tmp_path / "back")
+    fetched = {folder.relative_to(back.root).as_posix() for folder in mirror.fetch(back)}
+    assert fetched == {*names, "judged/one-against-two"}
+
+
 def test_nothing_is_there_until_its_manifest_is(
     folder_of_a_run: tuple[RunDir, Path], s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

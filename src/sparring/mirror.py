@@ -22,7 +22,8 @@ from sparring.errors import Damaged, Refused, Stopped
 from sparring.rundir import RunDir
 
 CHUNK = 2**24
-FOLDERS = re.compile(r"data|start/evaluate|iter-\d{2,}/(generate|score|train|evaluate)")
+FOLDERS = re.compile(r"(?!.*\.damaged-)(data|(start|iter-\d{2,})/(benchmarks/)?\w[\w.+-]*|judged/\w[\w.+-]*)")
+"""What a run commits. Nothing else is sent or taken: no names with .. in them, no damaged folders set aside."""
 
 
 class Mirror:
@@ -151,5 +152,5 @@ def committed_folders(run: RunDir) -> Iterator[Path]:
     """Of a run on this disk, in the order in which they were made, as far as names tell."""
     places = ("start/*", "start/benchmarks/*", "iter-*/*", "iter-*/benchmarks/*", "judged/*")
     for folder in (run.data, *(folder for place in places for folder in sorted(run.root.glob(place)))):
-        if is_committed(folder):
+        if FOLDERS.fullmatch(folder.relative_to(run.root).as_posix()) and is_committed(folder):
             yield folder
