@@ -13,7 +13,7 @@ from sparring.errors import Refused, Stopped
 from sparring.generate import engine_of, generate
 from sparring.generate.vllm import devices_of
 from sparring.iteration import Iteration
-from sparring.launch import draw_on_devices
+from sparring.launch import on_ranks
 from sparring.loop import play, settle
 from sparring.prepare import prepare
 from sparring.rundir import RunDir
@@ -38,10 +38,12 @@ def test_two_processes_draw_the_parts_that_one_would(
     generate(alone, engine_of(alone))
     shared = make_iteration(recipe.model_copy(update={"launch": "torchrun", "processes": 2}), tmp_path / "shared")
     monkeypatch.setenv("SPARRING_FAIL_AT", "before-part")
-    with pytest.raises(Stopped, match=r"torchrun ended with status .* the same command continues"):
-        draw_on_devices(shared)
+    with pytest.raises(
+        Stopped, match=r"generate of iteration 0 ended .* rank . ended with status 137.* the same command continues"
+    ):
+        on_ranks(shared, "generate")
     monkeypatch.delenv("SPARRING_FAIL_AT")
-    draw_on_devices(shared)
+    on_ranks(shared, "generate")
     stage = shared.stage("generate")
     assert not is_committed(stage), "the processes commit parts; the stage is ours"
 

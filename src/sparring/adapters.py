@@ -82,14 +82,16 @@ def has_adapter(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_adapter(model: PreTrainedModel, base: Path, digest: str, folder: Path) -> None:
-    """The adapter alone, as peft writes it, and which base it belongs to."""
+def save_adapter(
+    model: PreTrainedModel, base: Path, digest: str, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """The adapter alone, as peft writes it, and which base it belongs to. `state`: its weights, if not the model's."""
     config = cast(Any, model).peft_config["default"]
     config.base_model_name_or_path = str(base)
     config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in every process
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    save_file(_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(_weights(model, state), folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / BASE, {"folder": str(base), "xxh3": digest})
 
 
@@ -101,8 +103,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return cast(Any, PeftModel.from_pretrained(cast(Any, model), folder)).merge_and_unload(safe_merge=True)
 
 
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def _weights(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, state_dict=cast(Any, state), save_embedding_layers=False)
     return {PREFIX + name: value.detach().cpu().contiguous() for name, value in found.items()}

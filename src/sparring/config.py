@@ -284,11 +284,18 @@ class Recipe(Strict):
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=NEUTRAL)
-    """torchrun: answers are drawn by several processes of this machine, one per device; ray: of many machines."""
+    """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: answers
+    are drawn by many machines."""
     address: str | None = Field(default=None, json_schema_extra=NEUTRAL)
     """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
     processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
-    """How many. auto: one per GPU, or per CPU core where there is none."""
+    """How many ranks. auto: one per GPU, or per CPU core where there is none."""
+    parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=NEUTRAL)
+    """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out."""
+    rank_timeout: Positive = Field(default=40.0, json_schema_extra=NEUTRAL)
+    """Seconds that a rank waits within a step for one that is late; then the stage ends with a message."""
+    resume_with_other_ranks: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    """Go on from a checkpoint of another number of ranks, or another `parallel`: the steps after it round otherwise."""
     threads: PositiveInt | None = None
     """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
 

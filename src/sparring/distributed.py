@@ -1,31 +1,94 @@
-"""The only importer of accelerate and torch.distributed: devices, precision, and what crosses processes."""
+"""The only importer of accelerate and torch.distributed: devices, precision, and what crosses processes
+(torchrun.py, which starts them, imports torch.distributed too).
+
+A process that torchrun started for a stage is a rank, and says so once, with `join`; any other is alone.
+"""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import xxhash
-from accelerate import Accelerator
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
 from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from sparring.disk import writing
-from sparring.errors import Refused, Stopped
+from sparring.errors import RankLost, Refused, Stopped
 from sparring.progress import say
+
+BEAT_SECONDS = 2.0
+
+LOST = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "NCCL error", "Socket")
+"""What the backends' errors say when another rank has died or does not answer."""
+
+_joined: dict[str, Any] = {}  # what `join` was told; empty in a process that is no rank
+
+
+def num_devices() -> int:
+    """GPUs of this machine, or CPU cores where there is none."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def join(parallel: str, timeout: float) -> None:
+    """Makes this process one of the ranks, which train as `parallel` says.
+
+    `timeout`: seconds that a rank waits for one that is late before it gives up.
+    """
+    _joined.update(parallel=parallel, timeout=timeout, meetings=0)
+    accelerator()
+    threading.Thread(target=_beat, daemon=True).start()
 
 
 @cache
 def accelerator() -> Accelerator:
     """One for the process. Autocast is the scorer's, so that scoring and training share one code path."""
-    return Accelerator(mixed_precision="no")
+    if not _joined:
+        return Accelerator(mixed_precision="no")
+    is_cpu = not torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "mixed_precision": "no",
+        "cpu": is_cpu,
+        "kwargs_handlers": [
+            InitProcessGroupKwargs(timeout=timedelta(seconds=_joined["timeout"])),
+            # else torch sorts its buckets anew after the first step of each start, and sums of three ranks and more
+            # would round otherwise in a run that is continued
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+        ],
+    }
+    if _joined["parallel"] == "fsdp2":
+        settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+    found = Accelerator(**settings)
+    if is_cpu and "fsdp_plugin" in settings:  # accelerate shards on devices only; torch does it on CPUs just as well
+        PartialState().distributed_type = found.state.distributed_type = DistributedType.FSDP
+        found.state.fsdp_plugin = settings["fsdp_plugin"]
+    return found
 
 
 def device() -> torch.device:
@@ -46,15 +109,146 @@ def has_bfloat16_products() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+def rank() -> int:
+    return accelerator().process_index if _joined else 0
+
+
+def num_ranks() -> int:
+    return accelerator().num_processes if _joined else 1
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that writes and speaks."""
+    return rank() == 0
+
+
+def way() -> str:
+    """How the ranks train: what the rounding of a step depends on, beside the machine."""
+    return f"{num_ranks()} x {_joined['parallel']}" if num_ranks() > 1 else "1"
+
+
+def is_sharded() -> bool:
+    """Whether a rank holds a part of the weights only."""
+    return num_ranks() > 1 and accelerator().distributed_type == DistributedType.FSDP
+
+
+def prepare(scorer: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """The scorer and its optimizer, on every rank; `blocks` are the names of the classes of the model's layers."""
+    if not _joined:
+        return scorer, optimizer
+    found = accelerator()
+    plugin = found.state.fsdp_plugin if found.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(blocks)
+    found.free_memory()  # of what was prepared before
+    return cast(tuple[nn.Module, Optimizer], found.prepare(scorer, optimizer))
+
+
+def accumulating(scorer: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+    """Around the forward and backward pass of a micro-batch: whole gradients cross the ranks after the last one only.
+
+    Sharded ones cross each time: keeping them whole would cost the memory that sharding saves.
+    """
+    return nullcontext() if is_last or is_sharded() else accelerator().no_sync(scorer)
+
+
 def backward(loss: Tensor) -> None:
+    """The gradients of the ranks are averaged, not added."""
     accelerator().backward(loss)
 
 
 def clip_gradient(model: nn.Module, max_norm: float) -> float:
-    """Scales the gradient down to `max_norm`; returns the norm that it had."""
+    """Scales the gradient down to `max_norm`; returns the norm that it had, over all ranks."""
     norm = accelerator().clip_grad_norm_(model.parameters(), max_norm)
     assert norm is not None
-    return float(norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in the memory of the CPU, put together where ranks hold parts of it: then all must ask for it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """`whole` on the device of `tensor`; this rank's part of it if `tensor` is one."""
+    on_device = whole.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return on_device
+    return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the ranks, on every one."""
+    if num_ranks() == 1:
+        return values
+    there = values.to(device())
+    dist.all_reduce(there)
+    return there.to(values.device)
+
+
+def any_rank(is_so: bool) -> bool:
+    return bool(total(torch.tensor(float(is_so))))
+
+
+def meet() -> None:
+    """Waits until all ranks are here: as long as it takes, if those that are missing show signs of life.
+
+    Before a collective that some ranks may reach long after others, as when one writes a checkpoint.
+    """
+    if num_ranks() == 1:
+        return
+    _joined["meetings"] += 1
+    here = f"meeting-{_joined['meetings']}"
+    _store().add(here, 1)
+    _wait(lambda: _store().add(here, 0) == num_ranks())
+
+
+def first_says(text: Callable[[], str]) -> str:
+    """What `text` returns on the first rank, which alone calls it."""
+    if num_ranks() == 1:
+        return text()
+    _joined["meetings"] += 1
+    here = f"said-{_joined['meetings']}"
+    if is_first():
+        _store().set(here, text())
+    _wait(lambda: _store().check([here]))
+    return _store().get(here).decode()
+
+
+def _wait(is_done: Callable[[], bool]) -> None:
+    beats: dict[int, tuple[int, float]] = {}
+    while not is_done():
+        now = time.monotonic()
+        for other in range(num_ranks()):
+            count = _store().add(f"beat-{other}", 0)
+            if other not in beats or beats[other][0] != count:
+                beats[other] = (count, now)
+            elif now - beats[other][1] > _joined["timeout"]:
+                raise RankLost(f"rank {other} has shown no sign of life for {_joined['timeout']:g} seconds")
+        time.sleep(0.05)
+
+
+@cache
+def _store() -> Any:
+    """torchrun's own, which lives as long as any rank."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=_joined["timeout"])
+    return PrefixStore("sparring", TCPStore(address, port, is_master=False, timeout=timeout))
+
+
+def _beat() -> None:
+    """Tells the others every two seconds that this process runs."""
+    while True:
+        _store().add(f"beat-{rank()}", 1)
+        time.sleep(BEAT_SECONDS)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank has died, or has not come to what all must do together."""
+    return isinstance(error, (RankLost, dist.DistError)) or (
+        isinstance(error, RuntimeError) and num_ranks() > 1 and any(word in str(error) for word in LOST)
+    )
 
 
 @contextmanager

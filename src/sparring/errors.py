@@ -21,5 +21,13 @@ class Interrupted(Stopped):
         self.number = number
 
 
+class RankLost(Stopped):
+    """Another rank of the stage has died, or does not answer."""
+
+
+class OutOfMemory(Stopped):
+    """Memory ran out on a rank; what it allows is noted, and the stage begins anew from its last checkpoint."""
+
+
 class Damaged(Stopped):
     """Bytes on disk are not those that were written. `play` makes again what can be made again."""

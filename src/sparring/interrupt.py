@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from sparring.errors import Interrupted
@@ -14,6 +15,7 @@ from sparring.progress import say
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _asked: list[int] = []
+_note: list[Path] = []
 
 
 @contextmanager
@@ -31,14 +33,23 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def follow(note: Path) -> None:
+    """In a rank, which no signal reaches: the process that the run belongs to asks by making this file."""
+    _note.append(note)
+
+
 def is_asked() -> bool:
-    return bool(_asked)
+    return bool(_asked) or any(note.exists() for note in _note)
 
 
 def stop_if_asked() -> None:
     """Called where everything done so far is on disk."""
-    if _asked:
-        raise Interrupted(_asked[0])
+    if is_asked():
+        stop()
+
+
+def stop() -> None:
+    raise Interrupted(_asked[0] if _asked else signal.SIGTERM)
 
 
 def _ask(number: int, _: FrameType | None) -> None:

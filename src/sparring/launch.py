@@ -1,46 +1,120 @@
-"""Several processes for one stage, started by torchrun, one per device; what they make is committed by ours."""
+"""Several processes for one stage, the ranks, as torchrun starts them, one per device of this machine.
+
+Ours owns the run and waits; the ranks do the stage, and the first of them commits it (ours commits `generate`, whose
+ranks share nothing but the run directory). In `.ranks` of the run directory both sides leave word: ours, that the user
+asked to stop; a rank, why it ended.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
-
+from sparring import distributed, interrupt
 from sparring.errors import Refused, Stopped
-from sparring.generate import begin_parts, engine_of, generate_parts
+from sparring.generate import begin_parts
 from sparring.iteration import Iteration
 from sparring.processes import guarded
-from sparring.recipe_file import load_own_recipe
-from sparring.rundir import RunDir
+from sparring.progress import say
+from sparring.tracking import steps_before, track_step
+
+SETTLE_SECONDS = 5.0
+"""What the other ranks have to end by themselves after one has said why it did."""
 
 
-def draw_on_devices(iteration: Iteration) -> None:
-    """Draws the parts of the generate stage that are missing. A part is the same whichever process draws it."""
-    begin_parts(iteration)
-    processes = str(iteration.recipe.processes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    with guarded([*command, "-m", "sparring.launch", str(iteration.run.root), str(iteration.index)]) as launcher:
-        status = launcher.wait()
-    if status:
-        raise Stopped(
-            f"a process of generate ended with an error, see above; torchrun ended with status {status}. "
-            "The parts that were committed are intact; the same command continues"
-        )
+def on_ranks(iteration: Iteration, stage: str) -> None:
+    """Runs a stage on the ranks until it is done; of `generate` the parts that are missing."""
+    if stage == "generate":
+        begin_parts(iteration)
+    while not _run(iteration, stage):
+        say(f"  the ranks of {stage} begin anew with less at a time")
 
 
-def main() -> None:
-    """One of the processes: draws every n-th missing part. The run belongs to the process that started torchrun."""
-    run, index = RunDir(sys.argv[1]), int(sys.argv[2])
-    recipe = load_own_recipe(run.recipe)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    iteration = Iteration(run, recipe.at(index), index)
-    try:
-        generate_parts(iteration, engine_of(iteration), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    except Refused as refusal:
-        sys.exit(f"error: {refusal}")
+def _run(iteration: Iteration, stage: str) -> bool:
+    """Whether the stage is done; False where memory ran out and less at a time is noted."""
+    notes = iteration.run.ranks
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir()
+    steps = _Steps(iteration) if stage == "train" else None
+    recipe = iteration.recipe
+    count = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
+    if stage == "generate":
+        count = max(1, count // recipe.generate.tensor_parallel_size)
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // count)
+    rank = ["-m", "sparring.rank", str(iteration.run.root), str(iteration.index), stage]
+    words = [sys.executable, "-m", "sparring.torchrun", str(count), str(threads), str(notes / "ended"), *rank]
+    silent_since: float | None = None
+    with guarded(words) as starter:
+        while starter.poll() is None:
+            time.sleep(0.1)
+            if interrupt.is_asked():
+                (notes / "stop").touch()
+            if steps is not None:
+                steps.track()
+            if silent_since is None and any(notes.glob("rank-*")):
+                silent_since = time.monotonic()
+            if silent_since is not None and time.monotonic() - silent_since > SETTLE_SECONDS:
+                break  # the guard ends those that hang
+    said = _said(notes)
+    shutil.rmtree(notes, ignore_errors=True)
+    if steps is not None:
+        steps.track()
+    interrupt.stop_if_asked()
+    if starter.returncode == 0 and not said:
+        return True
+    for kind, message in said:
+        if kind == "OutOfMemory":
+            return False
+        if kind == "Refused":
+            raise Refused(message)
+    reason = said[0][1] if said else f"torchrun ended with status {starter.returncode}"
+    kept = "parts" if stage == "generate" else "checkpoint" if stage == "train" else "stages before it"
+    raise Stopped(
+        f"{stage} of iteration {iteration.index} ended before it was done: {reason}. What was committed is intact "
+        f"({kept}); the same command continues"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _said(notes: Path) -> list[tuple[str, str]]:
+    """What ended the ranks, as (kind, message), causes before consequences: a rank that lost another says so last."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.glob("rank-*"))]
+    found += [["Ended", path.read_text(encoding="utf-8")] for path in notes.glob("ended")]
+    order = {"OutOfMemory": 0, "Refused": 1, "Stopped": 2, "Ended": 4, "RankLost": 5}
+    return sorted(((kind, message) for kind, message in found), key=lambda one: order.get(one[0], 3))
+
+
+class _Steps:
+    """Follows metrics.jsonl of a training that others do, and tells the trackers of each new step."""
+
+    def __init__(self, iteration: Iteration) -> None:
+        self.iteration = iteration
+        self.work = iteration.run.work(iteration.stage("train"))
+        self.first = steps_before(iteration.run, iteration.index)
+        self.told = max((int(path.name[5:]) for path in self.work.glob("step-*")), default=0)
+        self.at = 0
+
+    def track(self) -> None:
+        for line in self.lines():
+            if line["step"] > self.told:
+                self.told = int(line["step"])
+                track_step(line, self.first + self.told, self.iteration.index)
+
+    def lines(self) -> Iterator[dict[str, float]]:
+        done = self.iteration.stage("train") / "metrics.jsonl"
+        path = done if done.is_file() else self.work / "metrics.jsonl"
+        try:
+            with path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self.at:
+                    self.at = 0  # a checkpoint's, which is shorter
+                file.seek(self.at)
+                text = file.read()
+        except OSError:
+            return
+        text = text[: text.rfind(b"\n") + 1]
+        self.at += len(text)
+        yield from (json.loads(line) for line in text.splitlines())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Literal
 
 import numpy as np
@@ -195,6 +196,43 @@ def micro_batches(kind: Kind, groups: Sequence[Group], token_budget: int) -> lis
     if kind == "padded":
         return list(_padded_batches(groups, token_budget))
     return _packed_batches([group_tokens("shared", group) for group in groups], token_budget)
+
+
+def deal(kind: Kind, groups: Sequence[Group], ranks: int) -> list[list[int]]:
+    """Indices into `groups` for each rank, so that all have about as many tokens: the largest first, each to the rank
+    that has the least so far."""
+    sizes = [group_tokens(kind, group) for group in groups]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
+        load, rank = loads[0]
+        hands[rank].append(index)
+        heapreplace(loads, (load + sizes[index], rank))
+    return hands
+
+
+def rank_batches(kind: Kind, groups: Sequence[Group], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """For each rank its micro-batches, as `micro_batches` cuts them; all ranks have the same number of them.
+
+    Ranks that share the weights out compute in step. One with fewer micro-batches cuts some of its own in two; where
+    it has none to cut it gets empty ones.
+    """
+    if ranks == 1:
+        return [micro_batches(kind, groups, token_budget)]
+    hands = deal(kind, groups, ranks)
+    cut = [
+        [[hand[i] for i in b] for b in micro_batches(kind, [groups[i] for i in hand], token_budget)] for hand in hands
+    ]
+    most = max(map(len, cut))
+    for batches in cut:
+        while len(batches) < most:
+            longest = max(range(len(batches)), key=lambda b: len(batches[b]), default=None)
+            if longest is None or len(batches[longest]) < 2:
+                batches.append([])
+            else:
+                whole = batches[longest]
+                batches[longest : longest + 1] = [whole[::2], whole[1::2]]
+    return cut
 
 
 def _packed_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparring import attention
+from sparring import attention, distributed
 from sparring.attention import why_not_shared
 from sparring.distributed import smaller_budget
 from sparring.errors import Refused
 from sparring.kernels import linear_logprob
-from sparring.layout import Kind, Layout, arrange, group_tokens, micro_batches, padded_rows, shape_of, shared_row
+from sparring.layout import Kind, Layout, arrange, deal, group_tokens, micro_batches, padded_rows, shape_of, shared_row
 from sparring.types import Group, Role, TokenIds
 
 # nats, of a few tokens: far above rounding, far below anything that is wrong
@@ -190,12 +190,13 @@ def score_groups(
     """log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
 
     `advance` is told how many groups and tokens each micro-batch had. Where memory runs out, the rest is
-    cut into smaller micro-batches.
+    cut into smaller micro-batches. Ranks share the groups out; each one gets all log-probs.
     """
     result: dict[Role, np.ndarray] = {}
     for role, count in shape_of(groups[0]):
-        result[role] = np.empty((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
-    left = list(range(len(groups)))
+        result[role] = np.zeros((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
+    ranks = distributed.num_ranks()
+    left = deal(scorer.kind, groups, ranks)[distributed.rank()] if ranks > 1 else list(range(len(groups)))
     while left:
         largest = max(group_tokens(scorer.kind, groups[i]) for i in left)
         done: set[int] = set()
@@ -212,4 +213,5 @@ def score_groups(
             done.update(indices)
             advance(len(indices), layout.computed_tokens)
         left = [i for i in left if i not in done]
-    return result
+    distributed.meet()
+    return {role: distributed.total(torch.from_numpy(values)).numpy() for role, values in result.items()}

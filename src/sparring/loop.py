@@ -24,7 +24,7 @@ from sparring.evaluate import answer_questions, benchmark, evaluate
 from sparring.forecast import adapter_size, disk_bytes, empty_model
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
-from sparring.launch import draw_on_devices
+from sparring.launch import on_ranks
 from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
 from sparring.on_ray import draw_on_cluster
@@ -136,22 +136,25 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
                 case "inline":
                     pass
                 case "torchrun":
-                    draw_on_devices(iteration)
+                    on_ranks(iteration, stage)
                 case "ray":
                     draw_on_cluster(iteration)
             generate(iteration, engine)
+        case "score" | "train" | "evaluate" if iteration.recipe.launch == "torchrun":
+            on_ranks(iteration, stage)
         case "score":
             score(iteration)
         case "train":
             train(iteration)
         case "evaluate":
             evaluate(iteration, engine)
-            metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
-            track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)
         case _:
             label = stage.removeprefix(f"{BENCHMARKS}/")
             task = iteration.benchmarks[label]
             answer_questions(iteration, engine) if task is None else benchmark(iteration, task, label)
+    if stage == "evaluate":
+        metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
+        track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)
     where = "start" if iteration.index < 0 else f"iteration {iteration.index}"
     found = headline(iteration) if stage == "evaluate" else Results(iteration.run.root).headline(iteration, stage)
     say(f"{where}: {stage} {time.monotonic() - start:.1f} s{found}")

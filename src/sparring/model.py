@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -225,19 +226,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def save_successor(model: PreTrainedModel, origin: Path, folder: Path) -> None:
+def save_successor(
+    model: PreTrainedModel, origin: Path, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Weights and config of a trained model, beside the files of `origin` that say how to use it, byte by byte.
 
+    `state`: the weights, where this rank's model holds a part of them only.
     Of a model with an adapter, the adapter alone: its base has the rest.
     The tokenizer has not changed, and a generation_config.json that transformers calls invalid when it is asked to
     write it (a temperature without do_sample, as some models ship) must not cost a finished training.
     """
     if has_adapter(model):
         base = base_of(origin)
-        save_adapter(model, base, hash_path(base), folder)
+        save_adapter(model, base, hash_path(base), folder, state)
         return
     model.generation_config = GenerationConfig()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=None if state is None else dict(state))
     (folder / "generation_config.json").unlink(missing_ok=True)
     for pattern in USAGE_FILES:
         for file in sorted(f for f in origin.glob(pattern) if f.is_file()):

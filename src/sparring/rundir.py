@@ -18,6 +18,9 @@ from sparring.errors import Refused, RunMismatch, Stopped
 # A process that was killed while it started another one leaves its lock to that for a moment.
 LOCK_SECONDS = 1.0
 
+# The ranks of a stage end after the process that started them; a new start waits for that.
+RANKS_SECONDS = 30.0
+
 STAGES = ("generate", "score", "train", "evaluate")
 JUDGED = "judged"
 BENCHMARKS = "benchmarks"
@@ -34,6 +37,7 @@ class RunDir:
         self.data = self.root / "data"
         self.start = self.root / "start"
         self.report = self.root / "report.html"
+        self.ranks = self.root / ".ranks"  # what the processes of a stage and ours tell each other
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
         self._outside: dict[Path, str] = {}
@@ -126,6 +130,14 @@ class RunDir:
                 "choose a folder on a disk with room where it may write"
             ) from error
         try:
+            with self.ranks_lock(RANKS_SECONDS):
+                pass
+        except Timeout as error:
+            lock.release()
+            raise Refused(
+                f"processes of an earlier start still work in {self.root}; wait for them or end them"
+            ) from error
+        try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             replace_file(self._owner, json.dumps(me))
             sweep(self.root.rglob(".*.tmp-*"))
@@ -133,6 +145,10 @@ class RunDir:
         finally:
             self._owner.unlink(missing_ok=True)
             lock.release()
+
+    def ranks_lock(self, seconds: float) -> FileLock:
+        """Held by the first rank of a stage: it may outlive, for moments, the process that owns the run."""
+        return FileLock(self.root / ".ranks.lock", timeout=seconds, mode=0o600)
 
     def owner(self) -> Json | None:
         """The living process that holds the run directory, as far as this host can tell."""

@@ -35,7 +35,9 @@ def score(iteration: Iteration) -> None:
     drawn_in = [
         run.stage(t, "generate") for t in (*rounds, *((iteration.proto_round,) if "proto" in needs.roles else ()))
     ]
-    reads = run.reads(run.data, *models, *drawn_in)  # verified before they are read
+    # verified before they are read; a stage that ranks share is committed by the first
+    reads = run.reads(run.data, *models, *drawn_in) if distributed.is_first() else {}
+    distributed.meet()
     answers = {t: iteration.generations(t) for t in rounds}
     keys = [(t, sample) for t in rounds for sample in range(iteration.recipe.generate.samples)]
     proto = iteration.generations(iteration.proto_round) if "proto" in needs.roles else {}
@@ -52,6 +54,8 @@ def score(iteration: Iteration) -> None:
         with track(f"score {iteration.index}", len(groups)) as advance:
             found.append(score_groups(scorer, groups, settings.micro_batch_tokens, advance))
         del model, scorer  # before the next one is loaded
+    if not distributed.is_first():
+        return
     scores = found[0]
     if is_anchored:
         scores = {role: needs.anchor * found[1][role] + (1 - needs.anchor) * found[0][role] for role in scores}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,15 @@ from transformers import PreTrainedModel
 
 from sparring import distributed, interrupt
 from sparring.adapters import train_adapter
-from sparring.checkpoint import load_checkpoint, save_checkpoint
-from sparring.commits import begin_work, commit, failpoint
+from sparring.checkpoint import load_checkpoint, save_checkpoint, trained_state
+from sparring.commits import begin_work, commit, failpoint, replace_file
 from sparring.config import Train
 from sparring.data.tables import read_scores
 from sparring.disk import writing
-from sparring.errors import Stopped
+from sparring.errors import OutOfMemory, Stopped
 from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
-from sparring.layout import arrange, group_tokens, micro_batches
+from sparring.layout import arrange, group_tokens, rank_batches
 from sparring.logprobs import Scorer
 from sparring.model import load_model, save_merged, save_successor
 from sparring.progress import say, track
@@ -54,14 +55,20 @@ def train(iteration: Iteration) -> None:
     """Writes train/: metrics.jsonl, one line per optimizer step, and model/, the next opponent."""
     start = time.monotonic()
     settings, objective = iteration.recipe.train, iteration.recipe.method
-    reads = iteration.run.reads(iteration.run.data, *inputs(iteration))  # verified before they are read
-    plays = load_plays(iteration)
+    is_first = distributed.is_first()
+    reads = iteration.run.reads(iteration.run.data, *inputs(iteration)) if is_first else {}  # verified before use
     final = iteration.stage("train")
-    work = begin_work(iteration.run.work(final), reads)
+    work = iteration.run.work(final)
+    if is_first:
+        begin_work(work, reads)
+    distributed.meet()
+    plays = load_plays(iteration)
 
     dtype, adapter = getattr(torch, iteration.recipe.weights_dtype), iteration.recipe.adapter
     in_4bit = iteration.recipe.in_4bit
-    model = load_model(iteration.opponent, dtype=dtype, device=distributed.device(), in_4bit=in_4bit)
+    # what is shared out goes to the device in parts
+    device = torch.device("cpu") if distributed.is_sharded() else distributed.device()
+    model = load_model(iteration.opponent, dtype=dtype, device=device, in_4bit=in_4bit)
     if adapter is not None:
         train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
     if settings.gradient_checkpointing:
@@ -70,15 +77,19 @@ def train(iteration: Iteration) -> None:
     scorer = Scorer(model, getattr(torch, settings.dtype))
     if scorer.why_padded:
         say(f"  every answer computes its prompt again, since {scorer.why_padded}")
-    optimizer = make_optimizer(settings, model)
+    blocks: list[str] = sorted(model._no_split_modules or ())  # transformers' own list of what shards as one
+    forward, optimizer = distributed.prepare(scorer, blocks, make_optimizer(settings, model))
 
     steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
     num_steps = settings.epochs * steps_per_epoch
     first_step = steps_before(iteration.run, iteration.index)
     metrics_file = work / "metrics.jsonl"
-    token_budget = settings.micro_batch_tokens
-    done = load_checkpoint(work, model, optimizer, metrics_file)
-    with track(f"train {iteration.index}", num_steps) as advance, metrics_file.open("a", encoding="utf-8") as log:
+    budget_file = work / "micro_batch_tokens"  # what memory allowed, where it did not allow what was asked
+    token_budget = int(budget_file.read_text()) if budget_file.is_file() else settings.micro_batch_tokens
+    done = load_checkpoint(work, model, optimizer, metrics_file, other_ranks=iteration.recipe.resume_with_other_ranks)
+    distributed.meet()
+    log_to = metrics_file if is_first else Path(os.devnull)
+    with track(f"train {iteration.index}", num_steps) as advance, log_to.open("a", encoding="utf-8") as log:
         advance(done, 0)
         for step in range(done, num_steps):
             began = time.monotonic()
@@ -88,15 +99,18 @@ def train(iteration: Iteration) -> None:
 
             while True:
                 try:
-                    metrics = forward_backward(scorer, objective, batch, token_budget, settings.sft_weight)
+                    metrics = forward_backward(scorer, objective, batch, token_budget, settings.sft_weight, forward)
                     break
                 except RuntimeError as error:
                     largest = max(group_tokens(scorer.kind, play.group) for play in batch)
                     token_budget = distributed.smaller_budget(error, token_budget, largest)
+                    replace_file(budget_file, str(token_budget))
+                    if distributed.num_ranks() > 1:  # the others wait within the step: all begin anew
+                        raise OutOfMemory from error
                     optimizer.zero_grad(set_to_none=True)  # the step begins anew, so its mathematics stays the same
             if step == 0:
                 prove_same_model(objective, metrics, settings.dtype)
-            gradient_norm = distributed.clip_gradient(model, settings.gradient_clipping or math.inf)
+            gradient_norm = distributed.clip_gradient(forward, settings.gradient_clipping or math.inf)
             stop_if_not_finite(iteration, step, metrics["loss"], gradient_norm, batch)
             rate = learning_rate(step, num_steps, settings)
             for parameters in optimizer.param_groups:
@@ -118,11 +132,14 @@ def train(iteration: Iteration) -> None:
             track_step(line, first_step + step + 1, iteration.index)
             advance(1, int(metrics["num_tokens"]))
             failpoint("train-step")
-            is_due = (step + 1) % settings.checkpoint_every == 0 or interrupt.is_asked()
+            failpoint(f"train-step-of-rank-{distributed.rank()}")
+            is_asked = distributed.any_rank(interrupt.is_asked())
+            is_due = (step + 1) % settings.checkpoint_every == 0 or is_asked
             if is_due and step + 1 < num_steps:
                 save_checkpoint(work, step + 1, model, optimizer, metrics_file)
                 failpoint("checkpoint")
-                interrupt.stop_if_asked()
+                if is_asked:
+                    interrupt.stop()
 
     info = {
         "seconds": time.monotonic() - start,
@@ -131,57 +148,77 @@ def train(iteration: Iteration) -> None:
         "layout": scorer.kind,
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
-    with commit(final, reads=reads, info=info, needs=sum(p.nbytes for p in model.parameters())) as folder:
-        save_policy(model, iteration, folder / "model")
-        failpoint("model-written")
-        shutil.copyfile(metrics_file, folder / "metrics.jsonl")
-    shutil.rmtree(work)
+    state = trained_state(model)
+    if is_first:
+        with commit(final, reads=reads, info=info, needs=sum(p.nbytes for p in model.parameters())) as folder:
+            save_policy(model, state, iteration, folder / "model")
+            failpoint("model-written")
+            shutil.copyfile(metrics_file, folder / "metrics.jsonl")
+        shutil.rmtree(work)
+    distributed.meet()
 
 
-def save_policy(model: PreTrainedModel, iteration: Iteration, folder: Path) -> None:
-    """The next opponent: a whole model, or an adapter beside its base."""
+def save_policy(model: PreTrainedModel, state: Mapping[str, Tensor] | None, iteration: Iteration, folder: Path) -> None:
+    """The next opponent: a whole model, or an adapter beside its base. `state`: what is trained, if not the model's."""
     adapter = iteration.recipe.adapter
     if adapter is None or adapter.merge is None:
-        save_successor(model, iteration.opponent, folder)
+        save_successor(model, iteration.opponent, folder, state)
         return
-    save_successor(model, iteration.opponent, alone := folder.with_name("adapter"))
+    save_successor(model, iteration.opponent, alone := folder.with_name("adapter"), state)
     save_merged(alone, folder)
 
 
 def forward_backward(
-    scorer: Scorer, objective: Objective, batch: Sequence[Play], token_budget: int, sft_weight: float = 0.0
+    scorer: Scorer,
+    objective: Objective,
+    batch: Sequence[Play],
+    token_budget: int,
+    sft_weight: float = 0.0,
+    forward: torch.nn.Module | None = None,
 ) -> dict[str, float]:
     """Adds the gradient of the batch's mean loss to the parameters; returns the means of all metrics.
 
     To the gradient, and not to the loss that is returned, `sft_weight` times the real answers' NLL per token is added.
 
     The loss is divided by the examples of the whole step before each backward pass, so that how the step
-    is cut into micro-batches changes nothing but rounding.
+    is cut into micro-batches, and how ranks share it out, changes nothing but rounding. `forward` is the scorer as
+    the ranks have it.
     """
+    groups, ranks = [play.group for play in batch], distributed.num_ranks()
     parts: list[Mapping[str, Tensor]] = []
     num_tokens = 0
-    for indices in micro_batches(scorer.kind, [play.group for play in batch], token_budget):
-        chosen = [batch[i] for i in indices]
+    mine = rank_batches(scorer.kind, groups, token_budget, ranks)[distributed.rank()]
+    for number, indices in enumerate(mine):
+        # a rank without work goes along with the smallest group, for nothing
+        smallest = [] if indices else [min(range(len(batch)), key=lambda i: group_tokens(scorer.kind, groups[i]))]
+        chosen = [batch[i] for i in indices or smallest]
         layout = arrange(scorer.kind, [play.group for play in chosen]).to(scorer.device)
-        policy, lengths = layout.scores(scorer(layout)), layout.lengths()
-        opponent = _stack(chosen, scorer.device)
-        loss = objective(policy, opponent, lengths)
-        total = loss.per_example
-        if sft_weight:
-            total = total - sft_weight * policy["real"] / lengths["real"]
-        distributed.backward(total.sum() / len(batch))
-        num_tokens += layout.computed_tokens
+        with distributed.accumulating(forward or scorer, is_last=number == len(mine) - 1):
+            policy, lengths = layout.scores((forward or scorer)(layout)), layout.lengths()
+            opponent = _stack(chosen, scorer.device)
+            loss = objective(policy, opponent, lengths)
+            total = loss.per_example
+            if sft_weight:
+                total = total - sft_weight * policy["real"] / lengths["real"]
+            # times the ranks: their gradients are averaged
+            distributed.backward(total.sum() * (ranks if indices else 0) / len(batch))
+        num_tokens += layout.computed_tokens if indices else 0
         detached: Scores = {role: logprob.detach() for role, logprob in policy.items()}
-        parts.append(
-            {
-                "loss": loss.per_example.detach(),
-                **{name: value.detach() for name, value in loss.metrics.items()},
-                **game_metrics(objective, detached, opponent, lengths),
-                **({"log_ratio": log_ratio(detached, opponent, lengths)} if opponent else {}),
-            }
-        )
-    means = {name: value.double().mean().item() for name, value in concatenate(parts).items()}
-    return {**means, "num_tokens": num_tokens}
+        metrics = {
+            "loss": loss.per_example.detach(),
+            **{name: value.detach() for name, value in loss.metrics.items()},
+            **game_metrics(objective, detached, opponent, lengths),
+            **({"log_ratio": log_ratio(detached, opponent, lengths)} if opponent else {}),
+        }
+        parts.append({name: value[: len(indices)] for name, value in metrics.items()})
+    sums = {name: value.double().sum() for name, value in concatenate(parts).items()}
+    # one exchange for all of them
+    values = torch.tensor([*(value.item() for value in sums.values()), num_tokens], dtype=torch.float64)
+    *sums_of_all, tokens = distributed.total(values).tolist()
+    return {
+        **{name: value / len(batch) for name, value in zip(sums, sums_of_all, strict=True)},
+        "num_tokens": int(tokens),
+    }
 
 
 def load_plays(iteration: Iteration) -> list[Play]:

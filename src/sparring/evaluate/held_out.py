@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 
 from sparring import distributed
-from sparring.commits import commit, write_json
-from sparring.data.tables import IDS, id_lists, read_table, write_table
+from sparring.commits import commit, commit_part, write_json
+from sparring.data.tables import IDS, id_lists, read_generations, read_table, write_generations, write_table
 from sparring.errors import Stopped
 from sparring.evaluate.text import text_metrics
 from sparring.evaluate.verifiers import is_correct, make_extract
@@ -61,15 +61,13 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     run, recipe = iteration.run, iteration.recipe
     is_start = iteration.index < 0
     earlier = [] if is_start else [iteration.before().stage("evaluate"), run.start / "evaluate"]
-    reads = run.reads(run.data, iteration.policy, *dict.fromkeys(earlier))
+    reads = run.reads(run.data, iteration.policy, *dict.fromkeys(earlier)) if distributed.is_first() else {}
+    distributed.meet()
     rows = iteration.held_out_rows()
     tokenizer = load_tokenizer(iteration.policy)
 
     is_checked = recipe.evaluate.checker is not None
-    with open_backend(iteration.policy) as backend:
-        fresh = answer(iteration, backend, rows, greedy=False)
-        greedy = answer(iteration, backend, rows, greedy=True) if is_checked else []
-    del backend  # one model at a time: the scorer loads its own
+    fresh, greedy = answers(iteration, open_backend, rows, is_checked=is_checked)
     texts = texts_of(tokenizer, fresh)
     columns: dict[str, Sequence[object] | np.ndarray] = {
         "id": [row.id for row in rows],
@@ -100,6 +98,8 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     scorer = Scorer(model, getattr(torch, recipe.train.dtype))
     with track(f"evaluate {'start' if is_start else iteration.index}", len(groups)) as advance:
         scores = score_groups(scorer, groups, recipe.train.micro_batch_tokens, advance)
+    if not distributed.is_first():
+        return
     own_logprob, real_logprob = scores["generated"][:, 0], scores["real"]
     metrics |= likelihood(rows, real_logprob)
     metrics["entropy"] = float(-own_logprob.sum() / sum(len(a.token_ids) for a in fresh))
@@ -122,6 +122,37 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     with commit(iteration.stage("evaluate"), reads=reads, info=info) as folder:
         write_table(folder / "answers.parquet", ANSWERS, columns)
         write_json(folder / "metrics.json", metrics)
+
+
+def answers(
+    iteration: Iteration, open_backend: OpenBackend, rows: Sequence[Rendered], *, is_checked: bool
+) -> tuple[list[Generation], list[Generation]]:
+    """Fresh answers to all rows, and greedy ones if they are checked. Every n-th rank that has an engine draws some."""
+    settings = iteration.recipe.generate
+    ranks = max(1, distributed.num_ranks() // settings.tensor_parallel_size)  # each engine has so many devices
+    if distributed.num_ranks() == 1:
+        with open_backend(iteration.policy) as backend:
+            fresh = answer(iteration, backend, rows, greedy=False)
+            return fresh, answer(iteration, backend, rows, greedy=True) if is_checked else []
+    # whole batches, so that an answer does not depend on the number of ranks
+    batch = settings.batch_size or 64
+    order = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.id))
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    work = iteration.run.work(iteration.stage("evaluate"))
+    kinds = (False, True) if is_checked else (False,)
+    mine = [row for one in batches[distributed.rank() :: ranks] for row in one] if distributed.rank() < ranks else []
+    if mine:
+        with open_backend(iteration.policy) as backend:
+            for greedy in kinds:
+                drawn = answer(iteration, backend, mine, greedy=greedy)
+                path = work / f"greedy-{greedy}-{distributed.rank()}.parquet"
+                commit_part(path, lambda p, d=drawn: write_generations(p, d, [""] * len(d)))
+    distributed.meet()
+    found: list[list[Generation]] = [[], []]
+    for greedy in kinds:
+        by_id = {g.id: g for g in read_generations(sorted(work.glob(f"greedy-{greedy}-*.parquet")))}
+        found[greedy] = [by_id[row.id] for row in rows]
+    return found[0], found[1]
 
 
 def answer(iteration: Iteration, backend: Backend, rows: Sequence[Rendered], *, greedy: bool) -> list[Generation]:

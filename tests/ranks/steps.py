@@ -1,0 +1,86 @@
+"""Training steps on one rank or several, for `test_equal.py`: python steps.py MODEL PARALLEL STEPS OUT.
+
+Every arm trains the same model on the same rows; OUT gets, per arm, the loss and gradient norm of each step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from sparring import distributed
+from sparring.distributed import clip_gradient
+from sparring.layout import Kind, group_tokens
+from sparring.logprobs import Scorer
+from sparring.model import load_model
+from sparring.objectives import Spin
+from sparring.train import Play, forward_backward
+from sparring.types import Group
+
+BATCH = 16
+ARMS: list[tuple[Kind, int]] = [("shared", 1), ("shared", 8), ("padded", 1), ("padded", 8)]
+"""Layout, and about how many micro-batches a rank of one cuts a step into."""
+
+
+def make_plays(vocab: int, count: int = 64) -> list[Play]:
+    random = np.random.default_rng(0)
+
+    def tokens() -> np.ndarray:
+        return random.integers(4, vocab, random.integers(2, 14)).astype(np.int32)
+
+    return [
+        Play(
+            Group(str(i), tokens(), {"real": (tokens(),), "generated": (tokens(),)}),
+            {"real": np.array(-30.0, dtype=np.float32), "generated": np.array([-31.0], dtype=np.float32)},
+        )
+        for i in range(count)
+    ]
+
+
+def run(folder: Path, kind: Kind, pieces: int, steps: int, wrong: bool = False) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step. `wrong`: the control, whose loss is divided by each rank's own examples."""
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
+    plays = make_plays(model.config.vocab_size)
+    scorer = Scorer(model, kind=kind)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5)
+    forward, optimizer = distributed.prepare(scorer, sorted(model._no_split_modules or ()), optimizer)
+    part = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    assert (part < sum(p.numel() for p in model.parameters())) == distributed.is_sharded()
+    found = []
+    for step in range(steps):
+        batch = [plays[(step * BATCH + i) % len(plays)] for i in range(BATCH)]
+        tokens = sum(group_tokens(kind, play.group) for play in batch)
+        metrics = forward_backward(
+            scorer, Spin(lambda_=0.1), batch, 10**6 if pieces == 1 else tokens // pieces, 0.0, forward
+        )
+        if wrong:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= distributed.num_ranks()
+        found.append((metrics["loss"], clip_gradient(forward, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def main() -> None:
+    folder, parallel, steps, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    distributed.join(parallel, 40.0)
+    found = {f"{kind}/{pieces}": run(folder, kind, pieces, steps) for kind, pieces in ARMS}
+    assert distributed.is_sharded() == (parallel == "fsdp2")
+    found["wrong"] = run(folder, "shared", 1, 3, wrong=True)
+    if distributed.is_first():
+        out.write_text(json.dumps(found))
+    distributed.meet()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
