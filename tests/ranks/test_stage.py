@@ -16,13 +16,14 @@ import pytest
 from safetensors.torch import load_file
 
 from sparring import interrupt
-from sparring.commits import is_committed
+from sparring.commits import is_committed, replace_file
 from sparring.config import Recipe
 from sparring.errors import Interrupted, Refused, Stopped
 from sparring.iteration import Iteration
 from sparring.launch import on_ranks
 from sparring.loop import play, run_stage, settle
 from sparring.prepare import prepare
+from sparring.recipe_file import own_recipe
 from sparring.rundir import RunDir
 from sparring.train import train
 
@@ -67,7 +68,7 @@ def trainee(scored: Path, tiny: Path, tmp_path: Path) -> Callable[..., Iteration
         if not root.exists():
             shutil.copytree(scored, root)
         run = RunDir(root)
-        settle(run, recipe)
+        replace_file(run.recipe, own_recipe(recipe))
         return Iteration(run, recipe, 0)
 
     return make
@@ -128,9 +129,7 @@ def test_another_number_of_ranks_goes_on_only_when_told_so(
     with pytest.raises(Stopped):
         on_ranks(begun, "train")
     fail_at(None)
-    with pytest.raises(
-        Refused, match=r"made by ranks 2 x fsdp2, and this start has 1: .* resume_with_other_ranks=true"
-    ):
+    with pytest.raises(Refused, match=r"by ranks 2 x fsdp2, and this start has 1: .* resume_with_other_ranks=true"):
         train(trainee("run"))
     train(trainee("run", resume_with_other_ranks=True))
     alone = trainee("alone")
