@@ -331,6 +331,8 @@ class Recipe(Strict):
     def consistent(self) -> Recipe:
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        if self.in_4bit and self.launch == "torchrun" and self.parallel != "ddp":
+            raise ValueError(f"adapter.load_in_4bit: 4-bit weights cannot be shared out by {self.parallel}; set ddp")
         if self.in_4bit and self.generate.backend != "hf":
             raise ValueError(
                 f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
