@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main() -> None:
     try:
         elastic_launch(config, sys.executable)(*words)
     except ChildFailedError as failed:
-        for rank, one in failed.failures.items():
+        # torchrun ends the others with SIGTERM: the cause is what ended in another way
+        for rank, one in sorted(failed.failures.items(), key=lambda item: item[1].exitcode != -signal.SIGTERM):
             how = f"was ended by {one.signal_name()}" if one.exitcode < 0 else f"ended with status {one.exitcode}"
             if one.exitcode != 1:
                 Path(note).write_text(f"rank {rank} {how}", encoding="utf-8")
