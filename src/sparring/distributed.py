@@ -43,7 +43,7 @@ from sparring.progress import say
 
 BEAT_SECONDS = 2.0
 
-LOST = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "NCCL error", "Socket")
+LOST = ("imed out", "timeout", "Connection closed", "Connection reset", "Broken pipe", "NCCL error", "gloo", "ocket")
 """What the backends' errors say when another rank has died or does not answer."""
 
 _joined: dict[str, Any] = {}  # what `join` was told; empty in a process that is no rank
