@@ -47,6 +47,9 @@ def test_two_processes_draw_the_parts_that_one_would(
     stage = shared.stage("generate")
     assert not is_committed(stage), "the processes commit parts; the stage is ours"
 
+    few = make_iteration(make_recipe("spin", threads=1, launch="torchrun", processes=2), tmp_path / "few")
+    on_ranks(few, "generate")  # one part: the rank that has none does not keep the other
+
     def nothing_left(model: Path) -> None:
         raise AssertionError("everything is drawn already")
 

@@ -60,8 +60,11 @@ def join(parallel: str, timeout: float) -> None:
     `timeout`: seconds that a rank waits for one that is late before it gives up.
     """
     _joined.update(parallel=parallel, timeout=timeout, meetings=0)
-    accelerator()
     threading.Thread(target=_beat, daemon=True).start()
+    _store().add("started", 1)
+    while _store().add("started", 0) < int(os.environ["WORLD_SIZE"]):  # starting may take a while, and one longer
+        time.sleep(0.05)
+    accelerator()
 
 
 @cache
@@ -240,7 +243,7 @@ def _store() -> Any:
 def _beat() -> None:
     """Tells the others every two seconds that this process runs."""
     while True:
-        _store().add(f"beat-{rank()}", 1)
+        _store().add(f"beat-{os.environ['RANK']}", 1)
         time.sleep(BEAT_SECONDS)
 
 

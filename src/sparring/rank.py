@@ -33,11 +33,10 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     interrupt.follow(run.ranks / "stop")
     try:
-        if stage == "generate":
-            generate_parts(iteration, engine_of(iteration), number, int(os.environ["WORLD_SIZE"]))
-            return
         distributed.join(recipe.parallel if stage == "train" else "ddp", recipe.rank_timeout)
-        if number:
+        if stage == "generate":
+            generate_parts(iteration, engine_of(iteration), number, distributed.num_ranks())
+        elif number:
             progress.console.quiet = True
             _do(iteration, stage)
         else:
