@@ -33,12 +33,12 @@ import numpy as np
 from demo_seeds import cpu_name
 
 from sparring.commits import read_manifest, replace_file
-from sparring.compare import take_over
+from sparring.compare import take_over, take_rows
 from sparring.config import Recipe
 from sparring.data.tables import read_rendered
-from sparring.demo import LARGEST, START, TRAIN, demo_recipe, make_model, make_tokenizer, problems, write_task
-from sparring.loop import begin, play
-from sparring.model import save_model
+from sparring.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
+from sparring.iteration import Iteration
+from sparring.loop import begin, play, run_stage, settle
 from sparring.report.comparison import Arm as Played
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -71,27 +71,24 @@ class Arm:
     rate_of: str | None = None
     """Not swept: played at the rate that this other arm chose."""
     share: float = 1.0
+    iterations: int = 99
+    """At most so many."""
 
 
 SFT = Arm("sft", {"name": "sft"})
 SPIN = Arm("spin 0.1", {"name": "spin", "lambda": 0.1})
 SPIN_1 = Arm("spin 1", {"name": "spin", "lambda": 1.0})
-SPIN_FRESH = Arm("spin 0.1, rounds 1", {"name": "spin", "lambda": 0.1, "rounds": 1}, rate_of="spin 0.1")
 TSPIN = Arm("tspin 1", {"name": "tspin", "alpha": 1.0, "beta": 0.1})
 TSPIN_SMALL = Arm("tspin 0.1", {"name": "tspin", "alpha": 0.1, "beta": 0.1})
-TSPIN_NO_HISTORY = Arm("tspin 1, beta 0", {"name": "tspin", "alpha": 1.0, "beta": 0.0})
+TSPIN_NO_HISTORY = Arm("tspin 1, beta 0", {"name": "tspin", "alpha": 1.0, "beta": 0.0}, rate_of="tspin 1")
 SPACE = Arm("space 1", {"name": "space", "mu": 1.0})
-SPACE_3 = Arm("space 3", {"name": "space", "mu": 3.0}, samples=3, rate_of="space 1")
-SPACE_7 = Arm("space 7", {"name": "space", "mu": 7.0}, samples=7, rate_of="space 1")
-ALL = (SFT, SPIN, SPIN_1, TSPIN, TSPIN_SMALL, TSPIN_NO_HISTORY, SPACE)
+SPACE_3 = Arm("space 3", {"name": "space", "mu": 3.0}, samples=3, rate_of="space 1", iterations=2)
+SPACE_7 = Arm("space 7", {"name": "space", "mu": 7.0}, samples=7, rate_of="space 1", iterations=2)
+MAIN = (SFT, SPIN, TSPIN, SPACE)
 
 
 def quarter(arm: Arm) -> Arm:
     return replace(arm, label=f"{arm.label}, 25 %", rate_of=arm.label, share=0.25)
-
-
-def own(arm: Arm) -> Arm:
-    return replace(arm, rate_of=None)
 
 
 @dataclass(frozen=True)
@@ -105,37 +102,22 @@ class Task:
     sweep_iterations: int
     swept: tuple[Arm, ...]
     further: tuple[Arm, ...] = ()
+    only_swept: tuple[Arm, ...] = ()
 
     def arms(self) -> tuple[Arm, ...]:
         return (*self.swept, *self.further)
 
 
-TASKS = (
-    Task("problems", (3e-5, 1e-4, 3e-4, 1e-3), 3, 5, 3, ALL, (SPIN_FRESH, SPACE_3, SPACE_7)),
-    Task(
-        "stories",
-        (1e-5, 3e-5, 1e-4, 3e-4),
-        3,
-        5,
-        2,
-        ALL,
-        (quarter(SFT), quarter(SPIN_1), quarter(TSPIN), quarter(SPACE), SPACE_3, SPACE_7),
-    ),
-    Task(
-        "fresh rows",
-        (3e-5, 1e-4, 3e-4, 1e-3),
-        3,
-        5,
-        3,
-        (SFT, own(quarter(SFT)), own(quarter(SPIN)), own(quarter(SPIN_1)), own(quarter(TSPIN)), own(quarter(SPACE))),
-    ),
-    Task("small model", (1e-4, 3e-4, 1e-3), 3, 4, 2, (SFT, SPIN, SPIN_1, TSPIN, SPACE)),
+PROBLEMS = Task(
+    "problems", (3e-5, 1e-4, 3e-4, 1e-3), 3, 5, 3, MAIN, (TSPIN_NO_HISTORY, SPACE_3, SPACE_7), (SPIN_1, TSPIN_SMALL)
 )
+STORIES = Task("stories", (1e-5, 3e-5, 1e-4, 3e-4), 3, 5, 2, MAIN, (TSPIN_NO_HISTORY, SPACE_3))
+FRESH = Task("fresh rows", (), 3, 5, 0, (), (replace(SFT, rate_of="sft"), *(quarter(arm) for arm in MAIN)))
+TASKS = (PROBLEMS, STORIES, FRESH)
 """problems: the demo as it is, played on the 1,000 rows that the start has seen 40 times. fresh rows: the same models,
-played on 1,000 other rows. small model: a quarter of the width and half of the layers, 3,000 rows, until SFT stalls."""
+played on 1,000 other rows, or on a quarter of them, with the rates that were chosen for `problems`."""
 
-NUM_SMALL, STORY_ROWS, STORY_HELD_OUT = 3000, 192, 192
-SMALL_START = {**TRAIN, "learning_rate": 4e-3, "schedule": "linear", "epochs": 16, "batch_size": 64}
+STORY_ROWS, STORY_HELD_OUT = 192, 192
 STORY_TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 256, "dtype": "float32", "epochs": 1}
 
 
@@ -152,7 +134,7 @@ class Play:
 
     @property
     def iterations(self) -> int:
-        return self.task.sweep_iterations if self.is_sweep else self.task.iterations
+        return min(self.arm.iterations, self.task.sweep_iterations if self.is_sweep else self.task.iterations)
 
     def folder(self, root: Path) -> Path:
         name = f"{self.arm.label}-{self.rate:g}".replace(" ", "_").replace("%", "percent").replace(",", "")
@@ -177,14 +159,14 @@ class Place:
 
 
 def sweep(task: Task) -> list[Play]:
-    return [Play(task, arm, rate, SWEEP_SEED) for arm in task.swept for rate in task.rates]
+    return [Play(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
 
 
 def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
     """The rate with the lowest held-out NLL at its best iteration; None: not known yet."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
-    for one in sweep(task):
+    for one in sweep(PROBLEMS if task is FRESH else task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
@@ -194,25 +176,26 @@ def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
 
 
 def to_play(place: Place) -> Iterator[Play]:
-    """What can be played now: sweeps, then what is reported, two tasks at a time and seed by seed."""
-    for tasks in (place.tasks[:2], place.tasks[2:]):
-        for task in tasks:
-            yield from sweep(task)
-        for seed in range(max(task.seeds for task in tasks)):
-            for task in tasks:
-                for arm in task.arms() if seed < task.seeds else ():
-                    rate = chosen_rate(place, task, arm)
-                    if rate is not None:
-                        yield Play(task, arm, rate, seed)
+    """What can be played now: sweeps, then what is reported, in the order in which the page needs it."""
+    for task in place.tasks:
+        yield from (one for one in sweep(task) if one.arm in task.swept)
+    wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.further), (STORIES, MAIN))
+    for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
+        for seed in range(task.seeds) if task in place.tasks else ():
+            for arm in arms:
+                rate = chosen_rate(place, task, arm)
+                if rate is not None:
+                    yield Play(task, arm, rate, seed)
+    yield from sweep(PROBLEMS)
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[bool]:
-    """Whether nobody else holds this lock; it goes with its process."""
+def only_one(path: Path, *, patient: bool = False) -> Iterator[bool]:
+    """Whether nobody else holds this lock, which goes with its process; a patient one waits for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
@@ -237,16 +220,6 @@ def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
             write_rows(rows / "held_out.jsonl", every[:STORY_HELD_OUT])
             write_rows(rows / "train.jsonl", every[STORY_HELD_OUT : STORY_HELD_OUT + STORY_ROWS])
         return place.model, rows
-    if task.name == "small model":
-        every = problems(NUM_SMALL + 1000, seed, LARGEST)
-        tokenizer = make_tokenizer(every)
-        if not (root / "task" / "model").is_dir():
-            write_rows(rows / "train.jsonl", every[:NUM_SMALL])
-            write_rows(rows / "held_out.jsonl", every[NUM_SMALL:])
-            model = make_model(tokenizer, width=32, layers=1, seed=seed)
-            save_model(model, tokenizer, root / "task" / "model")
-        recipe = recipe_of(root / "task" / "model", rows, SFT, seed, 1, SMALL_START)
-        return play(recipe, root / "start").model(0), rows
     shared = place.root / "problems" / f"seed-{seed}"  # one start for both tasks
     write_task(shared / "task", seed)
     start = play(
@@ -283,26 +256,32 @@ def recipe_of(
 
 
 def play_one(place: Place, one: Play) -> None:
-    model, rows = start_of(place, one.task, one.seed)
+    with only_one(place.root / f"start-{one.seed}.lock", patient=True):
+        model, rows = start_of(place, one.task, one.seed)
     is_story = one.task.name == "stories"
     train = {
         **(STORY_TRAIN if is_story else {**TRAIN, "epochs": 2}),
         "learning_rate": one.rate,
         "schedule": "linear",
-        **({"batch_size": 64} if one.task.name == "small model" else {}),
     }
     recipe = recipe_of(model, rows, one.arm, one.seed, one.iterations, train, stories=is_story)
     run = RunDir(one.folder(place.root) / "run")
     run.root.mkdir(parents=True, exist_ok=True)
+    donors = [
+        RunDir(path.parent / "run")
+        for path in sorted(one.folder(place.root).parent.glob("*/result.json"))
+        if json.loads(path.read_text(encoding="utf-8"))["data"] == [one.arm.share, one.arm.samples]
+    ]
     with run.own():
+        settle(run, recipe)
+        if donors:
+            take_rows(donors[0], run, 1.0, one.seed)  # prepared already
         begin(run, recipe)
-        donors = [
-            RunDir(path.parent / "run")
-            for path in sorted(one.folder(place.root).parent.glob("*/result.json"))
-            if json.loads(path.read_text(encoding="utf-8"))["data"] == [one.arm.share, one.arm.samples]
-        ]
-        take_over(Results(run.root).iterations[1], donors)
-    play(recipe, run.root)
+        take_over(Iteration(run, recipe.at(0), 0), donors)
+        for index in range(-1, one.iterations):
+            iteration = Iteration(run, recipe.at(index), index)
+            for stage in iteration.stages:
+                run_stage(iteration, stage)
     result = {
         "task": one.task.name,
         "arm": one.arm.label,
@@ -338,8 +317,13 @@ def measure(run: RunDir) -> dict[str, object]:
             metrics.setdefault(name, []).append(None if value is None else round(value, 4))
     first = run.stage(0, "generate")
     copies = read_manifest(first).info["copy_rate"] if first.is_dir() else None
-    budget = {name: round(value) for name, value in played.budget().items()}
-    return {"budget": budget, "copies_of_the_start": copies, "metrics": metrics}
+    budget = played.budget()
+    del budget["seconds"]  # the machine was shared
+    return {
+        "budget": {name: round(value) for name, value in budget.items()},
+        "copies_of_the_start": copies,
+        "metrics": metrics,
+    }
 
 
 def gather(place: Place) -> None:
@@ -356,17 +340,20 @@ def gather(place: Place) -> None:
         found = [result for one in wanted if (result := place.result(one)) is not None]
         if not found:
             continue
-        recipe: dict[str, object] = found[0].pop("recipe")  # type: ignore[assignment]
+        recipe: dict[str, object] = found[0]["recipe"]  # type: ignore[assignment]
         for result in found:
-            result.pop("recipe", None)
-        recipe |= {"model": "", "data": {**recipe["data"], "train": "", "held_out": ""}}  # type: ignore[dict-item]
+            del result["recipe"]
+            result["budget"].pop("seconds", None)  # type: ignore[attr-defined]
+        for section, keys in (("data", ("train", "held_out", "limit")), ("train", ("learning_rate",))):
+            for key in keys:  # paths, and what differs between arms
+                del recipe[section][key]  # type: ignore[attr-defined]
         tasks[task.name] = {
             "rates": task.rates,
             "planned_seeds": task.seeds,
-            "sweep_seed": SWEEP_SEED,
             "iterations": task.iterations,
             "sweep_iterations": task.sweep_iterations,
             "arms": [asdict(arm) | {"chosen_rate": chosen_rate(place, task, arm)} for arm in task.arms()],
+            "only_swept": [asdict(arm) for arm in task.only_swept],
             "recipe": {key: recipe[key] for key in ("data", "generate", "train", "evaluate", "threads")},
         }
         plays += found
@@ -375,6 +362,7 @@ def gather(place: Place) -> None:
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread per play",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "numpy")},
+        "sweep_seed": SWEEP_SEED,
         "tasks": tasks,
     }
     lines = ",\n".join(json.dumps(one) for one in plays)
@@ -395,8 +383,7 @@ def main() -> None:
         return
     end = time.monotonic() + 60 * arguments.minutes
     for one in to_play(place):
-        share = "stories" if one.task.name == "stories" else "problems"  # plays of one seed share a starting model
-        with only_one(place.root / f"{share}-{one.seed}.lock") as is_mine:
+        with only_one(one.folder(place.root) / "lock") as is_mine:
             if is_mine and place.result(one) is None:
                 play_one(place, one)
         if time.monotonic() > end:
