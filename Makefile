@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm test-llama check bench
+.PHONY: docs demo test test-vllm test-llama check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
@@ -12,6 +12,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check
 
 check: test
+
+# the documentation as a site, in site/; a broken link ends it
+docs: $(VENV)/.installed-dev
+	$(BIN)/python scripts/build_docs
 
 # about half an hour; the numbers of docs/performance.md
 bench: $(VENV)/.installed-dev

@@ -19,9 +19,11 @@ from sparring.compare import compare
 from sparring.demo import GAME, ITERATIONS, START, demo_recipe, write_task
 from sparring.loop import play
 from sparring.report.comparison import figures
+from sparring.report.figures import COLOURS
 
 ROOT = Path(__file__).parents[1]
 INK = {"currentColor": "#777777", "var(--line)": "#dddddd", "var(--soft)": "#bbbbbb"}
+INK |= {f"var(--{name})": colour for name, colour in COLOURS.items()}
 """The report's figures follow its page; this one stands alone, on light or dark."""
 
 METHODS = ("sft", "spin", "tspin", "space")

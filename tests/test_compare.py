@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_report import assert_inert
 
 from sparring.commits import is_committed
 from sparring.compare import compare, parse_method, take_rows
@@ -127,7 +128,9 @@ def test_the_numbers_are_those_of_the_runs(made: tuple[Recipe, Comparison]) -> N
         assert (difference["mean"] == 0) == (arm["method"] == METHODS[0])
         assert sum(arm["quadrants"].values()) == pytest.approx(1, abs=1e-6)
     html = (comparison.root / "report.html").read_text()
-    assert "paired bootstrap" in html and "spin:lambda=1" in html and "<script" not in html
+    assert "paired bootstrap" in html and "spin:lambda=1" in html
+    assert_inert(html)
+    assert html.count('data-source="spin:lambda=1"') > 5, "answers side by side"
 
 
 def test_an_iteration_is_chosen_on_other_rows_than_it_is_judged_by(made: tuple[Recipe, Comparison]) -> None:

@@ -157,6 +157,17 @@ def test_100_misspelt_or_misplaced_keys_are_all_named(tmp_path: Path) -> None:
     assert cases >= 100
 
 
+def test_misplaced_and_misspelt_keys_at_the_top_are_named_with_their_line(tmp_path: Path) -> None:
+    """The mistakes of a file: a setting that stands outside its section, a section that is misspelt."""
+    top = {key for key in known_keys() if "." not in key}
+    outside = {key.rpartition(".")[2] for key in known_keys() if "." in key and not key.startswith("method.")} - top
+    misspelt = {word for key in top if len(key) > 3 for word in (key[:-1], key[0] + key[2] + key[1] + key[3:])} - top
+    for wrong in outside | misspelt:
+        message = refusal(tmp_path, SMALLEST + f"{wrong}: 1\n")
+        assert f"line 5: there is no setting '{wrong}'; did you mean '" in message, message
+    assert len(outside) > 50 and len(misspelt) > 20
+
+
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     recipe = load(tmp_path, SMALLEST + "per_iteration: {3: {method.lambda: 5.0}}\n", "train.learning_rate=5e-7")
     again = load(tmp_path, dump_recipe(recipe))

@@ -45,7 +45,7 @@ def test_every_key_is_documented() -> None:
 
 def test_links_and_the_map_of_the_tree_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
     tree = (ROOT / "README.md").read_text().partition("src/sparring/ ")[2].partition("tests/ ")[0]
     named = set(re.findall(r"(?<![\w/.])(\w+(?:\.py|/))", tree))

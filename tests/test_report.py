@@ -21,6 +21,9 @@ from sparring.errors import Refused
 from sparring.loop import play
 from sparring.report import write_report
 from sparring.report.alarms import alarms, shortcut, tell_apart
+from sparring.report.bars import time_bars
+from sparring.report.figures import running_mean
+from sparring.report.headline import tiles
 from sparring.report.samples import collect
 from sparring.report.samples import shown as visible
 from sparring.report.story import story
@@ -31,9 +34,10 @@ from sparring.types import Generation, Rendered
 MakeRecipe = Callable[..., Recipe]
 
 TAGS = """
-    html head meta title style body h1 h2 p b small div table tr th td figure figcaption details summary pre ul li span
-    script label select option input
-    svg g path defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title dc:date
+    html head meta title style body header nav main section footer a h1 h2 h3 h4 p b i small div table thead tbody tr th
+    td figure figcaption details summary pre ul li span script label select option input
+    svg g path text defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title
+    dc:date
 """
 ALLOWED = set(TAGS.split())
 
@@ -168,6 +172,36 @@ def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) ->
     assert "No iteration beats the starting model" in told or "a change of -0.0000" in told
     worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
     assert "No iteration beats the starting model" in story(Results(worse.root))
+    assert {tile.verdict for tile in tiles(Results(worse.root))} <= {"worse", "no difference shown"}
+    assert tiles(Results(worse.root))[0].verdict == "worse", "held-out NLL"
+    assert tiles(Results(run.root))[0].verdict == "no difference shown"
+    told = "".join(parse(worse.report.read_text()).text)
+    assert "To worry about: the likelihood of real answers falls" in told
+
+
+def test_where_the_time_went_adds_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    results = Results(run.root)
+    stages, within = time_bars(results)
+    seconds = {(s.iteration, s.stage): s.seconds or 0 for s in results.stages()}
+    assert [label for label, _, _ in stages.rows] == ["start", "iteration 0", "iteration 1"]
+    assert sum(sum(parts) for _, parts, _ in stages.rows) == pytest.approx(sum(seconds.values()))
+    for index, (_, parts, _) in enumerate(within.rows):
+        steps = results.training(index)
+        assert sum(parts) == pytest.approx(seconds[index, "train"])
+        assert 0 < parts[1] == pytest.approx(sum(step["update_seconds"] for step in steps))
+        assert all(step["update_seconds"] < step["seconds"] for step in steps)
+    html = run.report.read_text()
+    assert "Where the time went" in html and "Within training" in html
+    old = [{name: value for name, value in step.items() if name != "update_seconds"} for step in results.training(0)]
+    results.training = lambda index: old  # type: ignore[method-assign]
+    assert [bars.title for bars in time_bars(results)] == ["By stage"], "a run of an older version"
+
+
+def test_running_means_stay_inside_and_keep_the_level() -> None:
+    assert running_mean(np.full(7, 3.0), 2) == pytest.approx([3.0] * 7)
+    assert running_mean(np.array([0.0, 3.0, 6.0]), 1) == pytest.approx([1.5, 3.0, 4.5])
+    assert running_mean(np.array([1.0, 2.0]), 0) == pytest.approx([1.0, 2.0])
 
 
 def test_alarms_are_raised_and_silent_where_they_should_be(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -209,22 +243,30 @@ def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe,
         assert np.mean([not s.is_cut for s in samples]) == pytest.approx(metrics["end_rate"])
 
 
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
 def test_contrast_is_wcag_aa_in_light_and_dark() -> None:
-    style = (Path(sparring.report.__file__).parent / "report.html.j2").read_text()
-    schemes = re.findall(r":root \{ (.*?) \}", style)
+    """Of what the style names: words at 4.5 and what is drawn at 3. The browser's test looks at what is shown."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
+    style = (Path(sparring.report.__file__).parent / "style.css").read_text()
+    schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(schemes) == 2
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
     for scheme in schemes:
         colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
-        for ink in ("ink", "soft", "good", "bad"):
-            for paper in ("paper", "card"):
-                light, dark = sorted((luminance(colours[ink]), luminance(colours[paper])), reverse=True)
-                assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
+        for paper in ("paper", "card"):
+            for ink in ("ink", "soft", "good", "bad", "warn", "link"):
+                assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+        for drawn in ("real", "generated", "proto", "fifth", "other", "rest"):
+            assert contrast(colours[drawn], colours["paper"]) >= 3, drawn
 
 
 def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:

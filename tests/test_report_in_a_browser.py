@@ -52,7 +52,8 @@ def open_page(browser: Any, report: Path, **options: object) -> tuple[Any, list[
 
 def test_it_opens_without_a_request_or_an_error(browser: Any, report: Path) -> None:
     page, heard = open_page(browser, report)
-    assert page.title() == "spin: run" and page.locator("figure svg").count() >= 6
+    assert page.title() == "spin: run" and page.locator("figure svg").count() >= 9
+    assert page.locator(".bar").count() >= 6
     assert heard == []
     page.close()
 
@@ -61,7 +62,7 @@ def test_filters_and_search(browser: Any, report: Path) -> None:
     page, heard = open_page(browser, report)
     shown = page.locator("#samples > details:visible")
     assert shown.count() == 12
-    for kind in ("misaligned", "cut"):
+    for kind in ("misaligned", "cut", "wrong"):
         page.select_option("#kind", kind)
         expected = page.locator(f"#samples > details[data-{kind}=yes]").count()
         assert shown.count() == expected
@@ -79,6 +80,71 @@ def test_filters_and_search(browser: Any, report: Path) -> None:
     page.close()
 
 
+def test_two_answers_side_by_side(browser: Any, report: Path) -> None:
+    """Only the two are shown, their different words marked; and all of them again."""
+    page, heard = open_page(browser, report)
+    first = page.locator("#samples > details").first
+    answers = first.locator(".answer:visible")
+    assert answers.count() == 4 and first.locator("mark").count() == 0
+    before = answers.locator("pre").all_inner_texts()
+    page.select_option("#left", "real")
+    page.select_option("#right", "iteration 1")
+    assert [a.get_attribute("data-source") for a in answers.all()] == ["real", "iteration 1"]
+    shown = answers.locator("pre").all_inner_texts()
+    assert shown == [before[0], before[3]], "marks change no text"
+    marked = [set(answers.nth(n).locator("mark").all_inner_texts()) for n in (0, 1)]
+    words = [set(text.split()) for text in shown]
+    assert marked[0] >= words[0] - words[1] and marked[1] >= words[1] - words[0] and marked[0] != set()
+    assert not words[0] & words[1] <= marked[0] or not words[0] & words[1]
+    page.select_option("#left", "")
+    assert answers.count() == 4 and first.locator("mark").count() == 0
+    assert heard == []
+    page.close()
+
+
+CONTRASTS = """() => {
+  const channel = (c) => (c /= 255, c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (top, below) => [0, 1, 2].map((i) => top[3] * top[i] + (1 - top[3]) * below[i]).concat([1]);
+  const behind = (element) => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
+    return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || element.closest("script, style, option, .skip")) continue;
+    if (!element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const below = behind(element);
+    const ink = over(parse(element.closest("svg") ? style.fill : style.color), below);
+    const [dark, light] = [luminance(ink), luminance(below)].sort((a, b) => a - b);
+    const size = parseFloat(style.fontSize);
+    const isLarge = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    const words = walker.currentNode.textContent.trim().slice(0, 40);
+    found.push([(light + 0.05) / (dark + 0.05) / (isLarge ? 3 : 4.5), words]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_word_that_is_shown_has_the_contrast_of_wcag_aa(browser: Any, report: Path, scheme: str) -> None:
+    """Everything opened; what the browser computed for each text, on what lies behind it."""
+    page, _ = open_page(browser, report, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    page.select_option("#left", "real")
+    found = page.evaluate(CONTRASTS)
+    assert len(found) > 300, "words of the page and of its figures"
+    assert not [(words, share) for share, words in found if share < 1]
+    page.add_style_tag(content=".soft { color: #888888 !important; }")
+    assert [words for share, words in page.evaluate(CONTRASTS) if share < 1] or scheme == "dark", "it can fail"
+    page.close()
+
+
 def test_it_is_whole_without_script(browser: Any, report: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -91,10 +157,10 @@ def test_it_is_whole_without_script(browser: Any, report: Path) -> None:
 def test_the_keyboard_reaches_everything(browser: Any, report: Path) -> None:
     page, _ = open_page(browser, report)
     reached = set()
-    for _ in range(40):
+    for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert {"kind", "search", "SUMMARY"} <= reached
+    assert {"kind", "search", "left", "right", "SUMMARY", "A"} <= reached
     second = page.locator("#samples > details").nth(1)
     second.locator("summary").focus()
     page.keyboard.press("Enter")
@@ -110,7 +176,7 @@ def test_it_fits_phones_and_screens_in_light_and_dark(
     page, heard = open_page(browser, report, viewport={"width": width, "height": 844}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out sideways"
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(14, 17, 22)"}[scheme]
     ink = page.evaluate("getComputedStyle(document.querySelector('figure svg')).fill")
     assert ink == page.evaluate("getComputedStyle(document.body).color"), "figures follow the page"
     page.screenshot(path=tmp_path / "page.png", full_page=True)

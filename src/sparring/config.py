@@ -276,7 +276,9 @@ class Recipe(Strict):
     generate: Generate = Generate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), json_schema_extra=NEUTRAL)
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), json_schema_extra=NEUTRAL
+    )
     """Trackers that are told every number, beside metrics.jsonl."""
     mirror: str | None = Field(default=None, json_schema_extra=NEUTRAL)
     """Where every finished stage is copied to, and found again from an empty run directory: s3://bucket/folder, ..."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,11 @@ from torch.optim import Optimizer
 from sparring.disk import writing
 from sparring.errors import RankLost, Refused, Stopped
 from sparring.progress import say
+
+PROJECT = "sparring"
+"""The project, or experiment, of every tracker."""
+
+MLFLOW_TAG = "sparring.run"
 
 BEAT_SECONDS = 2.0
 
@@ -264,10 +270,22 @@ def tracking(names: Sequence[str], root: Path, settings: Mapping[str, object]) -
     found.project_configuration.logging_dir = str(root / "tensorboard")
     hosted = {"name": root.name, "config": dict(settings), "resume": "allow"}
     identity = xxhash.xxh3_64_hexdigest(str(root).encode())  # so that a continued run goes on in its own line
+    earlier = mlflow_run(identity) if "mlflow" in names else None
     with writing(root / "tensorboard"):
         found.init_trackers(
-            "sparring", init_kwargs={"wandb": {**hosted, "id": identity, "dir": str(root)}, "trackio": hosted}
+            PROJECT,
+            init_kwargs={
+                "wandb": {**hosted, "id": identity, "dir": str(root)},
+                "trackio": hosted,
+                "mlflow": {"run_name": root.name, "run_id": earlier, "tags": {MLFLOW_TAG: identity}},
+            },
         )
+        for tracker in found.trackers:
+            if tracker.name == "wandb":
+                for part in ("train/*", "eval/*"):
+                    tracker.tracker.define_metric(part, step_metric="iteration")
+            elif tracker.name == "mlflow" and earlier is None:
+                tracker.store_init_configuration(flat(settings))
     try:
         yield
     finally:
@@ -276,6 +294,26 @@ def tracking(names: Sequence[str], root: Path, settings: Mapping[str, object]) -
         with writing(root / "tensorboard"):
             for tracker in trackers:
                 tracker.finish()
+
+
+def mlflow_run(identity: str) -> str | None:
+    """The id of the MLflow run that an earlier start of this run directory began. MLflow makes up ids by itself."""
+    mlflow = import_module("mlflow")
+    found = mlflow.search_runs(
+        experiment_names=[os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)],
+        filter_string=f"tags.`{MLFLOW_TAG}` = '{identity}'",
+        max_results=1,
+        output_format="list",
+    )
+    return found[0].info.run_id if found else None
+
+
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted keys, as recipes and overrides write them."""
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def log(values: Mapping[str, float], step: int) -> None:

@@ -29,7 +29,7 @@ from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
 from sparring.on_ray import draw_on_cluster
 from sparring.prepare import prepare
-from sparring.progress import say
+from sparring.progress import say, tell
 from sparring.quantization import refuse_without_4bit
 from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
@@ -82,7 +82,7 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
             write_report(run)
             if mirror is not None:
                 mirror.send_note(run, run.report)
-        say(f"{'done' if worked else 'all was done already'}; report: {run.report}")
+        say(f"{'done' if worked else 'all was done already'}; report: {run.report}", "done", report=str(run.report))
     return run
 
 
@@ -130,6 +130,7 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
         return False
     engine = engine_of(iteration)
     start = time.monotonic()
+    tell("stage begins", iteration=iteration.index, stage=stage)
     match stage:
         case "generate":
             match iteration.recipe.launch:
@@ -156,8 +157,16 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
         metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
         track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)
     where = "start" if iteration.index < 0 else f"iteration {iteration.index}"
+    seconds = time.monotonic() - start
     found = headline(iteration) if stage == "evaluate" else Results(iteration.run.root).headline(iteration, stage)
-    say(f"{where}: {stage} {time.monotonic() - start:.1f} s{found}")
+    say(
+        f"{where}: {stage} {seconds:.1f} s{found}",
+        "stage",
+        iteration=iteration.index,
+        stage=stage,
+        seconds=round(seconds, 3),
+        metrics=Results(iteration.run.root).evaluation(iteration.index) if stage == "evaluate" else {},
+    )
     return True
 
 
@@ -257,7 +266,13 @@ def say_what_is_played(run: RunDir, recipe: Recipe) -> None:
     data = Iteration(run, recipe, 0).data
     say(
         f"{recipe.method.name}: {recipe.iterations} iterations, {data.num_train:,} training rows ({data.shape}), "
-        f"{data.num_held_out:,} held out, answers end with {data.end_token!r}; run directory {run.root}"
+        f"{data.num_held_out:,} held out, answers end with {data.end_token!r}; run directory {run.root}",
+        "run",
+        run_dir=str(run.root),
+        method=recipe.method.name,
+        iterations=recipe.iterations,
+        training_rows=data.num_train,
+        held_out_rows=data.num_held_out,
     )
     if data.num_game:
         say(f"{data.num_game:,} of the training rows are kept from sft and played on")

@@ -21,6 +21,7 @@ from sparring.data.tables import write_rows
 from sparring.errors import Refused
 from sparring.iteration import DataSummary
 from sparring.model import check_weights, context_length, declared_end_ids, load_tokenizer, resolve_model
+from sparring.progress import track
 from sparring.rundir import RunDir
 from sparring.seeds import seed_of
 from sparring.types import Example, Rendered
@@ -114,22 +115,25 @@ class Intake:
         rejected_before = self.rejected.total()
         taken: list[Keyed] = []
         number = 0
-        for number, found in self._examples(source):
-            try:
-                if isinstance(found, BadRow):
-                    raise found
-                if not self.is_paired:
-                    found = replace(found, rejected=None)
-                elif found.rejected is None:
-                    raise BadRow("no 'rejected' answer to the same prompt, which dpo needs")
-                if found.id in self.seen:
-                    raise BadRow(f"the same as row {self.seen[found.id]}")
-                taken.append((prompt_key(found), self.render(found)))
-                self.seen[found.id] = number
-            except BadRow as problem:
-                self.reject(source, number, str(problem))
-            if limit is not None and len(taken) == limit:
-                break
+        with track(f"read {Path(source).name}", limit) as advance:
+            for number, found in self._examples(source):
+                try:
+                    if isinstance(found, BadRow):
+                        raise found
+                    if not self.is_paired:
+                        found = replace(found, rejected=None)
+                    elif found.rejected is None:
+                        raise BadRow("no 'rejected' answer to the same prompt, which dpo needs")
+                    if found.id in self.seen:
+                        raise BadRow(f"the same as row {self.seen[found.id]}")
+                    rendered = self.render(found)
+                    taken.append((prompt_key(found), rendered))
+                    self.seen[found.id] = number
+                    advance(1, len(rendered.prompt_ids) + len(rendered.real_ids))
+                except BadRow as problem:
+                    self.reject(source, number, str(problem))
+                if limit is not None and len(taken) == limit:
+                    break
         bad = self.rejected.total() - rejected_before
         if not taken:
             raise Refused(f"data: {source} has no usable row{f': {self.reasons()}' if number else ', it is empty'}")

@@ -32,7 +32,8 @@ def steps_before(run: RunDir, index: int) -> int:
     return sum(int(str(read_manifest(run.stage(t, "train")).info["steps"])) for t in range(index))
 
 
-def track_step(metrics: Mapping[str, float], step: int, iteration: int) -> None:
+def track_step(metrics: Mapping[str, float], step: int, iteration: float) -> None:
+    """`iteration`: goes from t - 1 to t while iteration t is trained, so that its evaluation stands at the end."""
     values = {TRL_NAMES.get(name, name): value for name, value in metrics.items() if name != "step"}
     distributed.log({f"train/{name}": value for name, value in values.items()} | {"iteration": iteration}, step)
 

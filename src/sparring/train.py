@@ -110,6 +110,7 @@ def train(iteration: Iteration) -> None:
                     optimizer.zero_grad(set_to_none=True)  # the step begins anew, so its mathematics stays the same
             if step == 0:
                 prove_same_model(objective, metrics, settings.dtype)
+            computed = time.monotonic()
             gradient_norm = distributed.clip_gradient(forward, settings.gradient_clipping or math.inf)
             stop_if_not_finite(iteration, step, metrics["loss"], gradient_norm, batch)
             rate = learning_rate(step, num_steps, settings)
@@ -124,12 +125,13 @@ def train(iteration: Iteration) -> None:
                 **metrics,
                 "learning_rate": rate,
                 "gradient_norm": gradient_norm,
+                "update_seconds": time.monotonic() - computed,
                 "seconds": time.monotonic() - began,
             }
             with writing(metrics_file):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-            track_step(line, first_step + step + 1, iteration.index)
+            track_step(line, first_step + step + 1, iteration.index - 1 + (step + 1) / num_steps)
             advance(1, int(metrics["num_tokens"]))
             failpoint("train-step")
             failpoint(f"train-step-of-rank-{distributed.rank()}")

@@ -22,7 +22,7 @@ from sparring.rundir import RunDir
 
 MakeRecipe = Callable[..., Recipe]
 
-CLOCKS = {"seconds"}
+CLOCKS = {"seconds", "update_seconds"}
 
 # every place where a run of two iterations can be told to die, and several passes of those that repeat
 STAGES = ("data", "evaluate", "generate", "score", "train")

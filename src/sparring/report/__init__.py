@@ -15,9 +15,11 @@ from markupsafe import Markup
 from sparring.commits import replace_file
 from sparring.recipe_file import dump_recipe
 from sparring.report.alarms import alarms
-from sparring.report.figures import draw
+from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
+from sparring.report.figures import Z95, draw_held_out, draw_training
+from sparring.report.headline import headline_index, readable, tiles
 from sparring.report.samples import collect, shown
-from sparring.report.story import story
+from sparring.report.story import story, worries
 from sparring.results import Results
 from sparring.rundir import RunDir
 
@@ -50,12 +52,16 @@ TABLE = (
 )
 """Metric, its heading, what it means."""
 
-QUADRANTS = (
-    ("quadrants/higher_reward_higher_likelihood", "higher reward, higher likelihood"),
-    ("quadrants/higher_reward_lower_likelihood", "higher reward, lower likelihood"),
-    ("quadrants/lower_reward_higher_likelihood", "lower reward, higher likelihood"),
-    ("quadrants/lower_reward_lower_likelihood", "lower reward, lower likelihood"),
+HEADLINE = (
+    "held_out_nll",
+    "greedy_accuracy",
+    "sampled_accuracy",
+    "rewards/accuracies",
+    "length",
+    "end_rate",
+    "repetition",
 )
+"""The columns of the table by iteration; every metric stands in the table below it."""
 
 
 def write_report(run: RunDir) -> Path:
@@ -66,33 +72,58 @@ def write_report(run: RunDir) -> Path:
 
 def render(run: RunDir) -> str:
     results = Results(run.root)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["visible"] = shown
-    script = files("sparring.report").joinpath("filter.js").read_text(encoding="utf-8")
-    evaluations = results.evaluations()
-    best = results.best()
-    return environment.get_template("report.html.j2").render(
+    evaluations, found = results.evaluations(), alarms(results)
+    table = [row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())]
+    return page(
+        "report.html.j2",
         name=run.root.name,
         method=results.recipe.method,
+        model="/".join(Path(results.recipe.model).parts[-3:]),
         results=results,
         data=results.data,
-        best=best,
+        best=results.best(),
         story=story(results),
-        alarms=alarms(results),
-        script=Markup(script),  # noqa: S704  (a file of ours, and the only script that the policy lets run)
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        worries=worries(found) if len(evaluations) > 1 else "",
+        alarms=found,
+        tiles=tiles(results),
+        headline_index=headline_index(results),
+        z95=Z95,
+        readable=readable,
         evaluations=evaluations,
-        table=[row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())],
+        table=table,
+        headline=[row for row in table if row[0] in HEADLINE],
         quadrants=QUADRANTS,
         benchmarks=results.benchmarks(),
         stages=results.stages(),
         missing=[s for s in results.stages() if s.state != "done"],
-        figures=draw(results),
+        held_out=draw_held_out(results),
+        quadrant_bars=quadrant_bars(results),
+        training=draw_training(results),
+        times=time_bars(results),
         samples=collect(results),
         recipe=dump_recipe(results.recipe),
         env=run.env.read_text(encoding="utf-8") if run.env.is_file() else "",
         version=version("sparring"),
         written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def page(template: str, **values: object) -> str:
+    """A template with the style and the script that the pages share."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sparring.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = shown
+    style, script = (
+        files("sparring.report").joinpath(f).read_text(encoding="utf-8") for f in ("style.css", "filter.js")
+    )
+    return environment.get_template(template).render(
+        style=Markup(style),  # noqa: S704  (files of ours, and the script is the only one that the policy lets run)
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
@@ -25,9 +24,10 @@ from sparring.config import Recipe
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
 from sparring.recipe_file import dump_recipe
-from sparring.report import QUADRANTS
-from sparring.report.figures import Figure, svg
-from sparring.report.samples import shown
+from sparring.report import page
+from sparring.report.bars import QUADRANTS
+from sparring.report.figures import COLOURS, Figure, svg
+from sparring.report.samples import Sample, collect
 from sparring.report.story import NAMES
 from sparring.results import Results
 from sparring.rundir import RunDir
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESAMPLES = 2000
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
+STYLES = [(colour, style) for style in ("-", "--", ":", "-.") for colour in COLOURS.values()]
+"""Colour and dashes of the arms, in their order."""
 
 # quantiles of Student's t at 97.5 %, by degrees of freedom; 1.96 + 2.7 / n is within 0.01 above the true one from 10 on
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -171,9 +172,7 @@ class Comparison:
                         for metric in self.metrics
                     },
                     "quadrants": {
-                        key: mean([end[key] for end in ends])
-                        for key in (*(key for key, _ in QUADRANTS), "quadrants/ties")
-                        if all(key in end for end in ends)
+                        key: mean([end[key] for end in ends]) for key, _ in QUADRANTS if all(key in end for end in ends)
                     },
                 }
             )
@@ -239,16 +238,14 @@ def write_comparison(comparison: Comparison) -> Path:
     """Writes comparison.json and report.html."""
     numbers = comparison.as_json()
     replace_file(comparison.root / "comparison.json", json.dumps(numbers, indent=1) + "\n")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparring.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["visible"] = shown
-    html = environment.get_template("comparison.html.j2").render(
+    html = page(
+        "comparison.html.j2",
         name=comparison.root.name,
         names=NAMES,
         metrics=comparison.metrics,
         quadrants=QUADRANTS,
         figures=figures(comparison, numbers),
+        samples=side_by_side(comparison),
         settings=dump_recipe(comparison.recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
         **numbers,
@@ -256,6 +253,22 @@ def write_comparison(comparison: Comparison) -> Path:
     path = comparison.root / "report.html"
     replace_file(path, html)
     return path
+
+
+def side_by_side(comparison: Comparison) -> list[Sample]:
+    """The first held-out rows: the real answer, the start's, and that of every method after its last iteration.
+
+    Of the first seed, on the largest share of the rows.
+    """
+    arms = [comparison.of(label, comparison.shares[-1])[0] for label in comparison.labels]
+    found = [collect(arm.results) for arm in arms]
+    for number, sample in enumerate(found[0]):
+        last = [(arm.label, samples[number].answers[-1]) for arm, samples in zip(arms, found, strict=True)]
+        sample.answers = [*sample.answers[:2], *(replace(answer, source=label) for label, answer in last)]
+        sample.is_cut = any(answer.finish == "length" for _, answer in last)
+        sample.is_wrong = any(answer.is_correct is False for _, answer in last)
+        sample.margin, sample.is_misaligned = None, False
+    return found[0]
 
 
 def figures(comparison: Comparison, numbers: Json) -> list[Figure]:
@@ -267,8 +280,8 @@ def figures(comparison: Comparison, numbers: Json) -> list[Figure]:
         curves = [
             (arm["method"], [p["iteration"] for p in arm["curves"][metric]], arm["curves"][metric]) for arm in whole
         ]
-        caption = "Mean over seeds on all held-out rows, bars the 95 % interval between seeds; -1 is the start."
-        found.append(Figure(NAMES[metric], caption, svg(lines(curves, "iteration"), has_legend=True)))
+        caption = "Mean over seeds on all held-out rows, bars the 95 % interval between seeds."
+        found.append(Figure(NAMES[metric], caption, svg(lines(curves, "iteration"), NAMES[metric], has_legend=True)))
         if len(comparison.shares) > 1:
             curves = []
             for label in comparison.labels:
@@ -276,26 +289,33 @@ def figures(comparison: Comparison, numbers: Json) -> list[Figure]:
                 curves.append((label, [a["budget"]["annotations"] for a in mine], [a["chosen"][metric] for a in mine]))
             caption = "At each arm's chosen iteration, on the half of the rows that did not choose it."
             title = f"{NAMES[metric]} by annotations"
-            found.append(Figure(title, caption, svg(lines(curves, "annotated rows"), has_legend=True)))
+            found.append(Figure(title, caption, svg(lines(curves, "annotated rows"), title, has_legend=True)))
     return found
 
 
 def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[dict]]], xlabel: str) -> Callable[[Axes], None]:
     def plot(axes: Axes) -> None:
-        for (label, x, points), colour in zip(curves, (COLOURS * len(curves))[: len(curves)], strict=True):
+        for (label, x, points), (colour, style) in zip(curves, STYLES, strict=False):
             errors = [p["half_width_95"] for p in points]
             axes.errorbar(
                 x,
                 [p["mean"] for p in points],
                 yerr=None if None in errors else errors,
                 color=colour,
+                linestyle=style,
                 marker="o",
-                markersize=3,
-                linewidth=1.2,
-                capsize=2,
+                markersize=4,
+                linewidth=1.6,
+                elinewidth=1,
+                capsize=2.5,
                 label=label,
             )
-        axes.locator_params(axis="x", integer=True)
+        if xlabel == "iteration":
+            every = curves[0][1]
+            axes.set_xticks(every, ["start" if x < 0 else str(x) for x in every])
+        else:
+            axes.locator_params(axis="x", integer=True)
+        axes.margins(x=0.08)
         axes.set_xlabel(xlabel)
 
     return plot

@@ -42,6 +42,7 @@ class Sample:
     margin: float | None = None  # reward of the real answer minus that of the opponent's, in the last iteration
     is_misaligned: bool = False  # reward and likelihood order the two differently
     is_cut: bool = False  # the last answer has no end token
+    is_wrong: bool = False  # the last answer is not right, by the recipe's checker
 
 
 def collect(results: Results) -> list[Sample]:
@@ -73,6 +74,7 @@ def collect(results: Results) -> list[Sample]:
             )
         for sample in samples:
             sample.is_cut = sample.answers[-1].finish == "length"
+            sample.is_wrong = sample.answers[-1].is_correct is False
         if iteration.index >= 0 and is_committed(iteration.before().stage("evaluate")):
             judge(results, iteration, samples)
     return samples

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sparring.report.figures import Z95
 from sparring.results import Results
 
 NAMES = {
@@ -31,10 +34,18 @@ def story(results: Results) -> str:
     change, error = results.paired_difference(best.metric, -1, best.iteration)
     text += (
         f"The best by {name} is iteration {best.iteration}: {best.value:.4f}, from {start:.4f} at the start, "
-        f"a change of {change:+.4f} ± {error:.4f} (one standard error, paired over the held-out rows). "
+        f"a change of {change:+.4f} ± {Z95 * error:.4f} (95 % interval, paired over the held-out rows). "
     )
-    if abs(change) < 2 * error:
-        text += "That is less than two standard errors: more held-out rows are needed to tell it from chance. "
+    if abs(change) < Z95 * error:
+        text += "The interval contains no change: more held-out rows are needed to tell it from chance. "
     if best.iteration != played[-1]:
         text += f"After it the metric got worse again, to {last:.4f}. "
     return text
+
+
+def worries(alarms: Sequence[str]) -> str:
+    """One sentence; the alarms say the rest."""
+    if not alarms:
+        return "None of the signs that are watched is alarming."
+    heads = list(dict.fromkeys(alarm.partition(":")[0] for alarm in alarms))
+    return f"To worry about: {'; '.join(head[0].lower() + head[1:] for head in heads)}."
