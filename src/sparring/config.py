@@ -286,8 +286,8 @@ class Recipe(Strict):
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=NEUTRAL)
-    """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: answers
-    are drawn by many machines."""
+    """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: of many
+    machines."""
     address: str | None = Field(default=None, json_schema_extra=NEUTRAL)
     """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
     processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)

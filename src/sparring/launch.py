@@ -10,19 +10,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from sparring import distributed, interrupt
-from sparring.errors import Refused, Stopped
+from sparring.config import Recipe
+from sparring.errors import RankLost, Refused, Stopped
 from sparring.generate import begin_parts
 from sparring.iteration import Iteration
 from sparring.processes import guarded
 from sparring.progress import say
+from sparring.ranks_on_ray import RanksOnRay, ranks_on_ray
 from sparring.tracking import steps_before, track_step
 
+MAX_LOSSES = 4
+"""Ranks that a cluster may lose without a checkpoint between before the run stops."""
 SETTLE_SECONDS = 5.0
 """What the other ranks have to end by themselves after one has said why it did."""
 
@@ -31,8 +37,18 @@ def on_ranks(iteration: Iteration, stage: str) -> None:
     """Runs a stage on the ranks until it is done; of `generate` the parts that are missing."""
     if stage == "generate":
         begin_parts(iteration)
-    while not _run(iteration, stage):
-        say(f"  the ranks of {stage} begin anew with less at a time")
+    losses, kept = 0, None
+    while True:
+        try:
+            if _run(iteration, stage):
+                return
+            say(f"  the ranks of {stage} begin anew with less at a time")
+        except RankLost as loss:
+            before, kept = kept, sorted(path.name for path in iteration.run.work(iteration.stage(stage)).glob("step-*"))
+            losses = losses + 1 if kept == before else 1
+            if losses == MAX_LOSSES:
+                raise
+            say(f"note: {loss}: the ranks of {stage} begin anew from what is kept")
 
 
 def _run(iteration: Iteration, stage: str) -> bool:
@@ -41,15 +57,9 @@ def _run(iteration: Iteration, stage: str) -> bool:
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
     steps = _Steps(iteration) if stage == "train" else None
-    recipe = iteration.recipe
-    count = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
-    if stage == "generate":
-        count = max(1, count // recipe.generate.tensor_parallel_size)
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // count)
     rank = ["-m", "sparring.rank", str(iteration.run.root), str(iteration.index), stage]
-    words = [sys.executable, "-m", "sparring.torchrun", str(count), str(threads), str(notes / "ended"), *rank]
     silent_since: float | None = None
-    with guarded(words) as starter:
+    with _starting(iteration.recipe, stage, rank, notes / "ended") as starter:
         while starter.poll() is None:
             time.sleep(0.1)
             if interrupt.is_asked():
@@ -72,12 +82,27 @@ def _run(iteration: Iteration, stage: str) -> bool:
             return False
         if kind == "Refused":
             raise Refused(message)
-    reason = said[0][1] if said else f"torchrun ended with status {starter.returncode}"
+    reason = said[0][1] if said else f"the ranks ended with status {starter.returncode}"
+    if iteration.recipe.launch == "ray" and {kind for kind, _ in said} <= {"Ended", "RankLost"}:
+        raise RankLost(reason)
     kept = "parts" if stage == "generate" else "checkpoint" if stage == "train" else "stages before it"
     raise Stopped(
         f"{stage} of iteration {iteration.index} ended before it was done: {reason}. What was committed is intact "
         f"({kept}); the same command continues"
     )
+
+
+def _starting(
+    recipe: Recipe, stage: str, rank: Sequence[str], note: Path
+) -> AbstractContextManager[subprocess.Popen[bytes] | RanksOnRay]:
+    """What starts the ranks, on this machine or on a cluster, and ends them when it is left."""
+    if recipe.launch == "ray":
+        return ranks_on_ray(recipe, rank, note)
+    count = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
+    if stage == "generate":
+        count = max(1, count // recipe.generate.tensor_parallel_size)
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // count)
+    return guarded([sys.executable, "-m", "sparring.torchrun", str(count), str(threads), str(note), *rank])
 
 
 def _said(notes: Path) -> list[tuple[str, str]]:

@@ -141,7 +141,7 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
                 case "ray":
                     draw_on_cluster(iteration)
             generate(iteration, engine)
-        case "score" | "train" | "evaluate" if iteration.recipe.launch == "torchrun":
+        case "score" | "train" | "evaluate" if iteration.recipe.launch != "inline":
             on_ranks(iteration, stage)
         case "score":
             score(iteration)

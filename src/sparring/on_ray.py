@@ -186,12 +186,18 @@ class Pool:
 
 
 def needs(recipe: Recipe) -> dict[str, float]:
-    """What of a node an engine takes: devices as vLLM counts them; without any in the recipe's engine, CPUs."""
+    """What of a node an engine takes: devices as vLLM counts them; requests to a server that runs elsewhere a CPU."""
+    if recipe.generate.url is not None:
+        return {"CPU": 1.0}
+    amounts = per_device(recipe)
+    return {name: count * recipe.generate.tensor_parallel_size for name, count in amounts.items()}
+
+
+def per_device(recipe: Recipe) -> dict[str, float]:
+    """A GPU, or where the cluster has none as many CPUs as the recipe has threads."""
     import ray
 
-    if recipe.generate.url is None and ray.cluster_resources().get("GPU"):
-        return {"GPU": float(recipe.generate.tensor_parallel_size)}
-    return {"CPU": float(recipe.threads or 1)}
+    return {"GPU": 1.0} if ray.cluster_resources().get("GPU") else {"CPU": float(recipe.threads or 1)}
 
 
 @contextmanager

@@ -353,6 +353,6 @@ def print_plan(
     speed = (
         speed_of_run(measured, shape) if measured is not None else speed_of_gpu(GPUS[str(name)], recipe, shape, lengths)
     )
-    found = plan(recipe, folder, lengths, gpus, speed, gpu, sharded=False)
+    found = plan(recipe, folder, lengths, gpus, speed, gpu, sharded=recipe.parallel == "fsdp2")
     for line in lines(recipe, found, lengths, speed, name or f"device of {measured}", gpu, price):
         print(line)
