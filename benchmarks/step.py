@@ -34,7 +34,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -48,7 +48,7 @@ from demo_seeds import cpu_name
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sparring.distributed import has_bfloat16_products
+from sparring.hardware import has_bfloat16_products
 from sparring.layout import arrange, padded_rows, shared_row
 from sparring.logprobs import Scorer, model_inputs, sequence_logprobs
 from sparring.objectives import Spin, Tspin
@@ -354,8 +354,8 @@ def matrix_peak(dtype: str) -> float:
     return 2 * 1024**3 / best
 
 
-def measure(case: Case, known: dict[str, Any], rounds: int, until: float) -> dict[str, Any]:
-    """Adds rounds to `known`, until there are enough or the time is over."""
+def measure(case: Case, known: dict[str, Any], rounds: int, until: float) -> Iterator[dict[str, Any]]:
+    """Adds rounds to `known`, until there are enough or the time is over; after each of them, all there is."""
     arms = [a for a in case.arms if has_trl() or "trl" not in a]
     seconds: dict[str, list[float]] = {arm: known.get("seconds", {}).get(arm, []) for arm in arms}
     fork = get_context("fork")  # a process per arm, without importing everything again
@@ -377,13 +377,13 @@ def measure(case: Case, known: dict[str, Any], rounds: int, until: float) -> dic
                     pipes[arm].send(True)
                     seconds[arm].append(round(pipes[arm].recv(), 4))
                 print({arm: values[-1] for arm, values in seconds.items()}, flush=True)
+                yield {**asdict(case), **limits(case), "matrix_peaks": peaks, "seconds": seconds, "first": first}
                 if time.monotonic() > until:
                     break
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-    return {**asdict(case), **limits(case), "matrix_peaks": peaks, "seconds": seconds, "first": first}
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -438,11 +438,11 @@ def main() -> None:
         if time.monotonic() > until:
             break
         print(name, flush=True)
-        found = measure(case, known, rounds, until)
         packages = ("sparring", "torch", "transformers", *(["trl"] if has_trl() else []))
         result["machine"], result["versions"] = machine(), {package: version(package) for package in packages}
-        result["results"][name] = {**found, "summary": summary(found)}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for found in measure(case, known, rounds, until):
+            result["results"][name] = {**found, "summary": summary(found)}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -199,3 +199,18 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         make_recipe(value)
     except Refused:
         pass
+
+
+@pytest.mark.parametrize("is_fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_the_dtype_follows_the_processor_and_a_run_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, is_fast: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("sparring.hardware.has_bfloat16_products", lambda: is_fast)
+    raw: dict[str, object] = {"model": "m", "method": "spin", "data": {"train": "rows.jsonl"}, "train": {"epochs": 1}}
+    recipe = Recipe.model_validate(raw)
+    assert recipe.train.dtype == dtype
+    monkeypatch.setattr("sparring.hardware.has_bfloat16_products", lambda: not is_fast)
+    assert Recipe.model_validate(recipe.model_dump(by_alias=True)).train.dtype == dtype
+    assert recipe.at(1).train.dtype == dtype
+    asked = Recipe.model_validate({**raw, "train": {"dtype": "float32"}})
+    assert asked.train.dtype == "float32", "what is asked for is not touched"

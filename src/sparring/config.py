@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
+from sparring.hardware import resolve_dtype
 from sparring.objectives import (
     AlphaSpin,
     ChiSquare,
@@ -26,6 +36,7 @@ from sparring.objectives import (
 )
 from sparring.types import NonNegative, Objective, Positive, Share
 
+RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 NEUTRAL: JsonDict = {"resume": "neutral"}
@@ -152,7 +163,8 @@ class Train(Strict):
     batch_size: PositiveInt = 64
     micro_batch_tokens: PositiveInt = 8192
     max_length: Annotated[int, Field(ge=2)] = 2048
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
+    """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""
     gradient_clipping: Positive | None = 1.0
     sft_weight: NonNegative = 0.0
     """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
@@ -304,7 +316,7 @@ class Recipe(Strict):
     @property
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:
         """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
-        return "float32" if self.adapter is None else self.train.dtype
+        return "bfloat16" if self.adapter is not None and self.train.dtype == "bfloat16" else "float32"
 
     @property
     def template(self) -> str | None:

@@ -104,20 +104,6 @@ def device() -> torch.device:
     return accelerator().device
 
 
-def has_bfloat16_products() -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones.
-
-    A CPU without AVX-512-BF16 or AMX computes bfloat16 in float32, after conversions: slower than float32.
-    """
-    kind = device().type
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu":
-        return kind != "mps"
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
 def rank() -> int:
     return accelerator().process_index if _joined else 0
 

@@ -48,7 +48,7 @@ train:
   batch_size: 64
   micro_batch_tokens: 8192 # lower it when memory runs out
   max_length: 2048         # prompt and answer
-  dtype: bfloat16
+  dtype: auto              # bfloat16 where the device multiplies it faster, else float32
 {evaluate}
 seed: 0
 """
