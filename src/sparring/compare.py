@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sparring import strict_yaml
 from sparring.commits import commit, copy_committed, is_committed, read_manifest, replace_file
-from sparring.config import Recipe, set_key
+from sparring.config import Recipe
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import Refused, RunMismatch
 from sparring.iteration import DataSummary, Iteration
@@ -62,7 +62,7 @@ class Method:
             if not raw["per_iteration"]:
                 del raw["per_iteration"]  # T-SPIN then has its own
         for path, value in self.settings:
-            set_key(raw, path, value)
+            strict_yaml.set_key(raw, path, value)
         return make_recipe(raw, source=f"--methods {self.label}: ")
 
 

@@ -34,6 +34,7 @@ from sparring.objectives import (
     Tspin,
     TspinRef,
 )
+from sparring.strict_yaml import set_key
 from sparring.types import NonNegative, Objective, Positive, Share
 
 RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
@@ -393,18 +394,3 @@ SECTIONS: Mapping[str, type[Strict]] = {
     "evaluate.mt_bench": MtBench,
     "stop": Stop,
 }
-
-
-def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:
-    """Sets a dotted key in nested mappings, without changing the inner ones of the caller."""
-    for depth, part in enumerate(path[:-1]):
-        inner = raw.get(part)
-        if path[: depth + 1] == ["method"] and isinstance(inner, str):
-            inner = {"name": inner}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"'{'.'.join(path)}' has no place, since {part} is not a mapping")
-        raw[part] = dict(inner)
-        raw = raw[part]
-    raw[path[-1]] = value

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from sparring import strict_yaml
 from sparring.commits import UNSEALED, read_sealed, seal
-from sparring.config import NEUTRAL, SECTIONS, Recipe, set_key
+from sparring.config import NEUTRAL, SECTIONS, Recipe
 from sparring.errors import Damaged, Refused
 from sparring.objectives import OBJECTIVES
 
@@ -29,7 +29,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise Refused(f"'{override}' is not an override; write key=value, for example train.learning_rate=5e-7")
         value, _ = strict_yaml.parse(text, f"override '{override}'")
         try:
-            set_key(raw, key.split("."), value)
+            strict_yaml.set_key(raw, key.split("."), value)
         except ValueError as error:
             raise Refused(f"override '{override}': {error}") from error
     return make_recipe(raw, lines, str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +101,18 @@ def _collect(node: Node | None, path: tuple[str, ...], lines: Lines) -> None:
         if isinstance(key, ScalarNode):
             lines[*path, str(key.value)] = key.start_mark.line + 1
             _collect(value, (*path, str(key.value)), lines)
+
+
+def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:
+    """Sets a dotted key in nested mappings, without changing the inner ones of the caller."""
+    for depth, part in enumerate(path[:-1]):
+        inner = raw.get(part)
+        if path[: depth + 1] == ["method"] and isinstance(inner, str):
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"'{'.'.join(path)}' has no place, since {part} is not a mapping")
+        raw[part] = dict(inner)
+        raw = raw[part]
+    raw[path[-1]] = value
