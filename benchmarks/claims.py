@@ -112,10 +112,10 @@ PROBLEMS = Task(
     "problems", (3e-5, 1e-4, 3e-4, 1e-3), 3, 5, 3, MAIN, (TSPIN_NO_HISTORY, SPACE_3, SPACE_7), (SPIN_1, TSPIN_SMALL)
 )
 STORIES = Task("stories", (1e-5, 3e-5, 1e-4, 3e-4), 3, 5, 2, MAIN, (TSPIN_NO_HISTORY, SPACE_3))
-FRESH = Task("fresh rows", (), 3, 5, 0, (), (replace(SFT, rate_of="sft"), *(quarter(arm) for arm in MAIN)))
+FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
 TASKS = (PROBLEMS, STORIES, FRESH)
 """problems: the demo as it is, played on the 1,000 rows that the start has seen 40 times. fresh rows: the same models,
-played on 1,000 other rows, or on a quarter of them, with the rates that were chosen for `problems`."""
+played on 1,000 other rows, or on a quarter of them."""
 
 STORY_ROWS, STORY_HELD_OUT = 192, 192
 STORY_TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 256, "dtype": "float32", "epochs": 1}
@@ -166,7 +166,7 @@ def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
     """The rate with the lowest held-out NLL at its best iteration; None: not known yet."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
-    for one in sweep(PROBLEMS if task is FRESH else task):
+    for one in sweep(task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
@@ -179,7 +179,7 @@ def to_play(place: Place) -> Iterator[Play]:
     """What can be played now: sweeps, then what is reported, in the order in which the page needs it."""
     for task in place.tasks:
         yield from (one for one in sweep(task) if one.arm in task.swept)
-    wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.further), (STORIES, MAIN))
+    wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
     for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
             for arm in arms:
