@@ -178,3 +178,15 @@ def test_the_schema_accepts_recipes_and_nothing_else(make_recipe: MakeRecipe) ->
     for wrong in ({"train": {"epoch": 1}}, {"method": "ppo"}, {"trian": {}}, {"method": {"name": "spin", "beta": 1}}):
         assert list(validator.iter_errors({"model": "m", "method": "spin", "data": {"train": "x"}, **wrong})), wrong
     assert "Cut real answers" in json.dumps(schema), "what a key means is shown by editors"
+
+
+def test_memory_is_said_per_device(make_recipe: MakeRecipe, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparring.doctor
+
+    monkeypatch.setattr(sparring.doctor, "available_memory", lambda: 1)
+    words = {}
+    for parallel in ("ddp", "fsdp2"):
+        recipe = make_recipe("spin", launch="torchrun", processes=4, parallel=parallel)
+        findings = list(sparring.doctor.examine_needs(recipe, tiny / "model", 48))
+        (words[parallel],) = [f.text for f in findings if "on each of 4 devices" in f.text and f.level == "bad"]
+    assert "parallel: fsdp2" in words["ddp"] and "parallel: fsdp2" not in words["fsdp2"]

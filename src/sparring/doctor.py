@@ -127,13 +127,19 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
     steps = f"{needs.steps_per_iteration:,} optimizer steps per iteration, {recipe.iterations} iterations"
     at_least = f"at least, from the first {MAX_ROWS:,} rows: " if is_sample and not recipe.data.limit else ""
     yield Finding("good", f"{needs.num_parameters:,} parameters{trained}; {at_least}{steps}")
-    memory, disk = available_memory(), shutil.disk_usage(Path.cwd()).free
+    ranks = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
+    ranks = ranks if recipe.launch == "torchrun" else 1
+    state = needs.state_bytes / (ranks if recipe.parallel == "fsdp2" else 1)
+    disk = shutil.disk_usage(Path.cwd()).free
+    memory = available_memory() / (1 if distributed.device().type == "cuda" else ranks)  # on a CPU ranks share it
+    each = f"on each of {ranks} devices " if ranks > 1 else ""
     words = (
-        f"training needs about {needs.memory_bytes / GIB:.2f} GiB: {needs.state_bytes / GIB:.2f} for weights, "
+        f"training needs {each}about {(state + needs.work_bytes) / GIB:.2f} GiB: {state / GIB:.2f} for weights, "
         f"gradients and moments, and roughly {needs.work_bytes / GIB:.2f} for activations; there are {memory / GIB:.1f}"
     )
-    remedy = "; lower train.micro_batch_tokens, set train.gradient_checkpointing, or use an adapter"
-    fits = needs.memory_bytes < 0.95 * memory
+    share = ", parallel: fsdp2" if ranks > 1 and recipe.parallel == "ddp" else ""
+    remedy = f"; lower train.micro_batch_tokens, set train.gradient_checkpointing{share}, or use an adapter"
+    fits = state + needs.work_bytes < 0.95 * memory
     yield Finding("good" if fits else "bad", words + ("" if fits else remedy))
     words = f"models and checkpoints need {needs.disk_bytes / GIB:.2f} GiB of disk; {disk / GIB:.1f} are free here"
     yield Finding("good" if needs.disk_bytes < disk else "bad", words)
