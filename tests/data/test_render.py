@@ -121,6 +121,43 @@ def test_system_and_earlier_turns_are_in_the_prompt(tokenizer: PreTrainedTokeniz
     assert not any(part in answer for part in ("brief", "Hi.", "how are"))
 
 
+THINKING = (
+    "{% for m in messages %}{% set said = m['content'] if loop.last else m['content'].split('</think>')[-1] %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + EMPTY + said + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + OPENED }}{% endif %}"
+)
+
+
+def thinking(*, empty: bool = False, opened: str = "") -> str:
+    """Templates of models that think: `empty` writes a block without thoughts before the last answer; `opened` begins
+    the thoughts in the prompt."""
+    block = "('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' else '')" if empty else "''"
+    return THINKING.replace("EMPTY", block).replace("OPENED", repr(opened))
+
+
+def test_thoughts_are_part_of_the_answer_and_leave_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    before = (("user", "Hello"), ("assistant", "<think>so?</think>Hi."), ("user", "how are you"))
+    row = renderer(tokenizer, thinking())(example("<think>well</think>Yes", *before))
+    assert text(tokenizer, row.real_ids) == "<think>well</think>Yes<|im_end|>"
+    assert "Hi." in text(tokenizer, row.prompt_ids) and "so?" not in text(tokenizer, row.prompt_ids)
+
+
+def test_an_empty_block_of_thoughts_is_scored_with_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The model is asked without it, so it is the model's to write; a prompt that had it would be another one."""
+    row = renderer(tokenizer, thinking(empty=True))(example("Yes"))
+    assert text(tokenizer, row.real_ids) == "<think>\n\n</think>\n\nYes<|im_end|>"
+
+
+def test_a_prompt_that_opens_the_thoughts_needs_answers_that_have_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows without thoughts are refused one by one with the reason, never cut to fit."""
+    render = renderer(tokenizer, thinking(opened="<think>"))
+    row = render(example("<think>well</think>Yes"))
+    assert text(tokenizer, row.prompt_ids).endswith("assistant\n<think>")
+    assert text(tokenizer, row.real_ids) == "well</think>Yes<|im_end|>"
+    with pytest.raises(BadRow, match="the prompt's tokens are not a prefix of the whole"):
+        render(example("Yes"))
+
+
 def test_a_template_that_refuses_a_row_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BadRow, match="System role not supported"):
         renderer(tokenizer, GEMMA)(example("Yes", ("system", "s"), ("user", "u")))
