@@ -17,7 +17,7 @@ check: test
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/build_docs
 
-# about half an hour; the numbers of docs/performance.md
+# an hour or two on a calm machine; the same call goes on where it was stopped
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 
