@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,16 +31,19 @@ from sparring.errors import Refused
 from sparring.evaluate.held_out import answer
 from sparring.export import export_model, export_pairs, push
 from sparring.generate import open_backend
+from sparring.generate.server import started_server
 from sparring.generate.vllm import VllmBackend
 from sparring.iteration import Iteration
 from sparring.loop import play
-from sparring.model import check_model_folder, load_tokenizer
+from sparring.model import check_model_folder, load_model, load_tokenizer
 from sparring.results import Results
 from sparring.rundir import RunDir
 
-VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
+VLLM_PYTHON, LLAMA = os.environ.get("SPARRING_VLLM_PYTHON"), os.environ.get("SPARRING_LLAMA")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
+needs_llama = pytest.mark.skipif(LLAMA is None, reason="SPARRING_LLAMA is not set; 'make test-llama' sets it")
+CPU = torch.device("cpu")
 
 TEMPLATE = "{system}### Problem: {prompt}\n\n### Answer:  "
 
@@ -255,6 +264,23 @@ def test_secrets_are_found_in_cards_and_in_rows(
     assert not list(problems(tmp_path / "README.md"))
 
 
+@contextmanager
+def asking(command: str, folder: Path) -> Iterator[Callable[[str, dict[str, object]], dict[str, Any]]]:
+    """A real server on an exported folder: (path, body) -> answer."""
+    with started_server(command, folder, "float32") as (url, token):
+
+        def ask(path: str, body: dict[str, object]) -> dict[str, Any]:
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            text = response.read()
+            assert response.status == 200, text
+            return json.loads(text)
+
+        yield ask
+
+
 @needs_vllm
 @pytest.mark.parametrize("kind", ["whole", "adapter", "merged"])
 def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, tmp_path: Path, kind: str) -> None:
@@ -281,3 +307,48 @@ def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, 
     finally:
         engine.close()
     assert {a.id: a.token_ids.tolist() for a in found} == expected
+
+
+@needs_llama
+def test_a_gguf_gives_the_same_greedy_tokens(shared: Path, tmp_path: Path) -> None:
+    """A real model that a run has trained, through llama.cpp's converter as it is, on llama.cpp's server."""
+    recipe = {
+        "model": str(shared / "models" / "stories260K"),
+        "method": "sft",
+        "iterations": 1,
+        "data": {
+            "train": str(shared / "data" / "tinystories" / "stories.jsonl"),
+            "split_on": "sentence",
+            "limit": 40,
+            "held_out": 8,
+        },
+        "generate": {"max_new_tokens": 48},
+        "train": {"learning_rate": 3e-4, "batch_size": 16, "dtype": "float32", "epochs": 1, "max_length": 256},
+    }
+    run = play(Recipe.model_validate(recipe), tmp_path / "run")
+    export_model(Results(run.root), tmp_path / "out", iteration="0")
+    assert LLAMA is not None
+    llama, gguf = Path(LLAMA), tmp_path / "model.gguf"
+    convert = [sys.executable, llama / "llama.cpp" / "convert_hf_to_gguf.py", tmp_path / "out", "--outfile", gguf]
+    path = f"{llama / 'python'}:{llama / 'llama.cpp' / 'gguf-py'}"
+    subprocess.run([*map(str, convert), "--outtype", "f32"], env={**os.environ, "PYTHONPATH": path}, check=True)
+    serve = (
+        f"{llama}/bin/llama-server --model {{model}} --host 127.0.0.1 --port {{port}} --api-key {{token}} --threads 1 "
+        "--ctx-size 512 --cache-type-k f32 --cache-type-v f32"
+    )
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    start = load_model(shared / "models" / "stories260K", dtype=torch.float32, device=CPU)
+    greedy: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 2}
+    others = 0
+    with asking(serve, gguf) as ask:
+        for row in read_rendered(run.data / "held_out.parquet"):
+            ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
+            body = {"prompt": row.prompt_ids.tolist(), "n_predict": 48, "temperature": 0, "return_tokens": True}
+            found = ask("/completion", body)["tokens"]
+            ours, before = (
+                each.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, ids.shape[1] :].tolist()
+                for each in (model, start)
+            )
+            assert [t for t in found if t not in (1, 2)] == [t for t in ours if t not in (1, 2)]
+            others += before != ours
+    assert others, "a control: the model that the run started from says something else"
