@@ -309,6 +309,28 @@ def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, 
     assert {a.id: a.token_ids.tolist() for a in found} == expected
 
 
+@needs_vllm
+def test_vllm_serves_an_export_as_it_is(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
+    """Its own tokenizer, chat template and generation config: messages in, and out the words of the run."""
+    run = runs["whole"]
+    export_model(Results(run.root), tmp_path / "out", iteration="1")
+    expected, tokenizer = greedy_in_the_run(run, 1), load_tokenizer(run.model(1))
+    serve = (
+        f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --host 127.0.0.1 --port {{port}} "
+        "--api-key {token} --dtype {dtype} --enforce-eager"
+    )
+    rows = dict(enumerate(json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()))
+    with asking(serve, tmp_path / "out") as ask:
+        for row in read_rendered(run.data / "held_out.parquet"):
+            messages = [{"role": "user", "content": rows[row.row - 1]["question"]}]
+            body = {"model": str(tmp_path / "out"), "messages": messages, "temperature": 0, "max_tokens": 12}
+            said = ask("/v1/chat/completions", body)
+            assert said["usage"]["prompt_tokens"] == len(row.prompt_ids)
+            ids = expected[row.id]
+            assert said["choices"][0]["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert said["choices"][0]["finish_reason"] == ("stop" if ids[-1] == 3 else "length")
+
+
 @needs_llama
 def test_a_gguf_gives_the_same_greedy_tokens(shared: Path, tmp_path: Path) -> None:
     """A real model that a run has trained, through llama.cpp's converter as it is, on llama.cpp's server."""
