@@ -3,6 +3,9 @@
 The products around them are cuBLAS's. Checked in Triton's interpreter on CPU; not run on a GPU yet.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportInvalidTypeForm=false
+# (Triton comes with torch for GPUs; its decorator makes objects that are indexed by a grid)
+
 from __future__ import annotations
 
 from typing import Any
