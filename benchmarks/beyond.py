@@ -1,6 +1,6 @@
 """Steps beyond the papers, tried on the demo's task in memory before any of them becomes code.
 
-    python benchmarks/beyond.py FOLDER pool|adaptive|kept_out|kept_out_more_rows --seed 0
+    python benchmarks/beyond.py FOLDER pool|adaptive|kept_out --seed 0
     python benchmarks/beyond.py FOLDER summary       writes results/beyond.json and the tables of docs/results.md
 
 pool: the opponent is a mixture of past iterations. Each row is answered by one of them, drawn by weight, and the
@@ -330,7 +330,6 @@ EXPERIMENTS = {
     "pool": pool,
     "adaptive": adaptive,
     "kept_out": partial(kept_out, count=400, epochs=120),
-    "kept_out_more_rows": partial(kept_out, count=1000, epochs=40),
 }
 
 
