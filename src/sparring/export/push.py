@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparring.commits import MANIFEST, verify
+from sparring.commits import MANIFEST, failpoint, verify
 from sparring.data.tables import read_table
 from sparring.errors import Refused
 
@@ -80,6 +80,7 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=not is_public, exist_ok=True)
+        failpoint("before-upload")
         api.upload_folder(
             repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=[file.name for file in files]
         )
