@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pickle
 import re
@@ -80,6 +82,32 @@ def test_code_beside_the_weights_is_not_run(name: str, task: Path) -> None:
     assert not list((task / "run").rglob("*.py")), "and it is not passed on"
 
 
+def test_the_control_that_code_runs_where_it_is_trusted(task: Path) -> None:
+    """The fixtures above do run: with transformers alone, and its flag."""
+    from transformers import AutoConfig
+
+    marker = task / "marker"
+    (task / "model" / "evil.py").write_text(evil(marker))
+    edit_json(task / "model", "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+    with contextlib.suppress(Exception):
+        AutoConfig.from_pretrained(task / "model", trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_control_that_without_the_filter_nothing_is_refused(
+    name: str, task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparring.model import check_model_folder
+
+    file, change = ORDERS[name]
+    if not (task / "model" / file).is_file():
+        (task / "model" / file).write_text("{}")
+    edit_json(task / "model", file, **change)
+    monkeypatch.setattr("sparring.model.refuse_orders", lambda *_: None)
+    check_model_folder(task / "model")
+
+
 def test_code_of_an_unknown_model_is_refused(task: Path, refusal: Refusal) -> None:
     marker = task / "marker"
     (task / "model" / "evil.py").write_text(evil(marker))
@@ -138,9 +166,12 @@ def guard(event, arguments):
         family = getattr(arguments[0], "family", None)
         if family is None or int(family) != 1:  # a Unix socket stays on this machine
             sys.stderr.write(f"OUTBOUND {event} {arguments[1:]}\\n")
+    if event == "socket.bind" and int(arguments[0].family) != 1 and arguments[1][0] not in ("127.0.0.1", "::1"):
+        sys.stderr.write(f"LISTENS {arguments[1]}\\n")
 sys.addaudithook(guard)
 if sys.argv[1] == "control":
     import socket
+    socket.socket().bind(("0.0.0.0", 0))
     try:
         socket.create_connection(("192.0.2.1", 80), timeout=0.2)
     except OSError:
@@ -167,15 +198,32 @@ def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> Non
     """In a namespace without a network, with secrets in the environment."""
     control = guarded("control")
     assert "OUTBOUND socket.connect" in control.stderr and "unreachable" in control.stderr
-    said = ""
-    for command in (["run", str(task / "recipe.yaml")], ["report"]):
-        result = guarded(*command, str(task / "run"))
+    assert "LISTENS ('0.0.0.0', 0)" in control.stderr
+    said, run = "", str(task / "run")
+    for command in (
+        ["run", str(task / "recipe.yaml"), run],
+        ["report", run],
+        ["status", run],
+        ["export", run, str(task / "out"), "--iteration", "0"],
+        ["export", run, str(task / "pairs"), "--pairs"],
+        ["push", str(task / "out"), "me/it"],  # a dry run
+    ):
+        result = guarded(*command)
         assert result.returncode == 0, result.stderr
         said += result.stdout + result.stderr
-    assert "OUTBOUND" not in said
-    written = {p: p.read_bytes() for p in (task / "run").rglob("*") if p.is_file()}
-    assert len(written) > 15
-    for name, canary in CANARIES.items():
-        assert canary not in said, name
-        for path, content in written.items():
-            assert canary.encode() not in content, (name, path)
+    assert "OUTBOUND" not in said and "LISTENS" not in said
+    folders = (task / "run", task / "out", task / "pairs")
+    written = {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+    assert len(written) > 25
+    assert not secrets_in(said, written)
+    (task / "run" / "env.json").write_text(json.dumps(dict(os.environ) | CANARIES))  # the control: as others keep it
+    written[task / "run" / "env.json"] = (task / "run" / "env.json").read_bytes()
+    assert secrets_in(said, written) == sorted(CANARIES)
+    for folder in folders:
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o077 == 0, f"{path} may be read by others"
+
+
+def secrets_in(said: str, written: dict[Path, bytes]) -> list[str]:
+    texts = [said.encode(), *written.values()]
+    return sorted(name for name, canary in CANARIES.items() if any(canary.encode() in text for text in texts))

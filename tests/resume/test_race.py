@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -51,3 +53,31 @@ def test_never_two_owners(number: int, tmp_path: Path) -> None:
     for text in found:
         assert text.startswith("owner") or f"in use by process {owners[0][0]} on " in text, text
     assert not (root / ".owner.json").exists()
+
+
+def die_while_starting_another(root: Path) -> None:
+    """What a kill between fork and exec leaves: a child that has the lock for a moment longer than its owner."""
+    owner = os.fork()
+    if owner == 0:
+        try:
+            with RunDir(root).own():
+                links = [fd for fd in Path("/proc/self/fd").iterdir() if fd.exists()]  # not that of the listing itself
+                (lock,) = [int(fd.name) for fd in links if fd.readlink().name == ".lock"]
+                subprocess.Popen(["sleep", "0.4"], pass_fds=[lock])
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(owner, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here")
+def test_a_lock_that_outlives_its_owner_for_a_moment_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_while_starting_another(tmp_path / "run")
+    with RunDir(tmp_path / "run").own():
+        pass
+    monkeypatch.setattr("sparring.rundir.LOCK_SECONDS", 0)  # the control
+    die_while_starting_another(tmp_path / "run")
+    with pytest.raises(Refused, match="is in use by another process"), RunDir(tmp_path / "run").own():
+        pass
