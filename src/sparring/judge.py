@@ -19,7 +19,8 @@ import numpy as np
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 
-from sparring.commits import Json, begin_work, commit_folder, is_committed, verified, write_json
+from sparring.commits import Json, begin_work, commit_folder, is_committed, replace_file, verified, write_json
+from sparring.disk import writing
 from sparring.errors import Refused, Stopped
 from sparring.evaluate.mt_bench import Question, read_questions
 from sparring.iteration import Iteration
@@ -100,13 +101,15 @@ def judge(
             for future in as_completed([pool.submit(ask, *each) for each in todo]):
                 verdict = future.result()
                 found[verdict.question_id, verdict.turn, verdict.is_swapped] = verdict
-                lines.write(json.dumps(asdict(verdict), ensure_ascii=False) + "\n")
-                lines.flush()
+                with writing(log):
+                    lines.write(json.dumps(asdict(verdict), ensure_ascii=False) + "\n")
+                    lines.flush()
                 advance(1, 0)
         finally:
             pool.shutdown(cancel_futures=True)
     metrics = {"iteration": index, "against": against, "judge": model, **summary(questions, found)}
-    write_json(work / "metrics.json", metrics)
+    with writing(final):
+        write_json(work / "metrics.json", metrics)
     commit_folder(work, final, reads=reads, info={"seconds": time.monotonic() - begun, "rows": len(wanted)})
     return metrics
 
@@ -148,7 +151,7 @@ def read_verdicts(log: Path) -> Iterator[Verdict]:
         for line in lines[:-1]:
             yield Verdict(**json.loads(line))
         if lines[-1]:
-            log.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+            replace_file(log, "".join(f"{line}\n" for line in lines[:-1]))
 
 
 def conversation(
