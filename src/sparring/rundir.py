@@ -19,6 +19,7 @@ from sparring.errors import Refused, RunMismatch, Stopped
 LOCK_SECONDS = 1.0
 
 # The ranks of a stage end after the process that started them; a new start waits for that.
+RANKS_LOCK = ".ranks.lock"
 RANKS_SECONDS = 30.0
 
 STAGES = ("generate", "score", "train", "evaluate")
@@ -130,8 +131,9 @@ class RunDir:
                 "choose a folder on a disk with room where it may write"
             ) from error
         try:
-            with self.ranks_lock(RANKS_SECONDS):
-                pass
+            if (self.root / RANKS_LOCK).exists():
+                with self.ranks_lock(RANKS_SECONDS):
+                    pass
         except Timeout as error:
             lock.release()
             raise Refused(
@@ -148,7 +150,7 @@ class RunDir:
 
     def ranks_lock(self, seconds: float) -> FileLock:
         """Held by the first rank of a stage: it may outlive, for moments, the process that owns the run."""
-        return FileLock(self.root / ".ranks.lock", timeout=seconds, mode=0o600)
+        return FileLock(self.root / RANKS_LOCK, timeout=seconds, mode=0o600)
 
     def owner(self) -> Json | None:
         """The living process that holds the run directory, as far as this host can tell."""
