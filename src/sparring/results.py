@@ -183,6 +183,8 @@ class Results:
 
     def benchmarks(self) -> dict[tuple[str, str], dict[int, tuple[float, float | None]]]:
         """(benchmark, metric) -> iteration -> (value, its standard error); -1 is the start."""
+        if self.data is None:
+            return {}
         found: dict[tuple[str, str], dict[int, tuple[float, float | None]]] = {}
         for iteration in self.iterations:
             for stage in iteration.stages:
