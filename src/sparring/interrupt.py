@@ -25,12 +25,12 @@ def listening() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _ask) for number in SIGNALS}
-    _asked.clear()
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked.clear()  # it was said to this run, not to what the process does next
 
 
 def follow(note: Path) -> None:

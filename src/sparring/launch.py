@@ -66,7 +66,7 @@ def _run(iteration: Iteration, stage: str) -> bool:
                 (notes / "stop").touch()
             if steps is not None:
                 steps.track()
-            if silent_since is None and any(notes.glob("rank-*")):
+            if silent_since is None and (any(notes.glob("rank-*")) or (notes / "kept").exists()):
                 silent_since = time.monotonic()
             if silent_since is not None and time.monotonic() - silent_since > SETTLE_SECONDS:
                 break  # the guard ends those that hang

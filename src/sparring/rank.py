@@ -43,7 +43,8 @@ def main() -> None:
             with run.ranks_lock(recipe.rank_timeout):
                 _do(iteration, stage)
     except Interrupted:
-        pass  # what is done is kept, and who asked knows
+        if number == 0 and stage != "generate":
+            (run.ranks / "kept").touch()  # what the stage has done is on disk: no other rank is waited for long
     except Exception as error:
         kind = "RankLost" if distributed.is_lost(error) else type(error).__name__
         if isinstance(error, Refused):
