@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -51,6 +51,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """As `mkdir -p`, and synced: a power loss that takes a folder takes all that was committed in it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for folder in missing:
+        with suppress(PermissionError):  # where one may make folders and not list them, none can be synced
+            sync(folder.parent)
 
 
 def hash_file(path: Path) -> str:
@@ -136,7 +145,7 @@ def commit(
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
     try:
         with writing(final, needs):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(final.parent)
             temporary.mkdir()
             yield temporary
             commit_folder(temporary, final, reads=reads, info=info)
@@ -149,23 +158,23 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
     """Makes the folder `work`, which lies beside `final`, the committed directory `final`."""
     if final.exists():
         raise Stopped(f"{final} is in the way: it is no committed folder of this run; move it away")
-    (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
-    files: dict[str, Json] = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != READS):
-        sync(path)
-        files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-    for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
-        sync(folder)
-    failpoint(f"before-manifest-{final.name}")
-    content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
     with writing(final):
+        (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
+        files: dict[str, Json] = {}
+        for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != READS):
+            sync(path)
+            files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+        for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
+            sync(folder)
+        failpoint(f"before-manifest-{final.name}")
+        content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
         (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
-    sync(work / MANIFEST)
-    (work / READS).unlink(missing_ok=True)
-    sync(work)
-    failpoint(f"before-rename-{final.name}")
-    work.rename(final)
-    sync(final.parent)
+        sync(work / MANIFEST)
+        (work / READS).unlink(missing_ok=True)
+        sync(work)
+        failpoint(f"before-rename-{final.name}")
+        work.rename(final)
+        sync(final.parent)
     failpoint(f"committed-{final.name}")
 
 
@@ -185,7 +194,7 @@ def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
         shutil.rmtree(work)
     if not work.exists():
         with writing(work):
-            work.mkdir(parents=True)
+            make_folder(work)
     if not note.exists():
         replace_file(note, text)
     return work
@@ -208,21 +217,26 @@ def copy_committed(source: Path, final: Path) -> None:
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
     try:
         with writing(final, sum(cast(int, file["bytes"]) for file in manifest.files.values())):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(final.parent)
             shutil.copytree(source, temporary)
-            for path in (*temporary.rglob("*"), temporary):
-                sync(path)
             failpoint(f"before-copy-{final.name}")
-            temporary.rename(final)
-            sync(final.parent)
+            put_in_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a folder that has its manifest its final name, with all that is in it on the disk before."""
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
+    temporary.rename(final)
+    sync(final.parent)
+
+
 def commit_part(path: Path, write: Callable[[Path], None]) -> None:
     """Adds one file to a folder that is still being made; a hash beside it says that it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with writing(path):

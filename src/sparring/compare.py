@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparring import strict_yaml
-from sparring.commits import commit, copy_committed, is_committed, read_manifest, replace_file
+from sparring.commits import commit, copy_committed, is_committed, make_folder, read_manifest, replace_file
 from sparring.config import Recipe
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import Refused, RunMismatch
@@ -130,7 +130,7 @@ def compare(
                 whole.root / f"seed-{seed}" / (method.folder if share == 1 else f"{method.folder}-{share:g}")
             )
             say(f"\n{number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
-            place.root.mkdir(parents=True, exist_ok=True)
+            make_folder(place.root)
             settle(place, settings)
             take_rows(whole, place, share, settings.seed)
             donors = [arm.run for arm in arms if (arm.seed, arm.share) == (seed, share)]

@@ -28,6 +28,8 @@ def writing(path: Path, needs: int = 0) -> Iterator[None]:
         )
     try:
         yield
+    except Stopped:
+        raise  # said already, by who writes a part of it
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         if code in FULL or any(words in str(error) for words in FULL_WORDS):

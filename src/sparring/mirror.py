@@ -16,7 +16,16 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from sparring.commits import MANIFEST, failpoint, is_committed, read_manifest, replace_file, sync, verify
+from sparring.commits import (
+    MANIFEST,
+    failpoint,
+    is_committed,
+    make_folder,
+    put_in_place,
+    read_manifest,
+    replace_file,
+    verify,
+)
 from sparring.disk import writing
 from sparring.errors import Damaged, Refused, Stopped
 from sparring.rundir import RunDir
@@ -94,7 +103,7 @@ class Mirror:
         temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex}")
         try:
             with writing(folder):
-                folder.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(folder.parent)
                 temporary.mkdir()
                 self._download(f"{there}/{MANIFEST}", temporary / MANIFEST)
                 for name in read_manifest(temporary).files:
@@ -102,8 +111,7 @@ class Mirror:
                         raise Damaged(f"{there}/{MANIFEST} names '{name}', which is outside of its folder")
                     self._download(f"{there}/{name}", temporary / name)
                 verify(temporary)
-                temporary.rename(folder)
-                sync(folder.parent)
+                put_in_place(temporary, folder)
         except Damaged as problem:
             raise Stopped(
                 f"mirror: {self.name}: {problem}. Delete {there}/{MANIFEST} there, and it is made again"
@@ -126,7 +134,6 @@ class Mirror:
         with self.store.open_input_stream(there) as source, path.open("wb") as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
-        sync(path)
 
     def _read(self, there: str) -> bytes | None:
         if not self._exists(there):

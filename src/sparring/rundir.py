@@ -12,7 +12,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sparring.commits import Json, Manifest, hash_path, is_committed, read_manifest, replace_file, sweep, verify
+from sparring.commits import (
+    Json,
+    Manifest,
+    hash_path,
+    is_committed,
+    make_folder,
+    read_manifest,
+    replace_file,
+    sweep,
+    verify,
+)
 from sparring.errors import Refused, RunMismatch, Stopped
 
 # A process that was killed while it started another one leaves its lock to that for a moment.
@@ -119,7 +129,7 @@ class RunDir:
         """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
         lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         try:
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.root, 0o700)
             lock.acquire()
         except Timeout as error:
             owner = self._wait_for_owner()

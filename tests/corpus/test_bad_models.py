@@ -98,6 +98,17 @@ def no_tokens_of_the_end(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def runaway(folder: Path) -> None:
+    """A regular expression that tries every way to cut a text in pieces, and finds that none will do."""
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"(.|..|...|..?.?)+$(?<=z)"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit_json(folder, "tokenizer.json", pre_tokenizer=split)
+
+
 FORGETFUL = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '<|assistant|><|user|>' }}{% endif %}"
 )
@@ -137,6 +148,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tokenizer cut": (cut("tokenizer.json"), "the tokenizer in .* cannot be loaded"),
     "tokenizer of bytes": (write("tokenizer.json", bytes(range(256))), "the tokenizer in .* cannot be loaded"),
     "tokenizer config cut": (cut("tokenizer_config.json"), r"tokenizer_config\.json cannot be read"),
+    "a tokenizer that never ends": (runaway, r"the tokenizer in .* broke down .*tokenizer\.json"),
     "more tokens than embeddings": (
         lambda f: (config(vocab_size=8)(f), edit_weights(f, lambda w: w.update(
             {"model.embed_tokens.weight": w["model.embed_tokens.weight"][:8].clone()})))[-1],

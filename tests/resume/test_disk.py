@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,10 +14,14 @@ import traceback
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import sparring.generate.stage
 from sparring.cli import main
+from sparring.commits import is_committed, verify
 from sparring.config import Recipe
+from sparring.disk import writing
+from sparring.errors import Stopped
 from sparring.loop import play
 from sparring.recipe_file import dump_recipe
 
@@ -119,6 +124,56 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
         if p.suffix in (".parquet", ".safetensors")
     }
     assert found["content"] == expected, "and it ends as if there had been room"
+
+
+class Quota:
+    """Syncs that are refused from the n-th on, as a file system does that counts bytes when it gives them a place."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.sync = os.fsync
+
+    def __call__(self, descriptor: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        self.sync(descriptor)
+
+
+def test_a_quota_that_is_reached_loses_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = play(recipe, tmp_path / "straight").root
+    times = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", Quota(7 + 5 * times))
+            try:
+                play(recipe, tmp_path / "run")
+                break
+            except Stopped as stop:
+                assert str(tmp_path / "run") in str(stop) and "a quota or a limit is reached" in str(stop)
+        times += 1
+        for folder in (p for p in (tmp_path / "run").rglob("*") if is_committed(p)):
+            verify(folder)
+        assert not list((tmp_path / "run").rglob(".*.tmp-*"))
+    assert times > 3
+    kept = {p.relative_to(straight) for p in straight.rglob("*") if p.suffix in (".parquet", ".safetensors")}
+    assert all((straight / p).read_bytes() == (tmp_path / "run" / p).read_bytes() for p in kept)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+        OSError("Error writing bytes to file. Detail: [errno 122] Disk quota exceeded"),
+    ],
+)
+def test_a_quota_in_every_library_s_words(error: Exception, tmp_path: Path) -> None:
+    full = pytest.raises(Stopped, match=r"part could not be written: the disk is full, or a quota")
+    with full, writing(tmp_path / "whole"), writing(tmp_path / "part"):
+        raise error
+    with pytest.raises(ValueError, match="something else"), writing(tmp_path / "here"):
+        raise ValueError("something else")
 
 
 NOBODY = 65534

@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from sparring.data.bounded import BoundedProcess, Refuses, UsedUp
 from sparring.data.read import BadRow
-from sparring.data.templates import TemplateProcess, TemplateRefuses
 from sparring.errors import Refused
 from sparring.types import Example, Message, Rendered
 
@@ -59,10 +59,10 @@ class Renderer:
                 "data.template: the tokenizer has no chat template, so give a text, for example "
                 r'"### Instruction: {prompt}\n\n### Response: "'
             )
-        self._templates: TemplateProcess | None = None
+        self._bounded = BoundedProcess({"render": self._render, "encode": self._encode})
         self.end = self._end_of_turn(end_token)
         bos = cast(int | None, tokenizer.bos_token_id)
-        begins = bos is not None and cast(list[int], tokenizer(SENTINEL)["input_ids"])[:1] == [bos]
+        begins = bos is not None and self._tokens(SENTINEL, add_special_tokens=True)[:1] == [bos]
         self.start = [bos] if bos is not None and begins else list[int]()
 
     @property
@@ -133,11 +133,15 @@ class Renderer:
         return prompt, prompt_ids, [*all_ids[len(prompt_ids) :], self.end.id]
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        self._templates = self._templates or TemplateProcess(self._render)
         try:
-            return self._templates(messages, add_generation_prompt)
-        except TemplateRefuses as refusal:
+            return self._bounded("render", list(map(dict, messages)), add_generation_prompt)
+        except Refuses as refusal:
             raise BadRow(f"the chat template refuses it: {refusal}") from refusal
+        except UsedUp as problem:
+            raise Refused(
+                f"data.template: the chat template {problem} on one conversation and was ended. Do not trust the "
+                "folder that it came from; give data.template one of your own"
+            ) from problem
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """In the child process."""
@@ -151,8 +155,18 @@ class Renderer:
             ),
         )
 
-    def _tokens(self, text: str) -> list[int]:
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _tokens(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        try:
+            return self._bounded("encode", text, add_special_tokens)
+        except (Refuses, UsedUp) as problem:
+            raise Refused(
+                f"model: the tokenizer in {self.tokenizer.name_or_path} {_said(problem)} on a text of {len(text):,} "
+                "characters. Do not trust its tokenizer.json; download it again from where you know it"
+            ) from problem
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """In the child process."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def _with_start(self, text: str) -> list[int]:
         """Tokens of a plain text, begun with the start token if the tokenizer begins texts with one."""
@@ -191,6 +205,10 @@ class Renderer:
 
     def _show(self, token_id: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"
+
+
+def _said(problem: Refuses | UsedUp) -> str:
+    return f"{problem} and was ended" if isinstance(problem, UsedUp) else f"broke down ({problem})"
 
 
 def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A template is a stranger's program: it ends, it stays small, and it leaves nothing running."""
+"""Templates and tokenizers are strangers' programs: they end, stay small, and leave nothing running."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-import sparring.data.templates as templates
+import sparring.data.bounded as bounded
+from sparring.data.bounded import BoundedProcess, UsedUp
 from sparring.data.render import Renderer
-from sparring.data.templates import TemplateProcess
 from sparring.errors import Refused
 from sparring.model import load_tokenizer
 from sparring.types import Message
@@ -36,7 +38,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0)  # the kernel counts whole ones, and one is added
+    monkeypatch.setattr(bounded, "SECONDS", 0)  # the kernel counts whole ones, and one is added
     before = resource.getrusage(resource.RUSAGE_SELF)
     with pytest.raises(Refused, match=r"data\.template: the chat template (used up|refuses it)") as refused:
         Renderer(load_tokenizer(tiny / "model"), template=BOMBS[name], end_token=None, max_length=64, max_response=None)
@@ -52,7 +54,7 @@ def test_a_bomb_is_refused(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_template_that_turns_on_its_hundredth_row_is_stopped_there(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0)
+    monkeypatch.setattr(bounded, "SECONDS", 0)
     turns_bad = "{% if 'bad' in messages[0].content %}" + BOMBS["a loop in a loop"] + "{% endif %}ok<|end|>"
     tokenizer = load_tokenizer(tiny / "model")
     renderer = Renderer(tokenizer, template=turns_bad, end_token=None, max_length=64, max_response=None)
@@ -61,22 +63,61 @@ def test_a_template_that_turns_on_its_hundredth_row_is_stopped_there(
         renderer._apply([Message(role="user", content="bad")])
 
 
+def split_by(pattern: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters that cuts texts where a stranger's regular expression matches."""
+    made = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<|end|>": 2}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", name_or_path="a folder")
+
+
+RUNS_AWAY = "(a+)+$"
+BREAKS = "a" * 30 + "b"
+"""One match of it takes more tries than Oniguruma allows."""
+LASTS = ("a" * 21 + "b") * 500
+"""Every match of it is allowed, and there are thousands."""
+
+
+@pytest.mark.parametrize(("text", "says"), [(BREAKS, "broke down .*retry-limit"), (LASTS, "used up .* and was ended")])
+def test_a_tokenizer_s_regular_expression_is_bounded(
+    text: str, says: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 0)
+    renderer = Renderer(split_by(RUNS_AWAY), template="{prompt}", end_token=None, max_length=64, max_response=None)
+    assert renderer._tokens("ab") == [0, 1]
+    began = time.process_time()
+    with pytest.raises(Refused, match=rf"the tokenizer in a folder {says}.*tokenizer\.json"):
+        renderer._tokens(text)
+    assert time.process_time() - began < 1, "of this process"
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_such_an_expression_does_without_bounds() -> None:
+    """The control: a panic that no `except Exception` sees, and time that grows with the text."""
+    tokenizer = split_by(RUNS_AWAY)
+    with pytest.raises(BaseException, match="retry-limit") as panic:
+        tokenizer(BREAKS)
+    assert not isinstance(panic.value, Exception)
+    began = time.process_time()
+    tokenizer(LASTS[:44])
+    assert time.process_time() - began > 10 * 1 / 500, "so the whole takes over ten seconds"
+
+
 def test_the_child_ends_with_us_and_does_not_hold_the_lock(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "lock", timeout=0)
     with lock:
-        process = TemplateProcess(lambda messages, add: messages[0]["content"] * 2)
-        assert process(TURNS, False) == "??"
+        process = BoundedProcess({"twice": lambda text: text * 2})
+        assert process("twice", "?") == "??"
     with FileLock(tmp_path / "lock", timeout=0):
         pass
     process.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process.child, 0)
-    with pytest.raises(Refused):
-        process(TURNS, False)
+    with pytest.raises(UsedUp):
+        process("twice", "?")
     reader, writer = os.pipe()
     owner = os.fork()
     if owner == 0:  # one that is killed while its child works
-        process = TemplateProcess(lambda messages, add: messages[0]["content"])
+        process = BoundedProcess({"same": lambda text: text})
         os.write(writer, str(process.child).encode())
         os.kill(os.getpid(), 9)
     os.waitpid(owner, 0)

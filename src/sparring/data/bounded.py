@@ -1,8 +1,9 @@
-"""Chat templates run in a process of their own, with bounded time and memory: a template is a stranger's program.
+"""Strangers' programs run in a process of their own, with bounded time and memory: chat templates and tokenizers.
 
-transformers' sandbox keeps it from files and from Python's insides, but not from `{% for i in range(99999) %}` inside
-another one, from `'a' * 10**10`, or from `9**9**9`, which no exception can interrupt. The kernel can. Rendered texts
-come back through a pipe, as JSON.
+transformers' sandbox keeps a template from files and from Python's insides, but not from `{% for i in range(99999) %}`
+inside another one, from `'a' * 10**10`, or from `9**9**9`, which no exception can interrupt. A tokenizer.json holds
+regular expressions, which may take minutes for a page of text: Oniguruma bounds each match, and not all of them. The
+kernel can bound both. What they give comes back through a pipe, as JSON.
 """
 
 from __future__ import annotations
@@ -13,59 +14,58 @@ import resource
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
-
-from sparring.errors import Refused
-
 SECONDS = 10
-"""Of CPU time, for one conversation."""
+"""Of CPU time, for one call."""
 MEMORY = 2**30
 """Bytes beyond those of this process."""
 LONGEST = 2**26
-"""Bytes of a rendered conversation."""
+"""Characters, or tokens, that a call may give."""
 
-Turns = Sequence[Mapping[str, Any]]
-Render = Callable[[Any, bool], str]
-
-
-class TemplateRefuses(ValueError):
-    """What the template, or the sandbox, says to a conversation."""
+Functions = Mapping[str, Callable[..., Any]]
 
 
-class TemplateProcess:
-    """A child that renders: messages in, text out. Forked, since it needs what is imported here and nothing else."""
+class Refuses(ValueError):
+    """What a program says to these arguments."""
 
-    def __init__(self, render: Render) -> None:
+
+class UsedUp(Exception):
+    """The program needed more than it is given, and was ended."""
+
+    def __init__(self) -> None:
+        super().__init__(f"used up {SECONDS} seconds or {MEMORY >> 20} MiB")
+
+
+class BoundedProcess:
+    """A child that calls functions by name. Forked, since it needs what is imported here and nothing else."""
+
+    def __init__(self, functions: Functions) -> None:
         ours, theirs = cast(tuple[Connection, Connection], Pipe())
         sys.stdout.flush()
         sys.stderr.flush()
         self.child = os.fork()
         if self.child == 0:
-            _serve(theirs, render)
+            _serve(theirs, functions)
         theirs.close()
         self.pipe = ours
         self.close = weakref.finalize(self, _end, os.getpid(), self.child, ours)
 
-    def __call__(self, messages: Turns, add_generation_prompt: bool) -> str:
-        """The rendered text. Raises `TemplateRefuses` for these messages, `Refused` for the template as a whole."""
+    def __call__(self, name: str, *arguments: object) -> Any:
+        """What the function gives. Raises `Refuses` for these arguments, `UsedUp` when the child had to be ended."""
         try:
-            self.pipe.send_bytes(json.dumps([list(map(dict, messages)), add_generation_prompt]).encode())
+            self.pipe.send_bytes(json.dumps([name, arguments]).encode())
             answer = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError) as error:
             self.close()
-            raise Refused(
-                f"data.template: the chat template used up {SECONDS} seconds or {MEMORY >> 20} MiB on one conversation "
-                "and was ended. Do not trust the folder that it came from; give data.template one of your own"
-            ) from error
+            raise UsedUp from error
         if "refuses" in answer:
-            raise TemplateRefuses(answer["refuses"])
-        return answer["text"]
+            raise Refuses(answer["refuses"])
+        return answer["gives"]
 
 
 def _end(parent: int, child: int, pipe: Connection) -> None:
@@ -78,36 +78,38 @@ def _end(parent: int, child: int, pipe: Connection) -> None:
         os.waitpid(child, 0)
 
 
-def _serve(pipe: Connection, render: Render) -> None:
+def _serve(pipe: Connection, functions: Functions) -> None:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # asked to stop, the parent finishes its unit first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library's panic is said by us, in one line
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
         os.closerange(3, pipe.fileno())  # the lock of the run, among others
         os.closerange(pipe.fileno() + 1, 2**16)
         _limit(resource.RLIMIT_CORE, 0)
         _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
         while True:
-            messages, add_generation_prompt = json.loads(pipe.recv_bytes())
+            name, arguments = json.loads(pipe.recv_bytes())
             used = resource.getrusage(resource.RUSAGE_SELF)
             _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS + 1)
-            pipe.send_bytes(json.dumps(_answer(render, messages, add_generation_prompt)).encode())
+            pipe.send_bytes(json.dumps(_answer(functions[name], arguments)).encode())
     except (EOFError, OSError):
         pass  # nobody waits for an answer
     finally:
         os._exit(0)
 
 
-def _answer(render: Render, messages: Turns, add_generation_prompt: bool) -> dict[str, Any]:
+def _answer(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
     try:
-        text = render(messages, add_generation_prompt)
+        gives = function(*arguments)
     except MemoryError:
         return {"refuses": f"it wants more than {MEMORY >> 20} MiB"}
-    except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return {"refuses": str(error)[:500]}
-    if len(text) > LONGEST:
-        return {"refuses": f"it writes {len(text):,} characters; {LONGEST:,} are allowed"}
-    return {"text": text}
+    except BaseException as error:  # a panic in Rust is no Exception
+        return {"refuses": str(error)[:500] or type(error).__name__}
+    if len(gives) > LONGEST:
+        return {"refuses": f"it gives {len(gives):,} characters or tokens; {LONGEST:,} are allowed"}
+    return {"gives": gives}
 
 
 def _limit(what: int, value: int) -> None:
