@@ -41,8 +41,9 @@ from sparring.logprobs import Scorer, score_groups
 from sparring.loop import PACKAGES, play
 from sparring.model import load_model, load_tokenizer, texts_of
 from sparring.objectives import Sft, Space
+from sparring.optimizers import make_optimizer
 from sparring.seeds import permutation, seed_of, uniforms
-from sparring.train import learning_rate, make_optimizer
+from sparring.train import learning_rate
 from sparring.types import Group, Objective, Prompt, Rendered, TokenIds
 
 RESULTS = Path(__file__).parent / "results" / "beyond.json"
@@ -244,7 +245,10 @@ def train(
     """The package's inner loop, with a weight for each row."""
     settings = task.settings.model_copy(update={"learning_rate": game.rate})
     model.train()
-    scorer, optimizer = Scorer(model), make_optimizer(settings, model)
+    scorer, optimizer = (
+        Scorer(model),
+        make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay),
+    )
     per_epoch = math.ceil(len(groups) / settings.batch_size)
     for step in range(settings.epochs * per_epoch):
         epoch, place = divmod(step, per_epoch)

@@ -35,8 +35,8 @@ def play_seed(folder: Path, method: str, seed: int) -> dict[str, dict[str, float
         recipe = demo_recipe(
             folder, start.model(0), method, seed + more, iterations=ITERATIONS, train={**GAME, "dtype": dtype}
         )
-        results: Results = play(recipe, folder / f"{method}-{dtype}-{more}")
-        found[arm] = dict(results.evaluations[ITERATIONS - 1])
+        run = play(recipe, folder / f"{method}-{dtype}-{more}")
+        found[arm] = dict(Results(run.root).evaluations()[ITERATIONS - 1])
     return found
 
 

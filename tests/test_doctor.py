@@ -20,7 +20,7 @@ import sparring.preview
 from sparring.config import Adapter, Recipe
 from sparring.doctor import MAX_ROWS, examine
 from sparring.errors import Refused
-from sparring.forecast import adapter_size, empty_model, forecast
+from sparring.forecast import empty_model, forecast, trained_tensors
 from sparring.init import write_recipe
 from sparring.iteration import DataSummary
 from sparring.loop import play
@@ -103,7 +103,7 @@ def test_the_size_of_an_adapter_is_peft_s(tiny: Path, target: str | tuple[str, .
     model = load_model(tiny / "model", dtype=torch.float32, device=torch.device("cpu"))
     train_adapter(model, settings.for_peft(), 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapter_size(empty_model(tiny / "model"), settings) == trained
+    assert trained_tensors(empty_model(tiny / "model"), settings).total == trained
 
 
 def test_preview_shows_tokens_and_a_scored_answer(

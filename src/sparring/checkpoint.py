@@ -19,6 +19,7 @@ from sparring import distributed
 from sparring.commits import commit, failpoint, verify, write_json
 from sparring.disk import writing
 from sparring.errors import Refused, Stopped
+from sparring.optimizers import restore_state, state_tensors
 from sparring.progress import say
 
 KEEP = 2
@@ -107,8 +108,7 @@ def _moments(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tens
     return (
         (f"{name}/{key}", value)
         for name, parameter in trained(model)
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
+        for key, value in state_tensors(optimizer.state[parameter])
     )
 
 
@@ -127,9 +127,11 @@ def _restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     parameters = dict(model.named_parameters())
     for name, saved in load_file(folder / "model.safetensors").items():
         parameters[name].copy_(distributed.like(saved, parameters[name]))
-    optimizer.state.clear()
+    states: dict[str, dict[str, Tensor]] = {}
     for name, saved in load_file(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
-        # torch keeps the step counter on the CPU, the moments beside their parameter
-        place = optimizer.state[parameters[parameter]]
-        place[key] = saved if key == "step" else distributed.like(saved, parameters[parameter])
+        states.setdefault(parameter, {})[key] = saved
+    own = distributed.unwrapped(optimizer)
+    own.state.clear()
+    for name, state in states.items():
+        restore_state(own, parameters[name], state)

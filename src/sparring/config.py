@@ -34,6 +34,7 @@ from sparring.objectives import (
     Tspin,
     TspinRef,
 )
+from sparring.optimizers import KINDS, Name
 from sparring.strict_yaml import set_key
 from sparring.types import NonNegative, Objective, Positive, Share
 
@@ -155,14 +156,14 @@ class Adapter(Strict):
 
 
 class Train(Strict):
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    optimizer: Name = "rmsprop"
     learning_rate: Positive = 5e-7
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.1
     weight_decay: NonNegative = 0.0
     epochs: PositiveInt = 2
     batch_size: PositiveInt = 64
-    micro_batch_tokens: PositiveInt = 8192
+    micro_batch_tokens: PositiveInt | Literal["auto"] = 8192
     max_length: Annotated[int, Field(ge=2)] = 2048
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
     """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""
@@ -171,7 +172,6 @@ class Train(Strict):
     """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
-    """Optimizer steps between checkpoints."""
 
 
 class Regex(Strict):
@@ -352,6 +352,10 @@ class Recipe(Strict):
             raise ValueError(
                 f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
                 "generate.backend: hf, which draws from the same 4-bit weights"
+            )
+        if KINDS[self.train.optimizer].ours and self.launch != "inline" and self.parallel == "fsdp2":
+            raise ValueError(
+                f"train.optimizer: fsdp2 cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
             )
         if self.address is not None and self.launch != "ray":
             raise ValueError(f"address is a setting of launch: ray, and launch is {self.launch}")

@@ -30,6 +30,7 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -137,6 +138,11 @@ def prepare(scorer: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> t
         plugin.transformer_cls_names_to_wrap = list(blocks)
     found.free_memory()  # of what was prepared before
     return cast(tuple[nn.Module, Optimizer], found.prepare(scorer, optimizer))
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that `prepare` was given."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def accumulating(scorer: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:

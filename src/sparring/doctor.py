@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.text import Text
 
 from sparring import distributed
+from sparring.budget import tokens_at_a_time
 from sparring.config import Recipe
 from sparring.errors import Refused
 from sparring.forecast import forecast, num_training
 from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
+from sparring.optimizers import refuse_without_bitsandbytes
 from sparring.prepare import Intake, Keyed, make_renderer
 from sparring.quantization import refuse_without_4bit
 
@@ -53,6 +55,11 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         try:
             refuse_without_4bit(distributed.device())
             yield Finding("good", f"the base is kept in 4 bits by bitsandbytes {version('bitsandbytes')}")
+        except Refused as refusal:
+            yield Finding("bad", str(refusal))
+    for name in sorted({recipe.at(index).train.optimizer for index in range(recipe.iterations)}):
+        try:
+            refuse_without_bitsandbytes(name, distributed.device())
         except Refused as refusal:
             yield Finding("bad", str(refusal))
     ends = sorted({renderer.end.id} | declared_end_ids(folder, tokenizer))
@@ -104,11 +111,12 @@ def examine_rows(recipe: Recipe, intake: Intake, rows: Sequence[Keyed]) -> Itera
             f"({recipe.generate.max_new_tokens}) or train.max_length and get no end token",
         )
     longest = int((prompts + answers).max())
-    if longest > recipe.train.micro_batch_tokens:
+    at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
+    if longest > at_a_time:
         yield Finding(
             "note",
-            f"the longest row has {longest} tokens, more than train.micro_batch_tokens "
-            f"({recipe.train.micro_batch_tokens}): it stands alone in its micro-batch",
+            f"the longest row has {longest} tokens, more than train.micro_batch_tokens ({at_a_time}): it stands alone "
+            "in its micro-batch",
         )
     generate = recipe.generate
     if recipe.method.needs.rounds and (generate.temperature != 1 or generate.top_p != 1):
@@ -137,6 +145,8 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
         f"training needs {each}about {(state + needs.work_bytes) / GIB:.2f} GiB: {state / GIB:.2f} for weights, "
         f"gradients and moments, and roughly {needs.work_bytes / GIB:.2f} for activations; there are {memory / GIB:.1f}"
     )
+    if needs.paged_bytes:
+        words += f". Moments of {needs.paged_bytes / GIB:.2f} GiB beside those may lie in the machine's memory"
     share = ", parallel: fsdp2" if ranks > 1 and recipe.parallel == "ddp" else ""
     remedy = f"; lower train.micro_batch_tokens, set train.gradient_checkpointing{share}, or use an adapter"
     fits = state + needs.work_bytes < 0.95 * memory

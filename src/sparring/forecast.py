@@ -11,14 +11,28 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparring import distributed
+from sparring.budget import activation_bytes, tokens_at_a_time
 from sparring.checkpoint import KEEP
 from sparring.config import Adapter, Recipe
 from sparring.kernels.chunked import BLOCK, KEPT
 from sparring.model import load_config
+from sparring.optimizers import moment_bytes, trained_sizes
 from sparring.quantization import BYTES_PER_WEIGHT
 
 BYTES = {"float32": 4, "bfloat16": 2}
-MOMENTS = {"rmsprop": 1, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Numbers in the tensors that are trained."""
+
+    sizes: tuple[int, ...]
+    embedding: int = 0  # in embeddings, apart: its moments are never in 8 bits
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes) + self.embedding
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Forecast:
     num_parameters: int
     num_trained: int
     state_bytes: int  # weights, gradients, moments: exact
+    paged_bytes: int  # moments that may lie in the machine's memory, beside those
     work_bytes: int  # activations and the block of logits of a micro-batch: a rule of thumb
     disk_bytes: int  # at the most, at the end of the last training
     steps_per_iteration: int
@@ -40,20 +55,20 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     model = empty_model(folder)
     train, adapter = recipe.train, recipe.adapter
     num_parameters = sum(p.numel() for p in model.parameters())
-    num_trained = num_parameters if adapter is None else adapter_size(model, adapter)
+    trained = trained_tensors(model, adapter)
     frozen = 0 if adapter is None else frozen_bytes(model, BYTES[recipe.weights_dtype], recipe.in_4bit)
-    moments = MOMENTS[train.optimizer]
+    moments, paged = moment_bytes(train.optimizer, trained.sizes, trained.embedding)
     config = model.config.get_text_config()
-    per_token = config.num_hidden_layers * config.hidden_size * BYTES[train.dtype]
-    # 17 values per layer, token and width without checkpointing (Korthikanti et al. 2022: 34 bytes in 16 bits)
-    activations = train.micro_batch_tokens * per_token * (1 if train.gradient_checkpointing else 17)
+    per_token = activation_bytes(model.config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
+    activations = tokens_at_a_time(train.micro_batch_tokens, distributed.device()) * per_token
     rows = num_rows * (min(2, recipe.method.needs.rounds) if recipe.iterations > 1 else 1)
     return Forecast(
         num_parameters=num_parameters,
-        num_trained=num_trained,
-        state_bytes=frozen + num_trained * 4 * (2 + moments),
+        num_trained=trained.total,
+        state_bytes=frozen + trained.total * 4 * 2 + moments,
+        paged_bytes=paged,
         work_bytes=activations + KEPT + BLOCK * config.vocab_size * BYTES[train.dtype],
-        disk_bytes=disk_bytes(recipe, num_parameters, num_trained, recipe.iterations),
+        disk_bytes=disk_bytes(recipe, num_parameters, trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )
 
@@ -66,12 +81,12 @@ def num_training(recipe: Recipe, num_rows: int) -> int:
     return max(1, num_rows - (round(held_out * num_rows) if isinstance(held_out, float) else held_out))
 
 
-def disk_bytes(recipe: Recipe, num_parameters: int, num_trained: int, iterations: int) -> int:
+def disk_bytes(recipe: Recipe, num_parameters: int, trained: Trained, iterations: int) -> int:
     """What training keeps: a model or an adapter per iteration, in float32, and the checkpoints of one iteration."""
     is_whole = recipe.adapter is None or recipe.adapter.merge is not None
-    checkpoint = 4 * num_trained * (1 + MOMENTS[recipe.train.optimizer])
+    checkpoint = 4 * trained.total + sum(moment_bytes(recipe.train.optimizer, trained.sizes, trained.embedding))
     # a new checkpoint is whole before the oldest goes
-    return iterations * 4 * (num_parameters if is_whole else num_trained) + (KEEP + 1) * checkpoint
+    return iterations * 4 * (num_parameters if is_whole else trained.total) + (KEEP + 1) * checkpoint
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -81,14 +96,19 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def adapter_size(model: PreTrainedModel, adapter: Adapter) -> int:
-    """Parameters of an adapter on the linear layers that it names: r * (in + out), and out more with DoRA."""
+def trained_tensors(model: PreTrainedModel, adapter: Adapter | None) -> Trained:
+    """Of a whole model, or of an adapter: r * in and r * out for every linear layer that it names, with DoRA out."""
+    if adapter is None:
+        sizes, embedding = trained_sizes(model)
+        return Trained(tuple(sizes), embedding)
     head = model.get_output_embeddings()
-    return sum(
-        adapter.r * (module.in_features + module.out_features) + adapter.use_dora * module.out_features
+    layers = [
+        module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and is_target(name, adapter.target_modules)
-    )
+    ]
+    sizes = [size for layer in layers for size in (adapter.r * layer.in_features, adapter.r * layer.out_features)]
+    return Trained((*sizes, *(layer.out_features for layer in layers if adapter.use_dora)))
 
 
 def frozen_bytes(model: PreTrainedModel, bytes_each: int, in_4bit: bool) -> int:

@@ -21,13 +21,14 @@ from sparring.config import Recipe
 from sparring.disk import free_bytes, size
 from sparring.errors import Damaged, Refused, RunMismatch
 from sparring.evaluate import answer_questions, benchmark, evaluate
-from sparring.forecast import adapter_size, disk_bytes, empty_model
+from sparring.forecast import Trained, disk_bytes, empty_model, trained_tensors
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
 from sparring.launch import on_ranks
 from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
 from sparring.on_ray import draw_on_cluster
+from sparring.optimizers import KINDS, refuse_without_bitsandbytes
 from sparring.prepare import prepare
 from sparring.progress import say, tell
 from sparring.quantization import refuse_without_4bit
@@ -110,9 +111,13 @@ def begin(run: RunDir, recipe: Recipe) -> None:
         settle(run, recipe)
         if recipe.in_4bit:
             refuse_without_4bit(distributed.device())
+        optimizers = {recipe.at(index).train.optimizer for index in range(recipe.iterations)}
+        for name in sorted(optimizers if recipe.launch != "ray" else ()):  # there the devices are another machine's
+            refuse_without_bitsandbytes(name, distributed.device())
+        is_plain = not recipe.in_4bit and all(KINDS[name].ours is None for name in optimizers)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        record_session(run, (*PACKAGES, "bitsandbytes") if recipe.in_4bit else PACKAGES)
+        record_session(run, PACKAGES if is_plain else (*PACKAGES, "bitsandbytes"))
         if not is_done(run, run.data):
             prepare(run, recipe)
     except Refused:
@@ -301,7 +306,8 @@ def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
         return
     model = Path(Iteration(run, recipe, 0).data.model)
     whole = num_parameters(model)
-    trained = whole if recipe.adapter is None else adapter_size(empty_model(model), recipe.adapter)
+    is_simple = recipe.adapter is None and KINDS[recipe.train.optimizer].ours is None
+    trained = Trained((whole,)) if is_simple else trained_tensors(empty_model(model), recipe.adapter)
     needs, free = disk_bytes(recipe, whole, trained, left), free_bytes(run.root)
     if needs > free:
         raise Refused(

@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sparring import distributed
+from sparring.budget import tokens_at_a_time
 from sparring.config import Recipe
 from sparring.generate import open_backend
 from sparring.logprobs import Scorer, score_groups
@@ -50,7 +51,8 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     weights = getattr(torch, recipe.weights_dtype)
     model = load_model(folder, dtype=weights, device=distributed.device(), in_4bit=in_4bit)
     group = Group(row.id, row.prompt_ids, {"real": (row.real_ids,), "generated": (drawn.token_ids,)})
-    scores = score_groups(Scorer(model, getattr(torch, computed_in)), [group], recipe.train.micro_batch_tokens)
+    at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
+    scores = score_groups(Scorer(model, getattr(torch, computed_in)), [group], at_a_time)
     answers = (
         ("real", row.real_ids, row.real_finish, scores["real"][0]),
         ("generated", drawn.token_ids, drawn.finish, scores["generated"][0, 0]),

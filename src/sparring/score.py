@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sparring import distributed
+from sparring.budget import tokens_at_a_time
 from sparring.commits import commit
 from sparring.data.tables import SCORES, write_table
 from sparring.iteration import Iteration
@@ -47,12 +48,13 @@ def score(iteration: Iteration) -> None:
         drawn = [answers[t][row.id][s] for t, s in keys]
         groups.append(Group(row.id, row.prompt_ids, iteration.responses(row, drawn, proto.get(row.id, []))))
     dtype = getattr(torch, iteration.recipe.weights_dtype)
+    at_a_time = tokens_at_a_time(settings.micro_batch_tokens, distributed.device())
     found = []
     for path in models:
         model = load_model(path, dtype=dtype, device=distributed.device(), in_4bit=iteration.recipe.in_4bit)
         scorer = Scorer(model, getattr(torch, settings.dtype))
         with track(f"score {iteration.index}", len(groups)) as advance:
-            found.append(score_groups(scorer, groups, settings.micro_batch_tokens, advance))
+            found.append(score_groups(scorer, groups, at_a_time, advance))
         del model, scorer  # before the next one is loaded
     if not distributed.is_first():
         return

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sparring import distributed, interrupt
 from sparring.adapters import train_adapter
+from sparring.budget import activation_bytes, find_budget, where_to_look
 from sparring.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from sparring.commits import begin_work, commit, failpoint, replace_file
 from sparring.config import Train
@@ -28,9 +28,10 @@ from sparring.disk import writing
 from sparring.errors import OutOfMemory, Stopped
 from sparring.game import concatenate, game_metrics, log_ratio
 from sparring.iteration import Iteration
-from sparring.layout import arrange, group_tokens, rank_batches
+from sparring.layout import arrange, group_tokens, micro_batches, rank_batches
 from sparring.logprobs import Scorer
 from sparring.model import load_model, save_merged, save_successor
+from sparring.optimizers import make_optimizer, moment_bytes, refuse_without_bitsandbytes, trained_sizes
 from sparring.progress import say, track
 from sparring.seeds import permutation
 from sparring.tracking import steps_before, track_step
@@ -78,15 +79,24 @@ def train(iteration: Iteration) -> None:
     if scorer.why_padded:
         say(f"  every answer computes its prompt again, since {scorer.why_padded}")
     blocks: list[str] = sorted(model._no_split_modules or ())  # transformers' own list of what shards as one
-    forward, optimizer = distributed.prepare(scorer, blocks, make_optimizer(settings, model))
+    refuse_without_bitsandbytes(settings.optimizer, scorer.device)
+    optimizer = make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay)
+    forward, optimizer = distributed.prepare(scorer, blocks, optimizer)
 
     steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
     num_steps = settings.epochs * steps_per_epoch
     first_step = steps_before(iteration.run, iteration.index)
     metrics_file = work / "metrics.jsonl"
-    budget_file = work / "micro_batch_tokens"  # what memory allowed, where it did not allow what was asked
-    token_budget = int(budget_file.read_text()) if budget_file.is_file() else settings.micro_batch_tokens
+    budget_file = work / "micro_batch_tokens"  # what memory allowed, where that was not told or not so much
     done = load_checkpoint(work, model, optimizer, metrics_file, other_ranks=iteration.recipe.resume_with_other_ranks)
+    distributed.meet()
+    if budget_file.is_file():
+        token_budget = int(budget_file.read_text())
+    elif settings.micro_batch_tokens == "auto":
+        token_budget = fitting_budget(scorer, objective, plays, settings, forward, budget_file)
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        token_budget = settings.micro_batch_tokens
     distributed.meet()
     log_to = metrics_file if is_first else Path(os.devnull)
     with track(f"train {iteration.index}", num_steps) as advance, log_to.open("a", encoding="utf-8") as log:
@@ -148,6 +158,7 @@ def train(iteration: Iteration) -> None:
         "steps": num_steps,
         "plays": len(plays),
         "layout": scorer.kind,
+        "micro_batch_tokens": token_budget,
         "peak_memory_mib": distributed.peak_memory_mib(),
     }
     state = trained_state(model)
@@ -223,6 +234,46 @@ def forward_backward(
     }
 
 
+def fitting_budget(
+    scorer: Scorer, objective: Objective, plays: Sequence[Play], settings: Train, forward: torch.nn.Module, note: Path
+) -> int:
+    """The tokens that memory holds at a time, noted in a file for a later start. Leaves gradients that mean nothing.
+
+    Tried are the fullest micro-batches of all rows, the longest rows first, with gradients in place and as much memory
+    taken as the optimizer's moments will need.
+    """
+    groups, ranks = [play.group for play in plays], distributed.num_ranks()
+    tokens = [group_tokens(scorer.kind, group) for group in groups]
+    most = max(tokens) * math.ceil(settings.batch_size / ranks)  # that a step can have
+    kept = activation_bytes(scorer.model.config, scorer.dtype.itemsize, checkpointing=settings.gradient_checkpointing)
+    start, ceiling = where_to_look(scorer.device, kept)
+
+    def attempt(budget: int) -> None:
+        fullest = micro_batches(scorer.kind, groups, budget)[:ranks]
+        batch = [plays[i] for indices in fullest for i in indices]
+        try:
+            forward_backward(scorer, objective, batch, budget, settings.sft_weight, forward)
+        except RuntimeError as error:
+            if ranks > 1:  # the others wait within the step: all begin anew
+                replace_file(note, str(distributed.smaller_budget(error, budget, max(tokens))))
+                raise OutOfMemory from error
+            raise
+
+    if start < ceiling:
+        shortest = plays[int(np.argmin(tokens))]
+        forward_backward(scorer, objective, [shortest] * ranks, start, settings.sft_weight, forward)
+        num_bytes = sum(moment_bytes(settings.optimizer, *trained_sizes(scorer.model))) // (
+            ranks if distributed.is_sharded() else 1
+        )
+        moments = torch.empty(num_bytes, dtype=torch.uint8, device=scorer.device)
+        start = find_budget(attempt, start, min(ceiling, 2 * most), max(tokens))
+        del moments
+        say(f"  {start:,} tokens at a time")
+    if distributed.is_first():
+        replace_file(note, str(start))
+    return start
+
+
 def load_plays(iteration: Iteration) -> list[Play]:
     """Every training row once per round in play, with the responses that the objective reads."""
     needs = iteration.recipe.method.needs
@@ -259,13 +310,6 @@ def _stack(plays: Sequence[Play], device: torch.device) -> Scores:
         role: torch.from_numpy(np.stack([play.opponent[role] for play in plays])).to(device)
         for role in plays[0].opponent
     }
-
-
-def make_optimizer(settings: Train, model: torch.nn.Module) -> Optimizer:
-    """RMSProp as torch and the papers' code have it (alpha 0.99, no momentum), or AdamW (0.9, 0.999)."""
-    kind = torch.optim.RMSprop if settings.optimizer == "rmsprop" else torch.optim.AdamW
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kind(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def learning_rate(step: int, num_steps: int, settings: Train) -> float:

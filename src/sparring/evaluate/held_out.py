@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from sparring import distributed
+from sparring.budget import tokens_at_a_time
 from sparring.commits import commit, commit_part, write_json
 from sparring.data.tables import IDS, id_lists, read_generations, read_table, write_generations, write_table
 from sparring.errors import Stopped
@@ -97,7 +98,8 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
     model = load_model(iteration.policy, dtype=dtype, device=distributed.device(), in_4bit=recipe.in_4bit)
     scorer = Scorer(model, getattr(torch, recipe.train.dtype))
     with track(f"evaluate {'start' if is_start else iteration.index}", len(groups)) as advance:
-        scores = score_groups(scorer, groups, recipe.train.micro_batch_tokens, advance)
+        at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
+        scores = score_groups(scorer, groups, at_a_time, advance)
     if not distributed.is_first():
         return
     own_logprob, real_logprob = scores["generated"][:, 0], scores["real"]

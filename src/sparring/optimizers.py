@@ -1,0 +1,153 @@
+"""The optimizers of a recipe by their names, and what their moments take.
+
+`rmsprop` and `adamw` are torch's. The others are bitsandbytes', under the names that transformers has for them: moments
+in 8 bits by blocks of 256 numbers (Dettmers et al., arXiv 2110.02861), and paged ones, which the driver moves to the
+machine's memory where the GPU's runs short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparring import distributed
+from sparring.errors import Refused
+from sparring.quantization import import_bitsandbytes
+
+BLOCK = 256
+"""Numbers that share a scale of four bytes."""
+LEAST_8BIT = 4096
+"""Smaller tensors keep their moments in 32 bits."""
+LEAST_PAGED = 100_000
+"""Smaller tensors stay on the device."""
+
+
+Name = Literal["rmsprop", "adamw", "rmsprop_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    moments: int
+    ours: str | None = None  # the name of bitsandbytes' class; None: torch's own optimizer
+    is_8bit: bool = False
+    is_paged: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "rmsprop": Kind(1),
+    "adamw": Kind(2),
+    "rmsprop_bnb_8bit": Kind(1, "RMSprop8bit", is_8bit=True),
+    "adamw_8bit": Kind(2, "AdamW8bit", is_8bit=True),
+    "paged_adamw_8bit": Kind(2, "PagedAdamW8bit", is_8bit=True, is_paged=True),
+    "paged_adamw_32bit": Kind(2, "PagedAdamW32bit", is_paged=True),
+}
+
+
+def make_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """RMSProp as torch and the papers' code have it (alpha 0.99, no momentum), or AdamW (0.9, 0.999).
+
+    Of an 8-bit one the embeddings' moments stay in 32 bits, as in transformers' trainer.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = KINDS[name]
+    if kind.ours is None:
+        of_torch = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
+        return of_torch(trainable, lr=learning_rate, weight_decay=weight_decay)
+    import_bitsandbytes()
+    from bitsandbytes import optim
+
+    if kind.is_8bit:
+        manager = cast(Any, optim).GlobalOptimManager.get_instance()
+        manager.initialize()  # it knows parameters by id(), which those of a model that is gone have left behind
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.override_config(module.weight, "optim_bits", 32)
+    return getattr(optim, kind.ours)(trainable, lr=learning_rate, weight_decay=weight_decay)
+
+
+def refuse_without_bitsandbytes(name: str, device: torch.device) -> None:
+    """Refuses an optimizer that this machine cannot run: it is tried. Never another one in its place."""
+    kind = KINDS[name]
+    if kind.ours is None:
+        return
+    other = "adamw" if kind.moments == 2 else "rmsprop"
+    if find_spec("bitsandbytes") is None:
+        raise Refused(
+            f"train.optimizer: {name} is bitsandbytes', which is not installed; pip install 'sparring[4bit]', or set "
+            f"{other}, whose moments take {4 * kind.moments} bytes per parameter"
+        )
+    if kind.is_paged and device.type != "cuda":
+        unpaged = "adamw_8bit" if kind.is_8bit else "adamw"
+        raise Refused(
+            f"train.optimizer: {name} moves its moments between a GPU and the machine, and this is {device}; "
+            f"set {unpaged}, which is the same without pages"
+        )
+    try:
+        layer = nn.Linear(64, LEAST_8BIT // 64, bias=False, device=device)
+        optimizer = make_optimizer(name, layer, 1e-3, 0.0)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    except Exception as error:  # libraries that lack a symbol, drivers that are too old: whatever it is
+        raise Refused(
+            f"train.optimizer: bitsandbytes does not run {name} on {device}: {type(error).__name__}: {error}. "
+            f"Use a device that it supports, or set {other}"
+        ) from error
+
+
+def trained_sizes(model: nn.Module) -> tuple[list[int], int]:
+    """What `moment_bytes` takes: numbers in each tensor that is trained, and in the embeddings among them."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return (
+        [parameter.numel() for parameter in trained if id(parameter) not in embeddings],
+        sum(parameter.numel() for parameter in trained if id(parameter) in embeddings),
+    )
+
+
+def moment_bytes(name: str, sizes: Iterable[int], embedding: int = 0) -> tuple[int, int]:
+    """Of tensors with so many numbers: bytes on the device, and bytes that may lie in the machine's memory.
+
+    `embedding`: numbers of the embeddings, which are not among `sizes`.
+    """
+    kind, here, paged = KINDS[name], 0, 0
+    for size, can_be_8bit in ((embedding, False), *((size, True) for size in sizes)):
+        is_8bit = kind.is_8bit and can_be_8bit and size >= LEAST_8BIT
+        scales = kind.moments * 4 * -(-size // BLOCK) if is_8bit else 0
+        moments = kind.moments * size * (1 if is_8bit else 4)
+        if kind.is_paged and size >= LEAST_PAGED:
+            here, paged = here + scales, paged + moments
+        else:
+            here += scales + moments
+    return here, paged
+
+
+def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
+    """What `state_tensors` gave, into the state of a parameter."""
+    state = optimizer.state[parameter]
+    if not hasattr(optimizer, "init_state"):  # torch's: the moments beside their parameter, the count on the CPU
+        state |= {key: value if key == "step" else distributed.like(value, parameter) for key, value in saved.items()}
+        return
+    group = optimizer.param_groups[0]  # there is one
+    place = next(i for i, other in enumerate(group["params"]) if other is parameter)
+    optimizer.init_state(group, parameter, 0, place)  # bitsandbytes': in pages, with maps that all share
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = int(value)
+        else:
+            state[key].copy_(value)
+
+
+def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What has to be kept of a parameter's state. torch counts steps in a tensor, bitsandbytes in a number."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            # the maps of all parameters are one tensor, which safetensors would refuse
+            yield key, value.clone() if key.startswith("qmap") else value
+        elif key == "step":
+            yield key, torch.tensor(value)
