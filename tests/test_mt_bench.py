@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,19 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import sparring.judge
 from sparring.config import Recipe
 from sparring.data.render import Renderer
+from sparring.demo import make_model, make_tokenizer
 from sparring.errors import Refused, Stopped
 from sparring.evaluate.mt_bench import NOTHING, Question, read_questions, turn_ids
+from sparring.generate.server import started_server
 from sparring.judge import Verdict, conversation, judge, outcome, plain, read_prompts, summary
 from sparring.loop import play
-from sparring.model import load_tokenizer
+from sparring.model import load_tokenizer, save_model
 from sparring.report import render
 from sparring.results import Results
 from sparring.rundir import RunDir
 
+VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
 MakeRecipe = Callable[..., Recipe]
 QUESTIONS = [
     {"question_id": 7, "category": "math", "turns": ["3 eggs and 4 more", "and 2 lost"]},
@@ -159,6 +165,61 @@ def test_a_judge_that_prefers_the_first_only_makes_ties(run: RunDir, monkeypatch
     found = judge(Results(run.root), index=0, against=-1, url=server.url, model="first")
     assert (found["tie"], found["score"], found["prefers_a_place"]) == (1, 0.5, 1)
     assert {seen["token"] for seen in server.seen} == {"Bearer none"}, "no token of the hub is handed to a stranger"
+
+
+def first_place(folder: Path) -> Path:
+    """A model that says [[A]] and ends, whatever it is shown."""
+    tokenizer = make_tokenizer([{"question": "[[A]]"}])
+    tokenizer.add_tokens(["[[A]]"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = make_model(tokenizer, width=32, layers=1, seed=0)
+    model.config.max_position_embeddings = 8192
+    says, ends = tokenizer.convert_tokens_to_ids(["[[A]]", tokenizer.eos_token])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        words = model.model.embed_tokens.weight  # the head, too
+        words[:, 0] = 1.0
+        words[says] = torch.nn.functional.one_hot(torch.tensor(1), 32).float()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(words))
+    with torch.no_grad():
+        model.lm_head.weight[says, 0] = model.lm_head.weight[ends, 1] = 1.0
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+PLACE = " --host 127.0.0.1 --port {port} --dtype {dtype}"
+SERVERS = {
+    "transformers": f"{sys.executable} -m transformers.cli.transformers serve {{model}} --device cpu" + PLACE,
+    "vllm": f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --enforce-eager" + PLACE,
+}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_real_server_judges(kind: str, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others made, that serves a model that prefers whatever stands first: heard in both orders, all are ties."""
+    if kind == "vllm" and VLLM_PYTHON is None:
+        pytest.skip("SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
+    if kind == "transformers":
+        pytest.importorskip("fastapi", reason="transformers serve needs it: pip install 'transformers[serving]'")
+        pytest.importorskip("uvicorn", reason="transformers serve needs it: pip install 'transformers[serving]'")
+    monkeypatch.setattr(sparring.judge, "CONCURRENCY", 2)
+    model = first_place(tmp_path / kind)
+    with started_server(SERVERS[kind], model, "float32") as (url, _):
+        found = judge(Results(run.root), index=1, against=-1, url=f"{url}/v1", model=str(model))
+    (folder,) = (run.root / "judged").glob(f"*-{kind}")
+    verdicts = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+    assert {(v["question_id"], v["turn"], v["is_swapped"]) for v in verdicts} == {
+        (question["question_id"], turn, is_swapped)
+        for question in QUESTIONS
+        for turn in range(len(question["turns"]))
+        for is_swapped in (False, True)
+    }
+    assert {(v["verdict"], v["text"]) for v in verdicts} == {("A", "[[A]]")}
+    assert (found["win"], found["tie"], found["loss"], found["unclear"]) == (0, 1, 0, 0)
+    assert (found["score"], found["prefers_a_place"]) == (0.5, 1)
 
 
 def test_a_busy_judge_is_asked_again_and_a_dead_one_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

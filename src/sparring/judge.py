@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 
 from sparring.commits import Json, begin_work, commit_folder, is_committed, replace_file, verified, write_json
 from sparring.disk import writing
-from sparring.errors import Refused, Stopped
+from sparring.errors import Refused, Stopped, is_of_transport
 from sparring.evaluate.mt_bench import Question, read_questions
 from sparring.iteration import Iteration
 from sparring.progress import track
@@ -218,8 +218,8 @@ def reply(client: InferenceClient, model: str, messages: list[dict[str, str]]) -
             problem = str(error)
         except (OSError, InferenceTimeoutError, ConnectionError) as error:
             problem = f"{type(error).__name__}: {error}"
-        except Exception as error:  # the client's transport has errors of its own
-            if not type(error).__module__.startswith(("httpx", "httpcore")):
+        except Exception as error:
+            if not is_of_transport(error):
                 raise
             problem = f"{type(error).__name__}: {error}"
         if pause is not None:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,9 @@ def test_an_upload_that_is_killed_is_made_anew(
         def create_repo(self, repo: str, **_: object) -> None:
             (tmp_path / "hub").mkdir(exist_ok=True)
 
+        def repo_info(self, *_: object, **__: object) -> SimpleNamespace:
+            return SimpleNamespace(private=True)
+
         def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **_: object) -> None:
             for name in allow_patterns:
                 shutil.copy(folder_path / name, tmp_path / "hub" / name)
@@ -169,6 +173,7 @@ def test_parts_survive_a_death_between_the_manifest_and_the_rename(tmp_path: Pat
 DRIVER = """
 import json, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import sparring.cli, sparring.compare, sparring.export, sparring.report  # once, and not in each child
 import tensorboard.summary, torch.utils.tensorboard, transformers.models.llama.modeling_llama
 from sparring.commits import is_committed, verify

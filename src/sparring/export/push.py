@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparring.commits import MANIFEST, failpoint, verify
 from sparring.data.tables import read_table
-from sparring.errors import Refused
+from sparring.errors import Refused, Stopped, is_of_transport
 
 ALLOWED = (
     "README.md",
@@ -80,9 +80,19 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=not is_public, exist_ok=True)
+        if not is_public and not api.repo_info(repo, repo_type=kind).private:
+            raise Refused(
+                f"nothing is uploaded: '{repo}' is there already and public; add --public, or give another name"
+            )
         failpoint("before-upload")
         api.upload_folder(
             repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=[file.name for file in files]
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise Refused(f"the hub did not take '{repo}': {error}. Log in with 'hf auth login'") from error
+    except Exception as error:
+        if not is_of_transport(error):
+            raise
+        raise Stopped(
+            f"the hub cannot be reached: {error}. Nothing is uploaded; the same command tries again"
+        ) from error
