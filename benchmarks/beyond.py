@@ -1,7 +1,7 @@
 """Steps beyond the papers, tried on the demo's task in memory before any of them becomes code.
 
     python benchmarks/beyond.py FOLDER pool|adaptive|kept_out --seed 0
-    python benchmarks/beyond.py FOLDER summary       writes results/beyond.json and the tables of docs/results.md
+    python benchmarks/beyond_page.py FOLDER          writes results/beyond.json and the tables of docs/results.md
 
 pool: the opponent is a mixture of past iterations. Each row is answered by one of them, drawn by weight, and the
 reward is log p_policy - log sum_k w_k p_k: as many answers and updates as plain SPACE.
@@ -22,12 +22,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_seeds import cpu_name, interval
 from transformers import PreTrainedModel
 
 from sparring.config import Recipe, Train
@@ -38,7 +36,7 @@ from sparring.generate.hf import HfBackend
 from sparring.iteration import DataSummary
 from sparring.layout import arrange, micro_batches
 from sparring.logprobs import Scorer, score_groups
-from sparring.loop import PACKAGES, play
+from sparring.loop import play
 from sparring.model import load_model, load_tokenizer, texts_of
 from sparring.objectives import Sft, Space
 from sparring.optimizers import make_optimizer
@@ -46,8 +44,6 @@ from sparring.seeds import permutation, seed_of, uniforms
 from sparring.train import learning_rate
 from sparring.types import Group, Objective, Prompt, Rendered, TokenIds
 
-RESULTS = Path(__file__).parent / "results" / "beyond.json"
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BUDGET = 8192
 Point = dict[str, float]
 """What an arm has reached after a round, and the CPU seconds that it has used by then."""
@@ -337,114 +333,13 @@ EXPERIMENTS = {
 }
 
 
-def parts_of_a_round(curve: list, plain: list) -> int:
-    """How many rounds of an arm play as many rows as one of the first arm."""
-    rows = [
-        point["rows"]["mean"] if isinstance(point["rows"], dict) else point["rows"] for point in (curve[1], plain[1])
-    ]
-    return max(1, round(rows[1] / rows[0])) if len(curve) != len(plain) else 1
-
-
-def summarise(folder: Path) -> dict[str, object]:
-    """Means over seeds with 95 % intervals; differences are to the experiment's first arm, paired by seed.
-
-    A quarter round is compared with the plain round that has played as many rows by then.
-    """
-    experiments: dict[str, object] = {}
-    for name in EXPERIMENTS:
-        files = sorted(folder.glob(f"seed-*/{name}.json"))
-        seeds = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-        if not seeds:
-            continue
-        plain = next(iter(seeds[0]))
-        arms: dict[str, object] = {}
-        for label, first in seeds[0].items():
-            per_round = parts_of_a_round(first, seeds[0][plain])
-            curve = []
-            for t, point in enumerate(first):
-                found = {key: over([seed[label][t][key] for seed in seeds]) for key in point}
-                if label != plain and t and t % per_round == 0:
-                    for key in ("held_out_nll", "greedy_accuracy"):
-                        apart = [seed[label][t][key] - seed[plain][t // per_round][key] for seed in seeds]
-                        found[f"{key} minus that of the first arm"] = over(apart)
-                curve.append(found)
-            arms[label] = curve
-        experiments[name] = {"seeds": [int(path.parent.name.removeprefix("seed-")) for path in files], "arms": arms}
-    return {
-        "what": "steps beyond the papers on the demo's task; of each arm the start, then every round",
-        "machine": f"{cpu_name()}, one thread, beside other work: seconds are too many, and alike for all arms",
-        "versions": {name: version(name) for name in PACKAGES},
-        "experiments": experiments,
-    }
-
-
-def over(values: Sequence[float]) -> dict[str, object]:
-    """Mean and 95 % interval over seeds; a single one has no interval."""
-    if len(values) > 1:
-        return interval(np.array(values))
-    return {"mean": round(values[0], 4), "half_width_95": None, "seeds": [round(values[0], 4)]}
-
-
-def tables(results: dict) -> dict[str, list[str]]:
-    """The tables of docs/results.md, by name, as lines of Markdown."""
-    found = {}
-    for name, experiment in results["experiments"].items():
-        arms = experiment["arms"]
-        plain = next(iter(arms))
-        steps = {label: parts_of_a_round(curve, arms[plain]) for label, curve in arms.items()}
-        rounds = min((len(curve) - 1) // steps[label] for label, curve in arms.items())
-        has_copies = "copy_rate" in arms[plain][0]
-        heads = ", ".join(["start", *(str(t) for t in range(1, rounds + 1))])
-        count = len(experiment["seeds"])
-        columns = [
-            f"{count} seed{'s' if count > 1 else ''}",
-            *(["copies"] if has_copies else []),
-            f"NLL: {heads}",
-            "greedy accuracy",
-        ]
-        columns += ["NLL and accuracy at the end, to the first", "seconds"]
-        lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        for label, curve in arms.items():
-            marks = curve[:: steps[label]][: rounds + 1]
-            nll = ", ".join(f"{point['held_out_nll']['mean']:.3f}" for point in marks)
-            greedy = ", ".join(f"{point['greedy_accuracy']['mean']:.3f}" for point in marks)
-            apart = ""
-            if label != plain:
-                change = [
-                    marks[-1][f"{key} minus that of the first arm"] for key in ("held_out_nll", "greedy_accuracy")
-                ]
-                apart = ", ".join(f"{c['mean']:+.3f}{around(c['half_width_95'])}" for c in change)
-            copies = f" {curve[0]['copy_rate']['mean']:.0%} |" if has_copies else ""
-            lines.append(f"| {label} |{copies} {nll} | {greedy} | {apart} | {marks[-1]['seconds']['mean']:.1f} |")
-        found[name] = lines
-    return found
-
-
-def around(half: float | None) -> str:
-    return "" if half is None else f" ± {half:.3f}"
-
-
-def filled(page: str, results: dict) -> str:
-    """The page with each table between `<!-- beyond: NAME -->` and `<!-- end -->` as the results have it."""
-    for name, lines in tables(results).items():
-        before, mark, rest = page.partition(f"<!-- beyond: {name} -->\n")
-        if mark:
-            page = before + mark + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->") :]
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, "summary"])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.experiment == "summary":
-        results = summarise(arguments.folder)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-        return
     folder = arguments.folder / f"seed-{arguments.seed}"
     found = EXPERIMENTS[arguments.experiment](Task(folder, arguments.seed))
     (folder / f"{arguments.experiment}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -16,23 +16,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from scale import MISTRAL_7B
+
 from sparring.plan import GPUS, TRAIN, Lengths, Shape, plan, speed_of_gpu
 from sparring.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {"generate": 1.45, "train": 4.32}
 ROWS, PROMPT, ANSWER, GPUS_USED = 50_000, 150.0, 256.0, 8
-MISTRAL_7B = {
-    "model_type": "mistral",
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
 
 
 def main() -> None:

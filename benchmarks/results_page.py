@@ -1,9 +1,9 @@
-"""Puts the tables of benchmarks/results/claims.json into docs/results.md, and draws its figure.
+"""Puts the tables of benchmarks/results/claims.json into docs/results.md.
 
     python benchmarks/results_page.py
 
 A table stands between `<!-- claims: NAME -->` and `<!-- end -->`; what stands there is replaced. A test holds the page
-to the numbers. The verdicts around the tables are written by people.
+to the numbers. The verdicts around the tables are written by people. results_figure.py draws the figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ NUMBERS = ROOT / "benchmarks" / "results" / "claims.json"
 COMPARED = ROOT / "benchmarks" / "results" / "compare_demo.json"
 SIX_SEEDS = ROOT / "benchmarks" / "results" / "demo_seeds.json"
 PAGE = ROOT / "docs" / "results.md"
-FIGURE = ROOT / "docs" / "claims.svg"
 
 NAMES = {
     "sft": "SFT",
@@ -36,7 +35,6 @@ NAMES = {
     "space 7": "SPACE, mu 7",
 }
 QUADRANTS = ("sft", "spin 0.1", "tspin 1", "space 1")
-COLOURS = {"sft": "#555555", "spin 0.1": "#D55E00", "tspin 1": "#009E73", "space 1": "#0072B2"}
 
 Play = dict[str, object]
 
@@ -351,53 +349,8 @@ def filled(page: str) -> str:
     return re.sub(r"(<!-- claims: ([^>]+?) -->)\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
 
 
-def draw() -> None:
-    """The curves of claim (a) as SVG; the same software gives the same bytes."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    panels = (
-        ("problems", "nll", "held-out NLL"),
-        ("problems", "greedy", "greedy accuracy"),
-        ("stories", "nll", "held-out NLL"),
-    )
-    style = {
-        "svg.hashsalt": "sparring",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with mpl.rc_context(style):
-        canvas = Figure(figsize=(9, 2.9), layout="constrained")
-        FigureCanvasSVG(canvas)
-        for number, (task, metric, title) in enumerate(panels, start=1):
-            axes = canvas.add_subplot(1, 3, number)
-            for arm, colour in COLOURS.items():
-                values = np.array([p["metrics"][metric] for p in reported(task, arm).values()])
-                if not values.size:
-                    continue
-                for one in values:
-                    axes.plot(range(-1, len(one) - 1), one, color=colour, linewidth=0.6, alpha=0.35)
-                axes.plot(
-                    range(-1, values.shape[1] - 1),
-                    values.mean(axis=0),
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    linewidth=1.4,
-                    label=name(arm),
-                )
-            axes.set_title(f"{task}: {title}", fontsize=9)
-            axes.set_xlabel("iteration; -1 is the start")
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        canvas.savefig(FIGURE, metadata={"Date": None})
-
-
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    draw()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-# large pages for torch's large tensors on CPU, where the system leaves the choice to programs: a seventh off a bfloat16
-# step. Before torch is imported, and for the processes that we start
+# large pages for torch's large tensors on CPU, where the system leaves the choice to programs: steps are shorter. Set
+# before torch is imported, and for the processes that we start
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
