@@ -149,8 +149,10 @@ def test_report_writes_the_file_and_says_where(finished: Path) -> None:
 
 
 def test_init_then_doctor(tiny: Path, tmp_path: Path) -> None:
-    written = sparring("init", tmp_path / "r.yaml", "--model", tiny / "model", "--data", tiny / "rows.jsonl")
-    assert written.returncode != 0 and not (tmp_path / "r.yaml").exists(), "without a terminal nobody can be asked"
+    asked = sparring("init", tmp_path / "r.yaml", "--model", tiny / "model")
+    assert asked.returncode == 2 and "error: --data is not given, and there is no terminal" in asked.stderr
+    assert not (tmp_path / "r.yaml").exists()
+    assert sparring("init", tiny / "rows.jsonl").returncode == 2, "a file that is there, before any question"
     options = ["--model", tiny / "model", "--data", tiny / "rows.jsonl", "--method", "spin"]
     assert sparring("init", tmp_path / "r.yaml", *options).returncode == 0
     result = sparring("doctor", tmp_path / "r.yaml")

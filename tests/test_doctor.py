@@ -10,11 +10,14 @@ from io import StringIO
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import sparring.preview
 from sparring.config import Adapter, Recipe
@@ -25,6 +28,7 @@ from sparring.init import write_recipe
 from sparring.iteration import DataSummary
 from sparring.loop import play
 from sparring.model import load_model
+from sparring.preview import coloured, pieces
 from sparring.recipe_file import dump_recipe, json_schema, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -190,3 +194,17 @@ def test_memory_is_said_per_device(make_recipe: MakeRecipe, tiny: Path, monkeypa
         findings = list(sparring.doctor.examine_needs(recipe, tiny / "model", 48))
         (words[parallel],) = [f.text for f in findings if "on each of 4 devices" in f.text and f.level == "bad"]
     assert "parallel: fsdp2" in words["ddp"] and "parallel: fsdp2" not in words["fsdp2"]
+
+
+def test_a_preview_keeps_the_spaces_that_tokens_begin_with() -> None:
+    """A tokenizer as Llama's and Mistral's: alone, "▁cat" is decoded without its space."""
+    words = {"▁": 0, "▁A": 1, "▁cat": 2, "s": 3, "<0xC3>": 4, "<0xA9>": 5, "</s>": 6}
+    made = Tokenizer(models.BPE(vocab=words, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    assert tokenizer.decode([2]) == "cat"
+    ids = np.array([1, 2, 3, 6], dtype=np.int32)
+    assert coloured(tokenizer, ids[:2], ids[2:], has_end=True).plain == "A cats</s>"
+    assert "".join(pieces(tokenizer, [1, 2, 3])) == "A cats"
+    assert len(list(pieces(tokenizer, [1, 4, 5, 2]))) == 4, "a character of two tokens"

@@ -43,15 +43,23 @@ def run(
 @app.command()
 def init(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")],
-    model: Annotated[str, typer.Option(prompt="model, a folder or a hub id", help="A folder or a hub id.")],
-    data: Annotated[str, typer.Option(prompt="rows, a file or a hub id", help="A file of rows or a hub id.")],
-    method: Annotated[str, typer.Option(prompt="method", help="spin, tspin, space or sft.")] = "tspin",
+    model: Annotated[str | None, typer.Option(help="A folder or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file of rows or a hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="spin, tspin (the default), space or sft.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter.")] = False,
 ) -> None:
-    """Look at the rows and write a commented recipe for them. Asks for what is not given."""
+    """Look at the rows and write a commented recipe for them. On a terminal it asks for what is not given."""
+    if recipe.exists():
+        raise Refused(f"{recipe} is there already; give another name")
+    if sys.stdin.isatty():
+        model = model or typer.prompt("model, a folder or a hub id")
+        data = data or typer.prompt("rows, a file or a hub id")
+        method = method or typer.prompt("method", default="tspin")
+    if model is None or data is None:
+        raise Refused(f"{'--model' if model is None else '--data'} is not given, and there is no terminal to ask on")
     from sparring.init import write_recipe
 
-    write_recipe(recipe, model=model, data=data, method=method, lora=lora)
+    write_recipe(recipe, model=model, data=data, method=method or "tspin", lora=lora)
     typer.echo(f"{recipe}; next: sparring doctor {recipe}")
 
 

@@ -43,7 +43,8 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     """Findings in the order in which a run would meet them. After a bad one that the rest rests on, it ends."""
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     engine = f"{recipe.generate.backend} on {distributed.device()}"
-    yield Finding("good", f"{engine}, {torch.get_num_threads()} threads; {versions}")
+    count = torch.get_num_threads()
+    yield Finding("good", f"{engine}, {count} thread{'' if count == 1 else 's'}; {versions}")
     try:
         folder = resolve_model(recipe.model)
         tokenizer = load_tokenizer(folder)

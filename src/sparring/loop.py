@@ -224,7 +224,7 @@ def settle(run: RunDir, recipe: Recipe) -> None:
             raise RunMismatch(
                 f"{run.root} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
-                + "\nUse another run directory"
+                + "\nUse another run directory, or give the old values"
             )
     elif run.has_begun:
         raise RunMismatch(f"{run.root} has data but no recipe.yaml; use another run directory")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -71,15 +71,25 @@ def ending(row: Rendered) -> str:
 
 def coloured(tokenizer: PreTrainedTokenizerBase, prompt: TokenIds, answer: TokenIds, has_end: bool) -> Text:
     text = Text()
-    for index, piece in enumerate(pieces(tokenizer, prompt)):
-        text.append(piece, PROMPT[index % 2])
-    shown = list(pieces(tokenizer, answer))
+    shown = list(pieces(tokenizer, [*prompt.tolist(), *answer.tolist()]))
     for index, piece in enumerate(shown):
-        text.append(piece, END if has_end and index == len(shown) - 1 else ANSWER[index % 2])
+        style = PROMPT[index % 2] if index < len(prompt) else ANSWER[(index - len(prompt)) % 2]
+        text.append(piece, END if has_end and index == len(shown) - 1 else style)
     return text
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> Iterator[str]:
-    """Token by token; a line feed is shown and kept, what a terminal would act on is spelled out."""
-    for token in ids.tolist():
-        yield visible(cast(str, tokenizer.decode([token], skip_special_tokens=False))).replace("\n", "⏎\n")
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[str]:
+    """Token by token; a line feed is shown and kept, what a terminal would act on is spelled out.
+
+    Each is decoded after the one before it: alone, many tokenizers leave out the space that a token begins with.
+    """
+
+    def decoded(*tokens: int) -> str:
+        return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    before: list[int] = []
+    for token in ids:
+        head, both = decoded(*before), decoded(*before, token)
+        # half a character reads otherwise once the other half is there
+        yield visible(both[len(head) :] if both.startswith(head) else decoded(token)).replace("\n", "⏎\n")
+        before = [token]
