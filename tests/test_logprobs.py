@@ -179,6 +179,33 @@ def test_blocks_of_the_head_change_nothing(llama: PreTrainedModel, monkeypatch: 
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_no_logits_are_kept_where_memory_was_asked_for(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient checkpointing the head computes its logits again too; the gradient is the same."""
+    layout = padded_rows(make_groups())
+    kept: list[int] = []
+    blocks = chunked._blocks
+
+    def seen(tokens: int, first: int) -> list[int]:
+        kept.append(first)
+        return blocks(tokens, first)
+
+    monkeypatch.setattr(chunked, "_blocks", seen)
+
+    def gradient() -> torch.Tensor:
+        llama.zero_grad()
+        Scorer(llama)(layout).sum().backward()
+        return torch.cat([p.grad.flatten() for p in llama.parameters() if p.grad is not None])
+
+    expected = gradient()
+    assert kept[-1] > 0
+    llama.train().gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        torch.testing.assert_close(gradient(), expected, atol=1e-5, rtol=1e-5)
+        assert kept[-1] == 0
+    finally:
+        llama.eval().gradient_checkpointing_disable()
+
+
 def test_an_unknown_head_is_refused() -> None:
     """A model that does something of its own to its logits is never scored wrong in silence."""
     model = make(FAMILIES["llama"])

@@ -25,6 +25,8 @@ from sparring.optimizers import BLOCK, KINDS, make_optimizer, moment_bytes, refu
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
 ON_CPU = [name for name, kind in KINDS.items() if not kind.is_paged]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HERE = list(KINDS) if torch.cuda.is_available() else ON_CPU
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +95,13 @@ def test_a_smaller_one_goes_where_torch_s_goes(name: str, exact: str, tolerance:
             assert not torch.equal(ours, theirs), "a control: it is another optimizer"
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_a_checkpoint_keeps_all_of_the_state(name: str, is_adapter: bool, wide: Path, tmp_path: Path) -> None:
     """Three steps, a checkpoint, three more: bit by bit those of six steps. A control leaves the state out."""
 
     def fresh() -> nn.Module:
-        model = load_model(wide, dtype=torch.float32, device=CPU)
+        model = load_model(wide, dtype=torch.float32, device=DEVICE)
         if is_adapter:
             train_adapter(model, {"r": 64, "target_modules": "all-linear"}, seed=1)
         return model

@@ -14,7 +14,7 @@ from sparring.distributed import smaller_budget
 START = {"cpu": 4096, "cuda": 16_384}
 """Tokens at a time of passes without gradients, and where training begins to look."""
 CEILING = {"cpu": 4096, "cuda": 262_144}
-"""Where it ends. On a CPU more tokens at a time are not faster."""
+"""Where it ends."""
 LEAST = 512
 VALUES = 17
 """Kept per layer, token and width for the backward pass (Korthikanti et al. 2022: 34 bytes in 16 bits)."""

@@ -95,7 +95,13 @@ class Scorer(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, layout.positions)
         head = self.head
         token_logprobs = linear_logprob(
-            states, head.weight, head.bias, layout.targets, scale=self.scale, softcap=self.softcap
+            states,
+            head.weight,
+            head.bias,
+            layout.targets,
+            scale=self.scale,
+            softcap=self.softcap,
+            is_kept=not self.model.is_gradient_checkpointing,  # memory is asked for before time
         )
         # segment by segment, not a scatter: the same order of additions on every run and device
         sums = torch.stack([segment.sum() for segment in token_logprobs.split(layout.distinct)])

@@ -31,13 +31,14 @@ def linear_logprob(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    is_kept: bool = True,
 ) -> Float[Tensor, " tokens"]:
     """`reference.linear_logprob` in blocks of tokens. Products in autocast's dtype if it is on; all else float32
-    (float64 for float64)."""
+    (float64 for float64). `is_kept`: whether the backward pass may have logits left to it."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearLogprob.apply(hidden, weight, bias, targets, dtype, scale, softcap)  # type: ignore[no-any-return]
+        return _LinearLogprob.apply(hidden, weight, bias, targets, dtype, scale, softcap, is_kept)  # type: ignore[no-any-return]
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -51,11 +52,12 @@ class _LinearLogprob(torch.autograd.Function):
         dtype: torch.dtype,
         scale: float,
         softcap: float | None,
+        is_kept: bool,
     ) -> Tensor:
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        kept = KEPT // (dtype.itemsize * len(weight)) if any(ctx.needs_input_grad) else 0
+        kept = KEPT // (dtype.itemsize * len(weight)) if is_kept and any(ctx.needs_input_grad) else 0
         ctx.sizes = _blocks(len(hidden), kept)
         ctx.kept, ctx.scale, ctx.softcap = None, scale, softcap
         logprobs, normalizers = [], []
@@ -67,6 +69,7 @@ class _LinearLogprob(torch.autograd.Function):
             normalizers.append(normalizer)
             if number == 0 and kept:
                 ctx.kept = logits
+            del logits  # before the next block's are made
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
         return torch.cat(logprobs)
 
@@ -98,7 +101,7 @@ class _LinearLogprob(torch.autograd.Function):
             torch.cat(for_hidden).to(of_hidden) if needs_hidden else None,
             None if for_weight is None else for_weight.to(of_weight),
             None if for_bias is None else for_bias.to(of_bias),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

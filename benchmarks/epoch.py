@@ -1,0 +1,279 @@
+"""One epoch of training as people run it: loading, packing, optimizer, checkpoints and the model that is left.
+
+    python benchmarks/epoch.py ROWS.jsonl FOLDER --out benchmarks/results/epoch.json --rows 64 --rounds 3
+
+Rows of question and answer, with a byte-level BPE tokenizer that is trained on them; the generated answer of a row is
+another row's real one. A Llama of 27 million parameters plays SPIN's first iteration: the same pairs in the same order,
+the same reference log-probs, computed once by sparring and cached for all, AdamW, the gradient clipped at 1, a
+checkpoint with the optimizer's state at half of the epoch, the model at its end. One thread. Arms:
+
+    sparring    the train stage, from files to files
+    trl         TRL's DPOTrainer.train() and save_model(), cached reference, vocabulary tile repaired for CPUs (4096)
+    plain       padded rows of --pairs pairs, full logits, a loop of thirty lines
+
+In each round every arm trains one epoch, in turn, in a process of its own. Seconds are CPU seconds of that process, in
+which imports, tokenizing and TRL's constructor are not counted; tokens are those of the pairs' rows, prompts counted
+for each answer, for all arms alike.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}  # as benchmarks/step.py
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from step import QUIET, ROW, machine, make_model, plain_scores, resident_mib
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from sparring.config import Recipe
+from sparring.generate import generate
+from sparring.iteration import Iteration
+from sparring.layout import padded_rows
+from sparring.model import load_model, save_model
+from sparring.objectives import Spin
+from sparring.prepare import prepare
+from sparring.rundir import RunDir
+from sparring.score import score
+from sparring.seeds import permutation
+from sparring.train import Play, load_plays, train
+from sparring.types import Backend, Generation, Prompt
+
+VOCAB, BATCH = 32_000, 16
+END = "<|end|>"
+CPU = torch.device("cpu")
+
+
+class Others:
+    """Draws, in place of an engine, the real answer of another row."""
+
+    def __init__(self, iteration: Iteration) -> None:
+        rows = iteration.train_rows()
+        places = np.random.default_rng(0).permutation(len(rows))
+        self.answers = {row.id: rows[place].real_ids for row, place in zip(rows, places, strict=True)}
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
+        for prompt in prompts:
+            yield Generation(prompt.id, prompt.sample, self.answers[prompt.id][: prompt.max_new_tokens], "stop")
+
+
+def prepare_run(rows: Path, folder: Path, limit: int, dtype: str) -> Iteration:
+    """A run directory that is ready to train."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train([str(rows)], vocab_size=VOCAB, special_tokens=[END])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, pad_token=END)
+    save_model(make_model("30m", VOCAB), fast, folder / "model")
+    train_settings = {"optimizer": "adamw", "learning_rate": 1e-5, "schedule": "constant", "warmup": 0.0, "epochs": 1}
+    raw = {
+        "model": str(folder / "model"),
+        "method": "spin",
+        "iterations": 1,
+        "data": {"train": str(rows), "held_out": 0, "template": "{prompt}\n", "limit": limit},
+        "train": {
+            **train_settings,
+            "batch_size": BATCH,
+            "micro_batch_tokens": "auto",
+            "dtype": dtype,
+            "checkpoint_every": max(1, limit // BATCH // 2),
+        },
+        "threads": 1,
+    }
+    run, recipe = RunDir(folder / "run"), Recipe.model_validate(raw)
+    with run.own():
+        prepare(run, recipe)
+        iteration = Iteration(run, recipe, 0)
+
+        @contextmanager
+        def engine(model: Path) -> Iterator[Backend]:
+            yield Others(iteration)
+
+        generate(iteration, engine)
+        score(iteration)
+    return iteration
+
+
+def in_order(iteration: Iteration) -> list[Play]:
+    """As the train stage takes them."""
+    plays = load_plays(iteration)
+    return [plays[i] for i in permutation(len(plays), iteration.seed("order", 0))]
+
+
+def by_sparring(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
+    yield []
+    with iteration.run.own():
+        train(iteration)
+    lines = (iteration.stage("train") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    yield [json.loads(line)["loss"] for line in lines]
+
+
+def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
+    import trl.trainer.utils
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from sparring.demo import make_tokenizer
+
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = 4096
+    settings = iteration.recipe.train
+    steps = len(iteration.train_rows()) // BATCH
+    config = DPOConfig(
+        **{
+            **QUIET,
+            "output_dir": str(folder / "trl"),
+            "per_device_train_batch_size": pairs,
+            "gradient_accumulation_steps": BATCH // pairs,
+            "num_train_epochs": 1,
+            "beta": 0.1,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": "constant",
+            "bf16": settings.dtype == "bfloat16",
+            "train_sampling_strategy": "sequential",
+            "precompute_ref_log_probs": True,
+            "logging_steps": 1,
+            "save_steps": settings.checkpoint_every,
+            "save_total_limit": 2,
+            "max_steps": steps,
+        }
+    )
+    trainer = DPOTrainer(
+        model=make_model("30m", VOCAB),
+        args=config,
+        train_dataset=Dataset.from_list([ROW]),
+        processing_class=make_tokenizer([{"question": "1 2 3", "answer": "1 2 3"}]),
+    )
+    trainer.train_dataset = Dataset.from_list(
+        [
+            {
+                "prompt_ids": play.group.prompt_ids.tolist(),
+                "chosen_ids": play.group.responses["real"][0].tolist(),
+                "rejected_ids": play.group.responses["generated"][0].tolist(),
+                "ref_chosen_logps": float(play.opponent["real"]),
+                "ref_rejected_logps": float(play.opponent["generated"][0]),
+            }
+            for play in in_order(iteration)
+        ]
+    )
+    yield []
+    trainer.train()
+    trainer.save_model(str(folder / "trl" / "final"))
+    yield [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def by_plain(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
+    plays, settings, losses = in_order(iteration), iteration.recipe.train, []
+    yield []
+    model = load_model(iteration.opponent, dtype=torch.float32, device=CPU).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    for step in range(len(plays) // BATCH):
+        batch, total = plays[step * BATCH : (step + 1) * BATCH], 0.0
+        for first in range(0, BATCH, pairs):
+            some = batch[first : first + pairs]
+            groups = [play.group for play in some]
+            opponent: Any = {
+                role: torch.from_numpy(np.stack([play.opponent[role] for play in some])) for role in some[0].opponent
+            }
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                policy = plain_scores(model, groups)
+            loss = Spin(lambda_=0.1)(policy, opponent, padded_rows(groups).lengths()).per_example.sum() / BATCH
+            loss.backward()
+            total += float(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if (step + 1) % settings.checkpoint_every == 0 and (step + 1) * BATCH < len(plays):
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plain.pt")
+    model.save_pretrained(folder / "plain")
+    yield losses
+
+
+ARMS = {"sparring": by_sparring, "trl": by_trl, "plain": by_plain}
+
+
+def child(arm: str, iteration: Iteration, folder: Path, pairs: int, pipe: Connection) -> None:
+    work = ARMS[arm](iteration, folder, pairs)
+    next(work)
+    before, wall, cpu = resident_mib(), time.perf_counter(), time.process_time()
+    losses = next(work)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    pipe.send({"cpu": cpu, "wall": wall, "peak_mib": peak, "mib_before": before, "losses": losses})
+
+
+def one_epoch(arm: str, iteration: Iteration, folder: Path, pairs: int) -> dict[str, Any]:
+    shutil.rmtree(iteration.stage("train"), ignore_errors=True)
+    ours, theirs = get_context("fork").Pipe()  # without importing everything again
+    process = get_context("fork").Process(target=child, args=(arm, iteration, folder, pairs, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("folder", type=Path, help="is made, and must not be there")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", dest="limit", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--pairs", type=int, default=2, help="at a time, of the arms that pad")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    iteration = prepare_run(arguments.rows, arguments.folder, arguments.limit, arguments.dtype)
+    plays = in_order(iteration)
+    row_tokens = sum(padded_rows([play.group]).computed_tokens for play in plays)
+    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms.split(",")}
+    result: dict[str, Any] = {}
+    for number in range(arguments.rounds):
+        for arm, found in rounds.items():
+            found.append(one_epoch(arm, iteration, arguments.folder, arguments.pairs))
+            print(number, arm, {k: round(v, 1) for k, v in found[-1].items() if k != "losses"}, flush=True)
+        medians = {arm: statistics.median(f["cpu"] for f in found) for arm, found in rounds.items()}
+        first = next(iter(rounds.values()))[0]["losses"]
+        result = {
+            "what": f"SPIN, {len(plays)} rows, batches of {BATCH}; padded: {arguments.pairs} pairs at a time",
+            "machine": machine(),
+            "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "trl")},
+            "dtype": arguments.dtype,
+            "row_tokens": row_tokens,
+            "arms": {
+                arm: {
+                    "cpu_seconds": [round(f["cpu"], 2) for f in found],
+                    "wall_seconds": [round(f["wall"], 2) for f in found],
+                    "row_tokens_per_cpu_second": round(row_tokens / medians[arm]),
+                    "times_sparring": round(medians[arm] / medians[next(iter(rounds))], 3),
+                    "peak_mib": round(statistics.median(f["peak_mib"] for f in found)),
+                    "largest_difference_of_a_step_s_loss": max(
+                        abs(a - b) for a, b in zip(first, found[0]["losses"], strict=True)
+                    ),
+                }
+                for arm, found in rounds.items()
+            },
+        }
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
