@@ -6,10 +6,12 @@ Training then holds one model, and no epoch pays for the opponent again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from sparring import distributed
 from sparring.budget import tokens_at_a_time
@@ -18,8 +20,12 @@ from sparring.data.tables import SCORES, write_table
 from sparring.iteration import Iteration
 from sparring.logprobs import Scorer, score_groups
 from sparring.model import load_model
-from sparring.progress import track
-from sparring.types import Group
+from sparring.progress import say, track
+from sparring.types import Generation, Group
+
+# What rounding explains between an engine's log-probs and the scorer's: mean |difference| in nats per token. Bfloat16
+# has steps of 1/8 between 16 and 32, where the largest logits are: rounded once more, each moves by up to 1/16.
+ENGINE_AGREES = {"float32": 1e-3, "bfloat16": 1 / 16}
 
 
 def score(iteration: Iteration) -> None:
@@ -59,6 +65,12 @@ def score(iteration: Iteration) -> None:
     if not distributed.is_first():
         return
     scores = found[0]
+    compared: dict[str, float] = {}
+    own = [keys.index((t, s)) for t, s in keys if t == iteration.index]
+    if own and (iteration.recipe.generate.temperature, iteration.recipe.generate.top_p) == (1, 1):
+        compared = compare_engine(
+            [answers[iteration.index][row.id] for row in rows], scores["generated"][:, own], settings.dtype
+        )
     if is_anchored:
         scores = {role: needs.anchor * found[1][role] + (1 - needs.anchor) * found[0][role] for role in scores}
     ids = [row.id for row in rows]
@@ -77,6 +89,33 @@ def score(iteration: Iteration) -> None:
             "seconds": time.monotonic() - start,
             "peak_memory_mib": distributed.peak_memory_mib(),
             "responses": len(columns["id"]),
+            **compared,
         },
     ) as folder:
         write_table(folder / "opponent.parquet", SCORES, columns)
+
+
+def compare_engine(
+    drawn: Sequence[Sequence[Generation]], scores: Float[np.ndarray, "rows samples"], dtype: str
+) -> dict[str, float]:
+    """How far the log-probs that the engine reported are from the scorer's, on average, in nats per token.
+
+    An engine reports those of some answers or of none; then this is empty. Far off are other weights, another adapter,
+    or other tokens than were drawn.
+    """
+    far = [
+        abs(answer.logprob - float(scored)) / len(answer.token_ids)
+        for answers, row in zip(drawn, scores, strict=True)
+        for answer, scored in zip(answers, row, strict=True)
+        if answer.logprob is not None and len(answer.token_ids)
+    ]
+    if not far:
+        return {}
+    difference, allowed = float(np.mean(far)), ENGINE_AGREES[dtype]
+    if not difference <= allowed:
+        say(
+            f"note: the engine's log-probs of {len(far)} answers are {difference:.2g} nats per token away from the "
+            f"scorer's, and rounding in {dtype} explains {allowed:g}: it has drawn from another model than is scored. "
+            "Look at what it serves: weights, adapter, precision"
+        )
+    return {"engine_difference": difference, "engine_allowed": allowed, "engine_answers": len(far)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from sparring.commits import is_committed
+from sparring.commits import is_committed, read_manifest
 from sparring.data.tables import read_generations
 from sparring.iteration import Iteration
 from sparring.results import Results
@@ -47,6 +48,14 @@ def alarms(results: Results) -> list[str]:
                 "the start."
             )
     for index in range(results.recipe.iterations):
+        scored = results.run.stage(index, "score")
+        info: dict[str, Any] = dict(read_manifest(scored).info) if is_committed(scored) else {}
+        if "engine_difference" in info and not info["engine_difference"] <= info["engine_allowed"]:
+            found.append(
+                f"The engine draws from another model in iteration {index}: its log-probs of {info['engine_answers']} "
+                f"answers are {info['engine_difference']:.2g} nats per token away from the scorer's; rounding explains "
+                f"{info['engine_allowed']:g}. Look at what it serves: weights, adapter, precision."
+            )
         share = shortcut(results, index)
         if share is not None and share > SHORTCUT:
             found.append(
