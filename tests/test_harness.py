@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparring.commits import read_manifest
-from sparring.config import SUITES, Recipe, parse_tasks
+from sparring.config import Recipe
 from sparring.errors import Refused
 from sparring.evaluate.harness import in_its_process
 from sparring.generate.hf import HfBackend
@@ -21,6 +21,7 @@ from sparring.model import load_model, load_tokenizer, texts_of
 from sparring.recipe_file import differences
 from sparring.report import render
 from sparring.results import Results
+from sparring.tasks import SUITES, parse_tasks
 from sparring.types import Prompt
 
 lm_eval = pytest.importorskip(

@@ -71,7 +71,7 @@ def test_what_is_shared_out_takes_a_share_of_the_time(make_recipe: Callable[...,
     recipe = make_recipe("spin", iterations=2, train={"batch_size": 64})
     lengths = Lengths(1000, 100.0, 200.0, 200.0)
     speed = Speed(generate=100.0, score=1e12, train=1e12)
-    one, eight, many = (plan(recipe, mistral, lengths, n, speed, None, sharded=True) for n in (1, 8, 128))
+    one, eight, many = (plan(recipe, mistral, lengths, n, speed, None, parallel="fsdp2") for n in (1, 8, 128))
     first = one.iterations[0]
     assert first.generate == 1000 * 200 / 100
     shape = Shape.of(mistral, recipe.train.dtype)
@@ -90,7 +90,7 @@ def test_methods_pay_for_what_they_read(make_recipe: Callable[..., Recipe], mist
 
     def stages(method: str) -> object:
         recipe = make_recipe(method, iterations=1)
-        return plan(recipe, mistral, lengths, 1, speed, None, sharded=False).iterations[0]
+        return plan(recipe, mistral, lengths, 1, speed, None, parallel="ddp").iterations[0]
 
     assert stages("sft").generate == 0 and stages("sft").score == 0  # type: ignore[attr-defined]
     assert stages("tspin").generate > 0 and stages("tspin").score == 0  # type: ignore[attr-defined]
@@ -123,7 +123,7 @@ def test_a_measured_run_is_forecast_as_it_was(make_recipe: Callable[..., Recipe]
     data = json.loads((run.data / "summary.json").read_text())
     mean = drawn["tokens"] / drawn["answers"]  # type: ignore[operator]
     lengths = Lengths(data["num_train"], data["mean_prompt_tokens"], data["mean_real_tokens"], mean)
-    again = plan(recipe, tiny / "model", lengths, 1, speed, None, sharded=False).iterations[0]
+    again = plan(recipe, tiny / "model", lengths, 1, speed, None, parallel="ddp").iterations[0]
     for stage in ("generate", "score", "train"):
         assert getattr(again, stage) == pytest.approx(read_manifest(run.stage(0, stage)).info["seconds"]), stage
     with pytest.raises(Refused, match="other sizes"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparring import distributed
+from sparring import distributed, zero
 from sparring.commits import commit, failpoint, verify, write_json
 from sparring.disk import writing
 from sparring.errors import Refused, Stopped
@@ -108,7 +108,11 @@ def _moments(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tens
     return (
         (f"{name}/{key}", value)
         for name, parameter in trained(model)
-        for key, value in state_tensors(optimizer.state[parameter])
+        for key, value in (
+            zero.moments(optimizer, parameter)
+            if distributed.zero_stage()
+            else state_tensors(optimizer.state[parameter])
+        )
     )
 
 
@@ -125,10 +129,14 @@ def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     parameters = dict(model.named_parameters())
-    for name, saved in load_file(folder / "model.safetensors").items():
+    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    if distributed.zero_stage():
+        zero.restore(optimizer, parameters, weights, moments)
+        return
+    for name, saved in weights.items():
         parameters[name].copy_(distributed.like(saved, parameters[name]))
     states: dict[str, dict[str, Tensor]] = {}
-    for name, saved in load_file(folder / "optimizer.safetensors").items():
+    for name, saved in moments.items():
         parameter, _, key = name.rpartition("/")
         states.setdefault(parameter, {})[key] = saved
     own = distributed.unwrapped(optimizer)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +35,7 @@ from sparring.objectives import (
 )
 from sparring.optimizers import KINDS, Name
 from sparring.strict_yaml import set_key
+from sparring.tasks import Task, parse_tasks
 from sparring.types import NonNegative, Objective, Positive, Share
 
 RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
@@ -188,30 +188,6 @@ class Regex(Strict):
         return value
 
 
-SUITES: Mapping[str, tuple[str, ...]] = {
-    # T-SPIN (2601.08198), Table 1: ten tasks with their shots. The leaderboard_* forms are those whose metrics it names
-    "tspin": (
-        *("gsm8k:5", "leaderboard_math_hard:4", "leaderboard_musr:0", "mmlu:5", "leaderboard_mmlu_pro:5"),
-        *("leaderboard_gpqa:0", "hellaswag:10", "winogrande:5", "leaderboard_bbh:3", "ifeval:0"),
-    ),
-    # SPIN (2401.01335): the Open LLM Leaderboard of its time
-    "spin": ("arc_challenge:25", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5", "hellaswag:10", "mmlu:5"),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark of lm-evaluation-harness: its name there, or a YAML file; None: as many shots as it says itself."""
-
-    name: str
-    num_shots: int | None
-
-    @property
-    def label(self) -> str:
-        stem = Path(self.name).stem if self.name.endswith((".yaml", ".yml")) else self.name
-        return stem if self.num_shots is None else f"{stem}-{self.num_shots}shot"
-
-
 class Harness(Strict):
     """Benchmarks of lm-evaluation-harness, each of them in a process of its own, for every iteration and the start."""
 
@@ -235,14 +211,6 @@ class Harness(Strict):
             if labels.count(label) > 1 or not re.fullmatch(r"[\w.+-]+", label):
                 raise ValueError(f"'{label}' is named twice, or is no name of a task; give it once")
         return value
-
-
-def parse_tasks(words: Sequence[str]) -> list[Task]:
-    found = []
-    for word in (w for each in words for w in SUITES.get(each, (each,))):
-        name, colon, shots = word.rpartition(":")
-        found.append(Task(name, int(shots)) if colon and shots.isdecimal() else Task(word, None))
-    return found
 
 
 class MtBench(Strict):
@@ -305,8 +273,9 @@ class Recipe(Strict):
     """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
     processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
     """How many ranks. auto: one per GPU, or per CPU core where there is none."""
-    parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=NEUTRAL)
-    """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out."""
+    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(default="ddp", json_schema_extra=NEUTRAL)
+    """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out; zero3: as
+    fsdp2, by DeepSpeed; zero2: all but the weights."""
     rank_timeout: Positive = Field(default=40.0, json_schema_extra=NEUTRAL)
     """Seconds that a rank waits within a step for one that is late; then the stage ends with a message."""
     resume_with_other_ranks: bool = Field(default=False, json_schema_extra=NEUTRAL)
@@ -328,6 +297,10 @@ class Recipe(Strict):
     def in_4bit(self) -> bool:
         return self.adapter is not None and self.adapter.load_in_4bit
 
+    @property
+    def zero(self) -> bool:
+        return self.launch != "inline" and self.parallel.startswith("zero")
+
     @validator(mode="before")
     @classmethod
     def published_defaults(cls, raw: Any) -> Any:
@@ -346,16 +319,16 @@ class Recipe(Strict):
     def consistent(self) -> Recipe:
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
-        if self.in_4bit and self.launch == "torchrun" and self.parallel != "ddp":
+        if self.in_4bit and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(f"adapter.load_in_4bit: 4-bit weights cannot be shared out by {self.parallel}; set ddp")
         if self.in_4bit and self.generate.backend != "hf":
             raise ValueError(
                 f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
                 "generate.backend: hf, which draws from the same 4-bit weights"
             )
-        if KINDS[self.train.optimizer].ours and self.launch != "inline" and self.parallel == "fsdp2":
+        if KINDS[self.train.optimizer].ours and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(
-                f"train.optimizer: fsdp2 cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
+                f"train.optimizer: {self.parallel} cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
             )
         if self.address is not None and self.launch != "ray":
             raise ValueError(f"address is a setting of launch: ray, and launch is {self.launch}")

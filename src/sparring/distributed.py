@@ -1,11 +1,12 @@
 """The only importer of accelerate and torch.distributed: devices, precision, and what crosses processes
-(torchrun.py, which starts them, imports torch.distributed too).
+(torchrun.py, which starts them, and zero.py, which hands them to DeepSpeed, import torch.distributed too).
 
 A process that torchrun started for a stage is a rank, and says so once, with `join`; any other is alone.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -39,6 +40,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from sparring import zero
 from sparring.disk import writing
 from sparring.errors import RankLost, Refused, Stopped
 from sparring.progress import say
@@ -123,16 +125,28 @@ def way() -> str:
     return f"{num_ranks()} x {_joined['parallel']}" if num_ranks() > 1 else "1"
 
 
+def zero_stage() -> int:
+    """2 or 3 where DeepSpeed shares out what the ranks train, else 0."""
+    return {"zero2": 2, "zero3": 3}.get(_joined["parallel"], 0) if num_ranks() > 1 else 0
+
+
 def is_sharded() -> bool:
     """Whether a rank holds a part of the weights only."""
-    return num_ranks() > 1 and accelerator().distributed_type == DistributedType.FSDP
+    return num_ranks() > 1 and (accelerator().distributed_type == DistributedType.FSDP or zero_stage() == 3)
 
 
-def prepare(scorer: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """The scorer and its optimizer, on every rank; `blocks` are the names of the classes of the model's layers."""
+def prepare(
+    scorer: nn.Module, blocks: Sequence[str], optimizer: Optimizer, max_norm: float | None = None
+) -> tuple[nn.Module, Optimizer]:
+    """The scorer and its optimizer, on every rank; `blocks` are the names of the classes of the model's layers.
+
+    `max_norm`: as `update` will be told.
+    """
     if not _joined:
         return scorer, optimizer
     found = accelerator()
+    if zero_stage():
+        return zero.prepare(zero_stage(), scorer, optimizer, max_norm, timedelta(seconds=_joined["timeout"]))
     plugin = found.state.fsdp_plugin if found.distributed_type == DistributedType.FSDP else None
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(blocks)
@@ -150,23 +164,40 @@ def accumulating(scorer: nn.Module, *, is_last: bool) -> AbstractContextManager[
 
     Sharded ones cross each time: keeping them whole would cost the memory that sharding saves.
     """
+    if zero_stage():
+        zero.begin_pass(scorer, is_last=is_last)
+        return nullcontext()
     return nullcontext() if is_last or is_sharded() else accelerator().no_sync(scorer)
 
 
-def backward(loss: Tensor) -> None:
-    """The gradients of the ranks are averaged, not added."""
-    accelerator().backward(loss)
+def backward(loss: Tensor, scorer: nn.Module) -> None:
+    """The gradients of the ranks are averaged, not added. `scorer`: as `prepare` returned it."""
+    if zero_stage():
+        zero.backward(loss, scorer)
+    else:
+        accelerator().backward(loss)
 
 
-def clip_gradient(model: nn.Module, max_norm: float) -> float:
-    """Scales the gradient down to `max_norm`; returns the norm that it had, over all ranks."""
-    norm = accelerator().clip_grad_norm_(model.parameters(), max_norm)
-    assert norm is not None
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def update(scorer: nn.Module, optimizer: Optimizer, max_norm: float | None) -> float:
+    """The optimizer's step with the gradient scaled down to `max_norm`; returns the norm that it had, over all ranks.
+
+    Where that is not finite, no step is taken.
+    """
+    if zero_stage():
+        return zero.update(scorer)
+    clipped = accelerator().clip_grad_norm_(scorer.parameters(), max_norm or math.inf)
+    assert clipped is not None
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in the memory of the CPU, put together where ranks hold parts of it: then all must ask for it."""
+    if zero_stage():
+        return zero.whole(tensor)
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 

@@ -24,6 +24,7 @@ from sparring.model import context_length, declared_end_ids, load_tokenizer, res
 from sparring.optimizers import refuse_without_bitsandbytes
 from sparring.prepare import Intake, Keyed, make_renderer
 from sparring.quantization import refuse_without_4bit
+from sparring.zero import refuse_without_deepspeed
 
 MAX_ROWS = 2000
 """Rows that are rendered; a sample is enough to know the rest."""
@@ -56,6 +57,12 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         try:
             refuse_without_4bit(distributed.device())
             yield Finding("good", f"the base is kept in 4 bits by bitsandbytes {version('bitsandbytes')}")
+        except Refused as refusal:
+            yield Finding("bad", str(refusal))
+    if recipe.zero:
+        try:
+            refuse_without_deepspeed(recipe.parallel)
+            yield Finding("good", f"ranks train with DeepSpeed {version('deepspeed')}")
         except Refused as refusal:
             yield Finding("bad", str(refusal))
     for name in sorted({recipe.at(index).train.optimizer for index in range(recipe.iterations)}):
@@ -138,7 +145,7 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
     yield Finding("good", f"{needs.num_parameters:,} parameters{trained}; {at_least}{steps}")
     ranks = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
     ranks = ranks if recipe.launch == "torchrun" else 1
-    state = needs.state_bytes / (ranks if recipe.parallel == "fsdp2" else 1)
+    state = needs.state_on_each(recipe.parallel, ranks)
     disk = shutil.disk_usage(Path.cwd()).free
     memory = available_memory() / (1 if distributed.device().type == "cuda" else ranks)  # on a CPU ranks share it
     each = f"on each of {ranks} devices " if ranks > 1 else ""

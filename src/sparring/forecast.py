@@ -39,6 +39,7 @@ class Trained:
 class Forecast:
     num_parameters: int
     num_trained: int
+    frozen_bytes: int  # weights that are not trained
     state_bytes: int  # weights, gradients, moments: exact
     paged_bytes: int  # moments that may lie in the machine's memory, beside those
     work_bytes: int  # activations and the block of logits of a micro-batch: a rule of thumb
@@ -48,6 +49,19 @@ class Forecast:
     @property
     def memory_bytes(self) -> int:
         return self.state_bytes + self.work_bytes
+
+    def state_on_each(self, parallel: str, devices: int) -> float:
+        """Bytes of weights, gradients and moments on each device. DeepSpeed has a second copy of what is trained."""
+        weights = 4 * self.num_trained
+        match parallel:
+            case "fsdp2":
+                return self.state_bytes / devices
+            case "zero2" if devices > 1:
+                return self.frozen_bytes + weights + (self.state_bytes - self.frozen_bytes) / devices
+            case "zero3" if devices > 1:
+                return (self.state_bytes + weights) / devices
+            case _:
+                return self.state_bytes
 
 
 def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
@@ -65,6 +79,7 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     return Forecast(
         num_parameters=num_parameters,
         num_trained=trained.total,
+        frozen_bytes=frozen,
         state_bytes=frozen + trained.total * 4 * 2 + moments,
         paged_bytes=paged,
         work_bytes=activations + KEPT + BLOCK * config.vocab_size * BYTES[train.dtype],

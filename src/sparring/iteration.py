@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sparring.commits import is_committed, verified, write_json
-from sparring.config import Recipe, Task
+from sparring.config import Recipe
 from sparring.data.tables import read_generations, read_rendered
 from sparring.rundir import BENCHMARKS, STAGES, RunDir
 from sparring.seeds import seed_of
+from sparring.tasks import Task
 from sparring.types import Generation, Rendered, Role, TokenIds
 
 

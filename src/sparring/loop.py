@@ -39,6 +39,7 @@ from sparring.rundir import BENCHMARKS, RunDir
 from sparring.score import score
 from sparring.tracking import steps_before, track_evaluation, tracking
 from sparring.train import train
+from sparring.zero import refuse_without_deepspeed
 
 PACKAGES = ("sparring", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -111,13 +112,16 @@ def begin(run: RunDir, recipe: Recipe) -> None:
         settle(run, recipe)
         if recipe.in_4bit:
             refuse_without_4bit(distributed.device())
+        if recipe.zero:
+            refuse_without_deepspeed(recipe.parallel)
         optimizers = {recipe.at(index).train.optimizer for index in range(recipe.iterations)}
         for name in sorted(optimizers if recipe.launch != "ray" else ()):  # there the devices are another machine's
             refuse_without_bitsandbytes(name, distributed.device())
         is_plain = not recipe.in_4bit and all(KINDS[name].ours is None for name in optimizers)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        record_session(run, PACKAGES if is_plain else (*PACKAGES, "bitsandbytes"))
+        more = ["bitsandbytes"] * (not is_plain) + ["deepspeed"] * recipe.zero
+        record_session(run, (*PACKAGES, *more))
         if not is_done(run, run.data):
             prepare(run, recipe)
     except Refused:

@@ -188,9 +188,9 @@ def speed_of_run(run_dir: Path, shape: Shape) -> Speed:
 
 
 def plan(
-    recipe: Recipe, folder: Path, lengths: Lengths, gpus: int, speed: Speed, gpu: Gpu | None, *, sharded: bool
+    recipe: Recipe, folder: Path, lengths: Lengths, gpus: int, speed: Speed, gpu: Gpu | None, *, parallel: str
 ) -> Plan:
-    """`sharded`: devices share out the weights, gradients and moments of training; else each has them whole."""
+    """`parallel`: as in the recipe, for devices that train together, however they are started."""
     shape = Shape.of(folder, recipe.train.dtype)
     needs = forecast(recipe, folder, lengths.rows)
     iterations = []
@@ -211,7 +211,7 @@ def plan(
     kept = at_a_time * (lengths.prompt + recipe.generate.max_new_tokens) * shape.kv_bytes
     return Plan(
         needs=needs,
-        train_bytes=needs.state_bytes / (gpus if sharded else 1) + needs.work_bytes,
+        train_bytes=needs.state_on_each(parallel, gpus) + needs.work_bytes,
         generate_bytes=(shape.weight_bytes + kept) / recipe.generate.tensor_parallel_size,
         iterations=tuple(iterations),
         disk_bytes=needs.disk_bytes + recipe.iterations * answers,
@@ -353,6 +353,6 @@ def print_plan(
     speed = (
         speed_of_run(measured, shape) if measured is not None else speed_of_gpu(GPUS[str(name)], recipe, shape, lengths)
     )
-    found = plan(recipe, folder, lengths, gpus, speed, gpu, sharded=recipe.parallel == "fsdp2")
+    found = plan(recipe, folder, lengths, gpus, speed, gpu, parallel=recipe.parallel)
     for line in lines(recipe, found, lengths, speed, name or f"device of {measured}", gpu, price):
         print(line)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sparring import strict_yaml
+from sparring.accelerate_file import with_accelerate
 from sparring.commits import UNSEALED, read_sealed, seal
 from sparring.config import NEUTRAL, SECTIONS, Recipe
 from sparring.errors import Damaged, Refused
@@ -32,6 +33,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             strict_yaml.set_key(raw, key.split("."), value)
         except ValueError as error:
             raise Refused(f"override '{override}': {error}") from error
+    if str(raw.get("parallel")).endswith((".yaml", ".yml")):
+        raw = with_accelerate(raw)
     return make_recipe(raw, lines, str(path))
 
 
@@ -52,6 +55,8 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     method = schema["properties"]["method"]
     schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
+    ranks = schema["properties"]["parallel"]
+    schema["properties"]["parallel"] = {"anyOf": [{"type": "string", "pattern": r"\.ya?ml$"}, ranks]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
 
 

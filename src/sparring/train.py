@@ -81,7 +81,7 @@ def train(iteration: Iteration) -> None:
     blocks: list[str] = sorted(model._no_split_modules or ())  # transformers' own list of what shards as one
     refuse_without_bitsandbytes(settings.optimizer, scorer.device)
     optimizer = make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay)
-    forward, optimizer = distributed.prepare(scorer, blocks, optimizer)
+    forward, optimizer = distributed.prepare(scorer, blocks, optimizer, max_norm := settings.gradient_clipping)
 
     steps_per_epoch = math.ceil(len(plays) / settings.batch_size)
     num_steps = settings.epochs * steps_per_epoch
@@ -121,13 +121,12 @@ def train(iteration: Iteration) -> None:
             if step == 0:
                 prove_same_model(objective, metrics, settings.dtype)
             computed = time.monotonic()
-            gradient_norm = distributed.clip_gradient(forward, settings.gradient_clipping or math.inf)
-            stop_if_not_finite(iteration, step, metrics["loss"], gradient_norm, batch)
+            stop_if_not_finite(iteration, step, "loss", metrics["loss"], batch)
             rate = learning_rate(step, num_steps, settings)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradient_norm = distributed.update(forward, optimizer, max_norm)
+            stop_if_not_finite(iteration, step, "gradient's norm", gradient_norm, batch)
 
             line = {
                 "step": step + 1,
@@ -214,7 +213,7 @@ def forward_backward(
             if sft_weight:
                 total = total - sft_weight * policy["real"] / lengths["real"]
             # times the ranks: their gradients are averaged
-            distributed.backward(total.sum() * (ranks if indices else 0) / len(batch))
+            distributed.backward(total.sum() * (ranks if indices else 0) / len(batch), forward or scorer)
         num_tokens += layout.computed_tokens if indices else 0
         detached: Scores = {role: logprob.detach() for role, logprob in policy.items()}
         metrics = {
@@ -259,7 +258,7 @@ def fitting_budget(
                 raise OutOfMemory from error
             raise
 
-    if start < ceiling:
+    if start < ceiling and not distributed.zero_stage():  # whose gradients of a trial could not be taken back
         shortest = plays[int(np.argmin(tokens))]
         forward_backward(scorer, objective, [shortest] * ranks, start, settings.sft_weight, forward)
         num_bytes = sum(moment_bytes(settings.optimizer, *trained_sizes(scorer.model))) // (
@@ -346,13 +345,11 @@ def prove_same_model(objective: Objective, metrics: Mapping[str, float], dtype: 
     )
 
 
-def stop_if_not_finite(
-    iteration: Iteration, step: int, loss: float, gradient_norm: float, batch: Sequence[Play]
-) -> None:
-    if math.isfinite(loss) and math.isfinite(gradient_norm):
+def stop_if_not_finite(iteration: Iteration, step: int, what: str, value: float, batch: Sequence[Play]) -> None:
+    if math.isfinite(value):
         return
     raise Stopped(
-        f"iteration {iteration.index}, step {step + 1}: the loss is {loss}, the gradient norm {gradient_norm}. "
+        f"iteration {iteration.index}, step {step + 1}: the {what} is {value}. "
         f"Nothing was updated; the last checkpoint is intact. Rows of this step: "
         f"{', '.join(play.group.id for play in batch[:8])}{', ...' if len(batch) > 8 else ''}. "
         "A lower train.learning_rate or train.dtype float32 may help; start it in another run directory"

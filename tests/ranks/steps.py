@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sparring import distributed
-from sparring.distributed import clip_gradient
 from sparring.layout import Kind, group_tokens
 from sparring.logprobs import Scorer
 from sparring.model import load_model
@@ -43,15 +43,15 @@ def make_plays(vocab: int, count: int = 64) -> list[Play]:
     ]
 
 
-def run(folder: Path, kind: Kind, pieces: int, steps: int, wrong: bool = False) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step. `wrong`: the control, whose loss is divided by each rank's own examples."""
+def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
     plays = make_plays(model.config.vocab_size)
-    scorer = Scorer(model, kind=kind)
+    scorer, size = Scorer(model, kind=kind), sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5)
-    forward, optimizer = distributed.prepare(scorer, sorted(model._no_split_modules or ()), optimizer)
+    forward, optimizer = distributed.prepare(scorer, sorted(model._no_split_modules or ()), optimizer, 1.0)
     part = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-    assert (part < sum(p.numel() for p in model.parameters())) == distributed.is_sharded()
+    assert (part < size) == distributed.is_sharded()
     found = []
     for step in range(steps):
         batch = [plays[(step * BATCH + i) % len(plays)] for i in range(BATCH)]
@@ -59,14 +59,18 @@ def run(folder: Path, kind: Kind, pieces: int, steps: int, wrong: bool = False) 
         metrics = forward_backward(
             scorer, Spin(lambda_=0.1), batch, 10**6 if pieces == 1 else tokens // pieces, 0.0, forward
         )
-        if wrong:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= distributed.num_ranks()
-        found.append((metrics["loss"], clip_gradient(forward, 1.0)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        found.append((metrics["loss"], distributed.update(forward, optimizer, 1.0)))
     return found
+
+
+def divided_again(run: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The control: the loss is divided by each rank's own examples, whose gradients are averaged."""
+    backward = distributed.backward
+    distributed.backward = lambda loss, scorer: backward(loss / distributed.num_ranks(), scorer)
+    try:
+        return run()
+    finally:
+        distributed.backward = backward
 
 
 def main() -> None:
@@ -74,8 +78,8 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.join(parallel, 40.0)
     found = {f"{kind}/{pieces}": run(folder, kind, pieces, steps) for kind, pieces in ARMS}
-    assert distributed.is_sharded() == (parallel == "fsdp2")
-    found["wrong"] = run(folder, "shared", 1, 3, wrong=True)
+    assert distributed.is_sharded() == (parallel in ("fsdp2", "zero3"))
+    found["wrong"] = divided_again(lambda: run(folder, "shared", 1, 3))
     if distributed.is_first():
         out.write_text(json.dumps(found))
     distributed.meet()

@@ -19,8 +19,10 @@ def alone(tiny: Path) -> dict[str, np.ndarray]:
     return {f"{kind}/{pieces}": np.array(run(tiny / "model", kind, pieces, STEPS)) for kind, pieces in ARMS}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone: dict[str, np.ndarray]) -> None:
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
     script, out = Path(__file__).with_name("steps.py"), tmp_path / "out.json"
     words = [str(script), str(tiny / "model"), parallel, str(STEPS), str(out)]
     start = [sys.executable, "-m", "sparring.torchrun", "2", "1", str(tmp_path / "note")]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sparring.commits import commit, write_json
-from sparring.config import Task
 from sparring.data.render import chat_template_of
 from sparring.errors import Refused
 from sparring.iteration import Iteration
 from sparring.model import load_tokenizer
 from sparring.processes import guarded
 from sparring.rundir import BENCHMARKS
+from sparring.tasks import Task
 
 
 def benchmark(iteration: Iteration, task: Task, label: str) -> None:
