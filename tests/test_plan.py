@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from sparring.plan import (
 )
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the script imports its neighbours
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "plan_spin.py"))
 
 
