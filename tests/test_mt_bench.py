@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from sparring.report import render
 from sparring.results import Results
 from sparring.rundir import RunDir
 
-VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
 MakeRecipe = Callable[..., Recipe]
 QUESTIONS = [
     {"question_id": 7, "category": "math", "turns": ["3 eggs and 4 more", "and 2 lost"]},
@@ -190,26 +188,21 @@ def first_place(folder: Path) -> Path:
     return folder
 
 
-PLACE = " --host 127.0.0.1 --port {port} --dtype {dtype}"
-SERVERS = {
-    "transformers": f"{sys.executable} -m transformers.cli.transformers serve {{model}} --device cpu" + PLACE,
-    "vllm": f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --enforce-eager" + PLACE,
-}
+SERVE = (
+    f"{sys.executable} -m transformers.cli.transformers serve {{model}} --device cpu --host 127.0.0.1 --port {{port}} "
+    "--dtype {dtype}"
+)
 
 
-@pytest.mark.parametrize("kind", SERVERS)
-def test_a_real_server_judges(kind: str, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others made, that serves a model that prefers whatever stands first: heard in both orders, all are ties."""
-    if kind == "vllm" and VLLM_PYTHON is None:
-        pytest.skip("SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
-    if kind == "transformers":
-        pytest.importorskip("fastapi", reason="transformers serve needs it: pip install 'transformers[serving]'")
-        pytest.importorskip("uvicorn", reason="transformers serve needs it: pip install 'transformers[serving]'")
+def test_a_real_server_judges(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers serve`, with a model that prefers whatever stands first: heard in both orders, all are ties."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="transformers serve needs it: pip install 'transformers[serving]'")
     monkeypatch.setattr(sparring.judge, "CONCURRENCY", 2)
-    model = first_place(tmp_path / kind)
-    with started_server(SERVERS[kind], model, "float32") as (url, _):
+    model = first_place(tmp_path / "judge")
+    with started_server(SERVE, model, "float32") as (url, _):
         found = judge(Results(run.root), index=1, against=-1, url=f"{url}/v1", model=str(model))
-    (folder,) = (run.root / "judged").glob(f"*-{kind}")
+    (folder,) = (run.root / "judged").glob("*-judge")
     verdicts = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
     assert {(v["question_id"], v["turn"], v["is_swapped"]) for v in verdicts} == {
         (question["question_id"], turn, is_swapped)
