@@ -193,7 +193,7 @@ def by_plain(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[fl
                 policy = plain_scores(model, groups)
             loss = Spin(lambda_=0.1)(policy, opponent, padded_rows(groups).lengths()).per_example.sum() / BATCH
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -262,7 +262,7 @@ def main() -> None:
                     "cpu_seconds": [round(f["cpu"], 2) for f in found],
                     "wall_seconds": [round(f["wall"], 2) for f in found],
                     "row_tokens_per_cpu_second": round(row_tokens / medians[arm]),
-                    "times_sparring": round(medians[arm] / medians[next(iter(rounds))], 3),
+                    "times_the_first_arm": round(medians[arm] / medians[next(iter(rounds))], 3),
                     "peak_mib": round(statistics.median(f["peak_mib"] for f in found)),
                     "largest_difference_of_a_step_s_loss": max(
                         abs(a - b) for a, b in zip(first, found[0]["losses"], strict=True)
