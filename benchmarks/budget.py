@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import Case, machine, make_groups, make_model, resident_mib
+from step import machine, resident_mib
+from step_arms import Case, make_groups, make_model
 
 from sparring.layout import group_tokens
 from sparring.logprobs import Scorer

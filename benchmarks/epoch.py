@@ -39,7 +39,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import QUIET, ROW, machine, make_model, plain_scores, resident_mib
+from step import machine, resident_mib
+from step_arms import QUIET, ROW, make_model, plain_scores
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import all_cases, limits, machine, make_step, resident_mib
+from step import limits, machine, resident_mib
+from step_arms import all_cases, make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
