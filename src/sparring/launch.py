@@ -134,8 +134,10 @@ class _Steps:
         path = done if done.is_file() else self.work / "metrics.jsonl"
         try:
             with path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self.at:
-                    self.at = 0  # a checkpoint's, which is shorter
+                # what a rank that begins anew makes of the file is a checkpoint's, which may be shorter, and go on
+                file.seek(max(0, self.at - 1))
+                if self.at and file.read(1) != b"\n":
+                    self.at = 0
                 file.seek(self.at)
                 text = file.read()
         except OSError:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from sparring import interrupt
+from sparring import interrupt, launch
 from sparring.commits import is_committed, replace_file
 from sparring.config import Recipe
 from sparring.errors import Interrupted, Refused, Stopped
@@ -246,6 +246,28 @@ def test_memory_that_runs_out_on_one_rank_is_agreed_by_all(
     train(alone)
     for ours, theirs in zip(metrics(small), metrics(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_a_step_is_told_once_though_its_file_begins_anew(
+    trainee: Callable[..., Iteration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps after a checkpoint are made again, with other clocks: where a line ends is another place then."""
+    iteration = trainee("run")
+    file = iteration.run.work(iteration.stage("train")) / "metrics.jsonl"
+    file.parent.mkdir()
+    told: list[int] = []
+    monkeypatch.setattr(launch, "track_step", lambda line, step, at: told.append(step))
+    steps = launch._Steps(iteration)
+
+    def write(*clocks: float) -> None:
+        file.write_text("".join(json.dumps({"step": n + 1, "seconds": clock}) + "\n" for n, clock in enumerate(clocks)))
+        steps.track()
+
+    write(0.1, 0.1, 0.1)
+    write(0.1, 0.123456789, 0.1, 0.1)
+    write(0.1)
+    write(0.1, 0.1, 0.1, 0.1, 0.1)
+    assert told == [1, 2, 3, 4, 5]
 
 
 def test_a_run_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
