@@ -175,3 +175,17 @@ def test_what_a_run_writes_is_for_its_owner_only(finished: Path, tmp_path: Path)
     assert sparring("run", finished / "recipe.yaml", tmp_path / "private").returncode == 0
     for path in (tmp_path / "private", *(tmp_path / "private").rglob("*")):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("command", ["run", "doctor", "preview", "plan", "compare"])
+def test_commands_read_the_recipe_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
+    """A misspelt key is told within two seconds, not after the six that transformers takes."""
+    (tmp_path / "typo.yaml").write_text("modle: nowhere\n")
+    arguments = [str(tmp_path / "typo.yaml"), *([str(tmp_path / "run")] if command in ("run", "compare") else [])]
+    code = (
+        f"import sys; sys.argv = ['sparring', {command!r}, *{arguments!r}]\n"
+        "from sparring.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'transformers' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["2", "False"], result.stderr

@@ -20,7 +20,8 @@ from sparring.errors import Refused, Stopped
 from sparring.forecast import empty_model, forecast, trained_tensors
 from sparring.loop import play
 from sparring.model import load_model, load_tokenizer, save_model
-from sparring.optimizers import BLOCK, KINDS, make_optimizer, moment_bytes, refuse_without_bitsandbytes
+from sparring.moments import BLOCK, KINDS, moment_bytes
+from sparring.optimizers import make_optimizer, refuse_without_bitsandbytes
 
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparring.errors import Interrupted, Refused, Stopped
 from sparring.visible import visible
+
+if TYPE_CHECKING:
+    from sparring.config import Recipe
 
 app = typer.Typer(
     name="sparring",
@@ -35,9 +39,10 @@ def run(
     ] = None,
 ) -> None:
     """Play a recipe. The same command again continues where it stopped, or says that all is done."""
+    read = _read(recipe, overrides)
     from sparring.loop import play
 
-    play(recipe, run_dir, overrides or ())
+    play(read, run_dir)
 
 
 @app.command()
@@ -69,10 +74,10 @@ def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Say within seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
+    read = _read(recipe, overrides)
     from sparring.doctor import print_findings
-    from sparring.recipe_file import load_recipe
 
-    if not print_findings(load_recipe(recipe, overrides or ())):
+    if not print_findings(read):
         raise typer.Exit(2)
 
 
@@ -83,10 +88,10 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
 ) -> None:
     """Show rows token by token, what is scored and what is not, and an answer of the model beside the real one."""
+    read = _read(recipe, overrides)
     from sparring.preview import preview
-    from sparring.recipe_file import load_recipe
 
-    preview(load_recipe(recipe, overrides or ()), rows)
+    preview(read, rows)
 
 
 @app.command()
@@ -101,10 +106,10 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
 ) -> None:
     """Forecast memory, time, disk and cost of a recipe on given GPUs. Loads no weights and writes nothing."""
+    read = _read(recipe, overrides)
     from sparring.plan import print_plan
-    from sparring.recipe_file import load_recipe
 
-    print_plan(load_recipe(recipe, overrides or ()), gpus, gpu, measured, rows, tokens, price)
+    print_plan(read, gpus, gpu, measured, rows, tokens, price)
 
 
 @app.command()
@@ -279,13 +284,14 @@ def compare(
     fractions: Annotated[str, typer.Option(help="Shares of the training rows, with commas between.")] = "1.0",
 ) -> None:
     """Compare methods: one data set, one split, one starting model, several seeds. The same command continues."""
+    read = _read(recipe, overrides)
     from sparring.compare import compare as play_all
 
     try:
         shares = [float(share) for share in fractions.split(",")]
     except ValueError as error:
         raise Refused(f"--fractions {fractions}: write numbers with commas between, such as 0.25,1.0") from error
-    comparison = play_all(recipe, run_dir, methods.split(","), seeds=seeds, fractions=shares, overrides=overrides or ())
+    comparison = play_all(read, run_dir, methods.split(","), seeds=seeds, fractions=shares)
     typer.echo(comparison.root / "report.html")
 
 
@@ -298,6 +304,13 @@ def demo(
     from sparring.demo import play_demo
 
     play_demo(run_dir, method)
+
+
+def _read(recipe: Path, overrides: Sequence[str] | None) -> Recipe:
+    """Before a command imports what it works with, which takes seconds: a slip in the recipe is told at once."""
+    from sparring.recipe_file import load_recipe
+
+    return load_recipe(recipe, overrides or ())
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
 from sparring.hardware import resolve_dtype
+from sparring.moments import KINDS, Name
 from sparring.objectives import (
     AlphaSpin,
     ChiSquare,
@@ -33,7 +34,6 @@ from sparring.objectives import (
     Tspin,
     TspinRef,
 )
-from sparring.optimizers import KINDS, Name
 from sparring.strict_yaml import set_key
 from sparring.tasks import Task, parse_tasks
 from sparring.types import NonNegative, Objective, Positive, Share
@@ -172,6 +172,7 @@ class Train(Strict):
     """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
+    """Optimizer steps between checkpoints."""
 
 
 class Regex(Strict):

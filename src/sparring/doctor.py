@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,9 @@ from sparring.budget import tokens_at_a_time
 from sparring.config import Recipe
 from sparring.errors import Refused
 from sparring.forecast import forecast, num_training
+from sparring.libraries import checks, optional_packages
 from sparring.model import context_length, declared_end_ids, load_tokenizer, resolve_model
-from sparring.optimizers import refuse_without_bitsandbytes
 from sparring.prepare import Intake, Keyed, make_renderer
-from sparring.quantization import refuse_without_4bit
-from sparring.zero import refuse_without_deepspeed
 
 MAX_ROWS = 2000
 """Rows that are rendered; a sample is enough to know the rest."""
@@ -42,7 +41,8 @@ class Finding:
 
 def examine(recipe: Recipe) -> Iterator[Finding]:
     """Findings in the order in which a run would meet them. After a bad one that the rest rests on, it ends."""
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    optional = [package for package in optional_packages(recipe) if find_spec(package)]
+    versions = ", ".join(f"{package} {version(package)}" for package in (*PACKAGES, *optional))
     engine = f"{recipe.generate.backend} on {distributed.device()}"
     count = torch.get_num_threads()
     yield Finding("good", f"{engine}, {count} thread{'' if count == 1 else 's'}; {versions}")
@@ -53,21 +53,9 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     except Refused as refusal:
         yield Finding("bad", str(refusal))
         return
-    if recipe.in_4bit:
+    for check in checks(recipe):
         try:
-            refuse_without_4bit(distributed.device())
-            yield Finding("good", f"the base is kept in 4 bits by bitsandbytes {version('bitsandbytes')}")
-        except Refused as refusal:
-            yield Finding("bad", str(refusal))
-    if recipe.zero:
-        try:
-            refuse_without_deepspeed(recipe.parallel)
-            yield Finding("good", f"ranks train with DeepSpeed {version('deepspeed')}")
-        except Refused as refusal:
-            yield Finding("bad", str(refusal))
-    for name in sorted({recipe.at(index).train.optimizer for index in range(recipe.iterations)}):
-        try:
-            refuse_without_bitsandbytes(name, distributed.device())
+            check()
         except Refused as refusal:
             yield Finding("bad", str(refusal))
     ends = sorted({renderer.end.id} | declared_end_ids(folder, tokenizer))

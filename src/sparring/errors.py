@@ -31,8 +31,3 @@ class OutOfMemory(Stopped):
 
 class Damaged(Stopped):
     """Bytes on disk are not those that were written. `play` makes again what can be made again."""
-
-
-def is_of_transport(error: Exception) -> bool:
-    """Whether the network failed below the hub's client, whose transport has errors of its own."""
-    return type(error).__module__.startswith(("httpx", "httpcore"))

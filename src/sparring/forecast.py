@@ -17,7 +17,8 @@ from sparring.checkpoint import KEEP
 from sparring.config import Adapter, Recipe
 from sparring.kernels.chunked import BLOCK, KEPT
 from sparring.model import load_config
-from sparring.optimizers import moment_bytes, trained_sizes
+from sparring.moments import moment_bytes
+from sparring.optimizers import trained_sizes
 from sparring.quantization import BYTES_PER_WEIGHT
 
 BYTES = {"float32": 4, "bfloat16": 2}

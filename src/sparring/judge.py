@@ -17,11 +17,15 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, as the hub's version has it
+    InferenceTimeoutError,
+)
 
 from sparring.commits import Json, begin_work, commit_folder, is_committed, replace_file, verified, write_json
 from sparring.disk import writing
-from sparring.errors import Refused, Stopped, is_of_transport
+from sparring.errors import Refused, Stopped
 from sparring.evaluate.mt_bench import Question, read_questions
 from sparring.iteration import Iteration
 from sparring.progress import track
@@ -216,11 +220,7 @@ def reply(client: InferenceClient, model: str, messages: list[dict[str, str]]) -
                     "must be a name that it serves"
                 ) from error
             problem = str(error)
-        except (OSError, InferenceTimeoutError, ConnectionError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        except Exception as error:
-            if not is_of_transport(error):
-                raise
+        except (OSError, InferenceTimeoutError, HTTPError) as error:
             problem = f"{type(error).__name__}: {error}"
         if pause is not None:
             time.sleep(pause)

@@ -25,13 +25,12 @@ from sparring.forecast import Trained, disk_bytes, empty_model, trained_tensors
 from sparring.generate import engine_of, generate
 from sparring.iteration import Iteration
 from sparring.launch import on_ranks
+from sparring.libraries import checks, optional_packages
 from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
 from sparring.on_ray import draw_on_cluster
-from sparring.optimizers import KINDS, refuse_without_bitsandbytes
 from sparring.prepare import prepare
 from sparring.progress import say, tell
-from sparring.quantization import refuse_without_4bit
 from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
 from sparring.report import write_report
 from sparring.results import Results
@@ -39,7 +38,6 @@ from sparring.rundir import BENCHMARKS, RunDir
 from sparring.score import score
 from sparring.tracking import steps_before, track_evaluation, tracking
 from sparring.train import train
-from sparring.zero import refuse_without_deepspeed
 
 PACKAGES = ("sparring", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -110,18 +108,11 @@ def begin(run: RunDir, recipe: Recipe) -> None:
     """The data stage, if it is not done. A run that is refused here leaves nothing in the way of the next attempt."""
     try:
         settle(run, recipe)
-        if recipe.in_4bit:
-            refuse_without_4bit(distributed.device())
-        if recipe.zero:
-            refuse_without_deepspeed(recipe.parallel)
-        optimizers = {recipe.at(index).train.optimizer for index in range(recipe.iterations)}
-        for name in sorted(optimizers if recipe.launch != "ray" else ()):  # there the devices are another machine's
-            refuse_without_bitsandbytes(name, distributed.device())
-        is_plain = not recipe.in_4bit and all(KINDS[name].ours is None for name in optimizers)
+        for check in checks(recipe):
+            check()
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        more = ["bitsandbytes"] * (not is_plain) + ["deepspeed"] * recipe.zero
-        record_session(run, (*PACKAGES, *more))
+        record_session(run, (*PACKAGES, *optional_packages(recipe)))
         if not is_done(run, run.data):
             prepare(run, recipe)
     except Refused:
@@ -310,8 +301,9 @@ def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
         return
     model = Path(Iteration(run, recipe, 0).data.model)
     whole = num_parameters(model)
-    is_simple = recipe.adapter is None and KINDS[recipe.train.optimizer].ours is None
-    trained = Trained((whole,)) if is_simple else trained_tensors(empty_model(model), recipe.adapter)
+    of_torch = recipe.train.optimizer in ("rmsprop", "adamw")  # the same bytes for every number, whatever its tensor
+    is_whole = recipe.adapter is None and of_torch
+    trained = Trained((whole,)) if is_whole else trained_tensors(empty_model(model), recipe.adapter)
     needs, free = disk_bytes(recipe, whole, trained, left), free_bytes(run.root)
     if needs > free:
         raise Refused(

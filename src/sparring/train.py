@@ -31,7 +31,8 @@ from sparring.iteration import Iteration
 from sparring.layout import arrange, group_tokens, micro_batches, rank_batches
 from sparring.logprobs import Scorer
 from sparring.model import load_model, save_merged, save_successor
-from sparring.optimizers import make_optimizer, moment_bytes, refuse_without_bitsandbytes, trained_sizes
+from sparring.moments import moment_bytes
+from sparring.optimizers import make_optimizer, refuse_without_bitsandbytes, trained_sizes
 from sparring.progress import say, track
 from sparring.seeds import permutation
 from sparring.tracking import steps_before, track_step

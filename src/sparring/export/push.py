@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparring.commits import MANIFEST, failpoint, verify
 from sparring.data.tables import read_table
-from sparring.errors import Refused, Stopped, is_of_transport
+from sparring.errors import Refused, Stopped
 
 ALLOWED = (
     "README.md",
@@ -74,7 +74,10 @@ def _lines(file: Path) -> Iterator[str]:
 
 def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, as the hub's version has it
+    )
 
     kind = "dataset" if any(file.suffix == ".parquet" for file in files) else "model"
     api = HfApi()
@@ -90,9 +93,7 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise Refused(f"the hub did not take '{repo}': {error}. Log in with 'hf auth login'") from error
-    except Exception as error:
-        if not is_of_transport(error):
-            raise
+    except HTTPError as error:
         raise Stopped(
             f"the hub cannot be reached: {error}. Nothing is uploaded; the same command tries again"
         ) from error
