@@ -4,7 +4,9 @@
 
 One Llama with random weights, float32, the same prompts for all, engines that are running already. A round gives each
 engine one turn, so that whatever else the machine does meets all of them; overhead is paired by round. The stage is the
-real one: prompts from the run's data, answers decoded and committed part by part.
+real one: prompts from the run's data, answers decoded and committed part by part. The stage asks vLLM for the log-probs
+of its first 64 answers; while one of those is being drawn, vLLM computes them for every answer in the batch. The arm
+without them shows what that is, and what is left is a cost of every answer.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ import torch
 from demo_seeds import cpu_name, interval
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sparring.generate.vllm
 from sparring.config import Recipe
 from sparring.demo import make_tokenizer, problems
 from sparring.generate import generate, open_backend
+from sparring.generate.answers import NUM_CHECKED
 from sparring.generate.vllm import VllmBackend
 from sparring.iteration import Iteration
 from sparring.model import save_model
@@ -74,8 +78,8 @@ def make_iteration(folder: Path, name: str, **settings: object) -> Iteration:
 class Stage:
     """The generate stage with an engine that is running, again and again."""
 
-    def __init__(self, iteration: Iteration, engine: Backend) -> None:
-        self.iteration, self.engine = iteration, engine
+    def __init__(self, iteration: Iteration, engine: Backend, num_checked: int = NUM_CHECKED) -> None:
+        self.iteration, self.engine, self.num_checked = iteration, engine, num_checked
 
     @contextmanager
     def running(self, model: Path) -> Iterator[Backend]:
@@ -91,6 +95,7 @@ class Stage:
     def turn(self) -> dict[str, float]:
         target = self.iteration.stage("generate")
         shutil.rmtree(target, ignore_errors=True)
+        sparring.generate.vllm.NUM_CHECKED = self.num_checked
         start, cpu = time.perf_counter(), self.cpu_seconds()
         generate(self.iteration, self.running)
         seconds, cpu = time.perf_counter() - start, self.cpu_seconds() - cpu
@@ -126,7 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("python", help="the interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=384)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--no-hf", action="store_true", help="vLLM alone")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
@@ -150,7 +157,10 @@ def main() -> None:
 
         bare = Bare(arguments.python, folder / "task.json")
         with engine(hf) as hf_engine, engine(vllm) as vllm_engine:
-            arms = {"bare vllm": bare, "vllm": Stage(vllm, vllm_engine), "hf": Stage(hf, hf_engine)}
+            arms = {"bare vllm": bare, "vllm": Stage(vllm, vllm_engine)}
+            arms["vllm, no log-probs"] = Stage(vllm, vllm_engine, num_checked=0)
+            if not arguments.no_hf:
+                arms["hf"] = Stage(hf, hf_engine)
             for arm in arms.values():
                 arm.turn()  # starts engines, warms caches
             turns: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
@@ -178,12 +188,14 @@ def main() -> None:
         "tokens_per_second": {name: interval(rate) for name, rate in rates.items()},
         "cpu_seconds": {name: interval(seconds) for name, seconds in cpu.items()},
         "overhead_over_bare_vllm": {
-            "wall": interval(rates["bare vllm"] / rates["vllm"] - 1),
-            "cpu": interval(cpu["vllm"] / cpu["bare vllm"] - 1),
+            name: {
+                "wall": interval(rates["bare vllm"] / rates[name] - 1),
+                "cpu": interval(cpu[name] / cpu["bare vllm"] - 1),
+            }
+            for name in ("vllm", "vllm, no log-probs")
         },
     }
-    target = Path(__file__).parent / "results" / "generate.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
