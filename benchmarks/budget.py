@@ -29,7 +29,7 @@ from sparring.logprobs import Scorer
 from sparring.objectives import Spin
 from sparring.train import Play, forward_backward
 
-BUDGETS = (1024, 2048, 4096, 8192)
+BUDGETS = (512, 1024, 2048, 4096, 8192)
 
 
 def child(budget: int, case: Case, pipe: Connection) -> None:

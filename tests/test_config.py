@@ -42,7 +42,7 @@ iterations: 4
 data: {train: rows.jsonl, held_out: 0.05, columns: {}, template: null, turns: last, limit: null}
 generate: {backend: hf, max_new_tokens: 256, temperature: 1.0, top_p: 1.0, samples: 1}
 train: {optimizer: rmsprop, learning_rate: 5.0e-7, schedule: linear, warmup: 0.1, epochs: 2, batch_size: 64,
-        micro_batch_tokens: 8192, max_length: 2048, dtype: bfloat16, gradient_clipping: 1.0}
+        micro_batch_tokens: auto, max_length: 2048, dtype: bfloat16, gradient_clipping: 1.0}
 evaluate: {held_out: true, checker: null, save_best_by: held_out_nll}
 per_iteration: {0: {method.beta: 0.0}}
 seed: 0

@@ -196,7 +196,7 @@ SERVE = (
 
 def test_a_real_server_judges(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`transformers serve`, with a model that prefers whatever stands first: heard in both orders, all are ties."""
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason="transformers serve needs it: pip install 'transformers[serving]'")
     monkeypatch.setattr(sparring.judge, "CONCURRENCY", 2)
     model = first_place(tmp_path / "judge")

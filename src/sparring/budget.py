@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +15,9 @@ START = {"cpu": 4096, "cuda": 16_384}
 CEILING = {"cpu": 4096, "cuda": 262_144}
 """Where it ends."""
 LEAST = 512
+CPU_ACTIVATIONS = 2**28
+"""Bytes of activations, by the rule of thumb below, that a CPU's caches and pages still serve at full speed: more
+tokens at a time take memory and gain nothing (benchmarks/budget.py)."""
 VALUES = 17
 """Kept per layer, token and width for the backward pass (Korthikanti et al. 2022: 34 bytes in 16 bits)."""
 
@@ -32,12 +34,12 @@ def activation_bytes(config: PreTrainedConfig, bytes_each: int, *, checkpointing
 
 
 def where_to_look(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
-    """(start, ceiling) of the search. A CPU's memory does not say no before it is too late: there activations get a
-    quarter of what the machine has, and nothing is tried."""
+    """(start, ceiling) of the search. On a CPU nothing is tried: its memory does not say no before it is too late, and
+    many tokens are slower than few."""
     if device.type != "cpu":
         return START.get(device.type, START["cpu"]), CEILING.get(device.type, CEILING["cpu"])
     budget = START["cpu"]
-    while budget > LEAST and 4 * budget * bytes_per_token > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    while budget > LEAST and budget * bytes_per_token > CPU_ACTIVATIONS:
         budget //= 2
     return budget, budget
 

@@ -163,7 +163,7 @@ class Train(Strict):
     weight_decay: NonNegative = 0.0
     epochs: PositiveInt = 2
     batch_size: PositiveInt = 64
-    micro_batch_tokens: PositiveInt | Literal["auto"] = 8192
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 2048
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
     """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparring import distributed
-from sparring.budget import activation_bytes, tokens_at_a_time
+from sparring.budget import activation_bytes
 from sparring.checkpoint import KEEP
 from sparring.config import Adapter, Recipe
 from sparring.kernels.chunked import BLOCK, KEPT
@@ -75,7 +74,9 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     moments, paged = moment_bytes(train.optimizer, trained.sizes, trained.embedding)
     config = model.config.get_text_config()
     per_token = activation_bytes(model.config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
-    activations = tokens_at_a_time(train.micro_batch_tokens, distributed.device()) * per_token
+    asked = train.micro_batch_tokens
+    tokens = train.max_length if asked == "auto" else asked  # which takes what there is; a row of that length must fit
+    logits = 0 if train.gradient_checkpointing else KEPT
     rows = num_rows * (min(2, recipe.method.needs.rounds) if recipe.iterations > 1 else 1)
     return Forecast(
         num_parameters=num_parameters,
@@ -83,7 +84,7 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
         frozen_bytes=frozen,
         state_bytes=frozen + trained.total * 4 * 2 + moments,
         paged_bytes=paged,
-        work_bytes=activations + KEPT + BLOCK * config.vocab_size * BYTES[train.dtype],
+        work_bytes=tokens * per_token + logits + BLOCK * config.vocab_size * BYTES[train.dtype],
         disk_bytes=disk_bytes(recipe, num_parameters, trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )

@@ -46,7 +46,7 @@ train:
   learning_rate: {rate}   # {rate_note}
   epochs: 2                # per iteration
   batch_size: 64
-  micro_batch_tokens: 8192 # lower it when memory runs out
+  micro_batch_tokens: auto # at a time; a number is an upper bound
   max_length: 2048         # prompt and answer
   dtype: auto              # bfloat16 where the device multiplies it faster, else float32
 {evaluate}
