@@ -9,13 +9,13 @@ to the numbers. The verdicts around the tables are written by people. results_fi
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from demo_seeds import interval
+from page import filled as page_with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks" / "results" / "claims.json"
@@ -342,11 +342,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 def filled(page: str) -> str:
     """The page with its tables made anew."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n" + "\n".join(TABLES[match[2]]()) + "\n<!-- end -->"
-
-    return re.sub(r"(<!-- claims: ([^>]+?) -->)\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+    return page_with_tables(page, "claims", lambda name: TABLES[name]())
 
 
 def main() -> None:

@@ -9,10 +9,11 @@ to the numbers.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from page import filled as page_with_tables
+from page import line
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks" / "results" / "step.json"
@@ -66,7 +67,7 @@ def table(name: str) -> list[str]:
     """A line per case that was measured: our seconds, everybody else's as times ours, and bytes over the weights."""
     arms, cases = TABLES[name]
     heads = ["", "seconds", *(NAMES[arm] for arm in arms), "of the matrix peak", "MiB over the weights: ours, theirs"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [line(heads), line(["---"] * len(heads))]
     for case in cases:
         if case not in results():
             continue
@@ -74,7 +75,7 @@ def table(name: str) -> list[str]:
         ours, others = found["arms"]["shared"], [found["arms"].get(arm) for arm in arms]
         seconds = ours["seconds"]
         lines.append(
-            _line(
+            line(
                 [
                     f"{case.replace(' pair', '').replace(' triplet', '')}",
                     f"{seconds['median']:.2f} ({seconds['min']:.2f} to {seconds['max']:.2f}), {found['rounds']} rounds",
@@ -88,17 +89,9 @@ def table(name: str) -> list[str]:
     return lines
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def filled(page: str) -> str:
     """The page with its tables made anew."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n" + "\n".join(table(match[2])) + "\n<!-- end -->"
-
-    return re.sub(r"(<!-- step: ([^>]+?) -->)\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+    return page_with_tables(page, "step", table)
 
 
 if __name__ == "__main__":
