@@ -7,6 +7,7 @@ moments by name, as without it. The only importer of deepspeed.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def backward(loss: Tensor, engine: Any) -> None:
 def update(engine: Any) -> float:
     """`distributed.update`: DeepSpeed passes over a step whose gradient is not finite."""
     engine.step()
-    return float(engine.get_global_grad_norm())
+    return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +45,7 @@ def make_plays(vocab: int, count: int = 64) -> list[Play]:
     ]
 
 
-def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+def begin(folder: Path, kind: Kind) -> tuple[torch.nn.Module, list[Play], Scorer, Any, Any]:
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
     plays = make_plays(model.config.vocab_size)
     scorer, size = Scorer(model, kind=kind), sum(p.numel() for p in model.parameters())
@@ -52,6 +53,12 @@ def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, 
     forward, optimizer = distributed.prepare(scorer, sorted(model._no_split_modules or ()), optimizer, 1.0)
     part = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     assert (part < size) == distributed.is_sharded()
+    return model, plays, scorer, forward, optimizer
+
+
+def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    _, plays, scorer, forward, optimizer = begin(folder, kind)
     found = []
     for step in range(steps):
         batch = [plays[(step * BATCH + i) % len(plays)] for i in range(BATCH)]
@@ -61,6 +68,21 @@ def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, 
         )
         found.append((metrics["loss"], distributed.update(forward, optimizer, 1.0)))
     return found
+
+
+def after_nan(folder: Path) -> tuple[list[float], list[bool]]:
+    """Gradient norms of a step, of one with an opponent's log-prob that is no number, and of another; and whether each
+    left the weights as they were."""
+    model, plays, scorer, forward, optimizer = begin(folder, "shared")
+    poisoned = [replace(plays[0], opponent={**plays[0].opponent, "real": np.array(np.nan, dtype=np.float32)})]
+    norms, unchanged = [], []
+    for batch in (plays[:BATCH], poisoned + plays[1:BATCH], plays[:BATCH]):
+        before = [distributed.whole(parameter).clone() for parameter in model.parameters()]
+        forward_backward(scorer, Spin(lambda_=0.1), batch, 10**6, 0.0, forward)
+        norms.append(distributed.update(forward, optimizer, 1.0))
+        after = [distributed.whole(parameter) for parameter in model.parameters()]
+        unchanged.append(all(torch.equal(one, other) for one, other in zip(before, after, strict=True)))
+    return norms, unchanged
 
 
 def divided_again(run: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -77,8 +99,9 @@ def main() -> None:
     folder, parallel, steps, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     distributed.join(parallel, 40.0)
-    found = {f"{kind}/{pieces}": run(folder, kind, pieces, steps) for kind, pieces in ARMS}
+    found: dict[str, Any] = {f"{kind}/{pieces}": run(folder, kind, pieces, steps) for kind, pieces in ARMS}
     assert distributed.is_sharded() == (parallel in ("fsdp2", "zero3"))
+    found["after_nan"] = after_nan(folder)
     found["wrong"] = divided_again(lambda: run(folder, "shared", 1, 3))
     if distributed.is_first():
         out.write_text(json.dumps(found))

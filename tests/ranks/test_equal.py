@@ -28,7 +28,10 @@ def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone
     start = [sys.executable, "-m", "sparring.torchrun", "2", "1", str(tmp_path / "note")]
     done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {arm: np.array(values) for arm, values in json.loads(out.read_text()).items()}
+    found = json.loads(out.read_text())
+    norms, unchanged = found.pop("after_nan")
+    assert list(np.isfinite(norms)) == [True, False, True] and unchanged == [False, True, False]
+    found = {arm: np.array(values) for arm, values in found.items()}
     for arm, one in alone.items():
         residual = found[arm] / one - 1
         assert np.abs(residual).max() < 1e-6, (arm, np.abs(residual).max(axis=0))
