@@ -144,7 +144,8 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
     if needs.paged_bytes:
         words += f". Moments of {needs.paged_bytes / GIB:.2f} GiB beside those may lie in the machine's memory"
     share = ", parallel: fsdp2" if ranks > 1 and recipe.parallel == "ddp" else ""
-    remedy = f"; lower train.micro_batch_tokens, set train.gradient_checkpointing{share}, or use an adapter"
+    tokens = "max_length" if recipe.train.micro_batch_tokens == "auto" else "micro_batch_tokens"
+    remedy = f"; lower train.{tokens}, set train.gradient_checkpointing{share}, or use an adapter"
     fits = state + needs.work_bytes < 0.95 * memory
     yield Finding("good" if fits else "bad", words + ("" if fits else remedy))
     words = f"models and checkpoints need {needs.disk_bytes / GIB:.2f} GiB of disk; {disk / GIB:.1f} are free here"
