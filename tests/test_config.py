@@ -214,3 +214,9 @@ def test_the_dtype_follows_the_processor_and_a_run_keeps_it(
     assert recipe.at(1).train.dtype == dtype
     asked = Recipe.model_validate({**raw, "train": {"dtype": "float32"}})
     assert asked.train.dtype == "float32", "what is asked for is not touched"
+
+
+def test_characters_beyond_16_bits_as_json_writes_them(tmp_path: Path) -> None:
+    text = SMALLEST.replace("rows.jsonl", r'"\ud83d\ude00.jsonl"')
+    assert text != SMALLEST and load(tmp_path, text).data.train == "😀.jsonl"
+    assert "half of a character" in refusal(tmp_path, SMALLEST.replace("rows.jsonl", r'"\ud83d.jsonl"'))

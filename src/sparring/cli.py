@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -317,6 +318,8 @@ def main() -> None:
     """The entry point: our own refusals as one message, everything else as a bug."""
     os.umask(0o077)  # a run directory holds the user's data
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # accelerate imports DeepSpeed wherever it is installed, and that would say on stdout that it finds no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         app()
     except Refused as refusal:
