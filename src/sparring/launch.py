@@ -56,6 +56,8 @@ def _run(iteration: Iteration, stage: str) -> bool:
     notes = iteration.run.ranks
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
+    if stage == "evaluate":  # of an attempt that ended nothing is continued
+        shutil.rmtree(iteration.run.work(iteration.stage(stage)), ignore_errors=True)
     steps = _Steps(iteration) if stage == "train" else None
     rank = ["-m", "sparring.rank", str(iteration.run.root), str(iteration.index), stage]
     silent_since: float | None = None

@@ -153,6 +153,7 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
             label = stage.removeprefix(f"{BENCHMARKS}/")
             task = iteration.benchmarks[label]
             answer_questions(iteration, engine) if task is None else benchmark(iteration, task, label)
+    shutil.rmtree(iteration.run.work(final), ignore_errors=True)  # what ranks put together is in what was committed
     if stage == "evaluate":
         metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
         track_evaluation(metrics, steps_before(iteration.run, iteration.index + 1), iteration.index)

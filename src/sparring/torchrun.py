@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -32,6 +33,8 @@ def main() -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        # else a folder for temporary files, which is left there when this process is killed
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(note).with_name("logs"))),
     )
     try:
         elastic_launch(config, sys.executable)(*words)

@@ -270,8 +270,10 @@ def test_a_step_is_told_once_though_its_file_begins_anew(
     assert told == [1, 2, 3, 4, 5]
 
 
-def test_a_run_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
-    """Every stage, with an adapter, sharded; and what a run alone leaves is near it."""
+def test_a_run_on_two_ranks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage, with an adapter, sharded; what a run alone leaves is near it; and nothing half done is left."""
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     settings = {"adapter": {"r": 4}, "evaluate": {"checker": "number"}}
     shared = play(recipe_for(tiny, launch="torchrun", parallel="fsdp2", **settings), tmp_path / "shared")
     alone = play(recipe_for(tiny, **settings), tmp_path / "alone")
@@ -282,3 +284,6 @@ def test_a_run_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
     assert (shared.root / "report.html").is_file()
     names = {path.name for path in (shared.model(0)).iterdir()}
     assert names == {path.name for path in (alone.model(0)).iterdir()}
+    assert not [*shared.root.rglob("*.partial"), *temporary.glob("torchelastic*")]
+    ours, theirs = ({path.relative_to(run.root) for path in run.root.rglob("*")} for run in (shared, alone))
+    assert ours - theirs == {Path(".ranks.lock")} and theirs <= ours
