@@ -28,6 +28,7 @@ from sparring.launch import on_ranks
 from sparring.libraries import checks, optional_packages
 from sparring.mirror import Mirror, committed_folders
 from sparring.model import num_parameters
+from sparring.moments import KINDS
 from sparring.on_ray import draw_on_cluster
 from sparring.prepare import prepare
 from sparring.progress import say, tell
@@ -302,9 +303,9 @@ def say_what_it_needs(run: RunDir, recipe: Recipe) -> None:
         return
     model = Path(Iteration(run, recipe, 0).data.model)
     whole = num_parameters(model)
-    of_torch = recipe.train.optimizer in ("rmsprop", "adamw")  # the same bytes for every number, whatever its tensor
-    is_whole = recipe.adapter is None and of_torch
-    trained = Trained((whole,)) if is_whole else trained_tensors(empty_model(model), recipe.adapter)
+    # torch's optimizers take the same bytes for every number, whatever its tensor
+    is_sum_enough = recipe.adapter is None and KINDS[recipe.train.optimizer].ours is None
+    trained = Trained((whole,)) if is_sum_enough else trained_tensors(empty_model(model), recipe.adapter)
     needs, free = disk_bytes(recipe, whole, trained, left), free_bytes(run.root)
     if needs > free:
         raise Refused(
