@@ -132,7 +132,6 @@ def main() -> None:
     parser.add_argument("python", help="the interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--no-hf", action="store_true", help="vLLM alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,8 +158,7 @@ def main() -> None:
         with engine(hf) as hf_engine, engine(vllm) as vllm_engine:
             arms = {"bare vllm": bare, "vllm": Stage(vllm, vllm_engine)}
             arms["vllm, no log-probs"] = Stage(vllm, vllm_engine, num_checked=0)
-            if not arguments.no_hf:
-                arms["hf"] = Stage(hf, hf_engine)
+            arms["hf"] = Stage(hf, hf_engine)
             for arm in arms.values():
                 arm.turn()  # starts engines, warms caches
             turns: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
