@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from sparring.errors import Refused, Stopped
 from sparring.generate.server import ServerBackend, started_server
-from sparring.generate.vllm import VllmBackend
+from sparring.generate.vllm import EngineProcess, VllmBackend
 from sparring.types import Prompt
 
 END = 3
@@ -26,6 +27,15 @@ def folder(tiny: Path) -> Path:
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(str(number), 0, np.array([1, 2], dtype=np.int32), 12, number) for number in range(count)]
+
+
+def stand_in(folder: Path, vllm: str) -> None:
+    """What vllm_engine.py imports of vLLM."""
+    on_a_cpu = "class current_platform:\n    is_cpu = staticmethod(lambda: True)\n"
+    code = {"vllm": vllm, "vllm/lora": "", "vllm/lora/request": "class LoRARequest: ...\n", "vllm/platforms": on_a_cpu}
+    for name, text in code.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(text)
 
 
 def test_an_interpreter_without_vllm_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -44,14 +54,58 @@ def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in of the last version before CVE-2026-22807 was mended: refused before it sees the model."""
-    for name in ("vllm", "vllm/lora", "vllm/lora/request", "vllm/platforms"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("LoRARequest = current_platform = None\n")
-    (tmp_path / "vllm" / "__init__.py").write_text("__version__ = '0.13.2'\n")
+    stand_in(tmp_path, "__version__ = '0.13.2'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     engine = VllmBackend(folder, end_ids=[END], max_length=128)
     with pytest.raises(Refused, match=r"it is 0\.13\.2, and before 0\.14 .*CVE-2026-22807"):
         list(engine.generate(prompts(1)))
+
+
+LEAVES_A_FILE = """
+import tempfile
+__version__ = "0.32.0"
+class SamplingParams: ...
+class Engine:
+    def has_unfinished_requests(self): return False
+class LLM:
+    llm_engine = Engine()
+    def __init__(self, **settings): tempfile.mkstemp(prefix="vllm_dist_")
+"""
+
+
+@pytest.mark.parametrize("ends", ["it is closed", "it is killed", "sparring is killed"])
+def test_an_engine_leaves_nothing_where_temporary_files_are(
+    ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM leaves a file there whenever it starts: a stand-in that does so, in our real process."""
+    stand_in(tmp_path, LEAVES_A_FILE)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    engine = VllmBackend(folder, end_ids=[END], max_length=128)
+
+    def left() -> list[str]:
+        return [path.name for path in (tmp_path / "temporary").rglob("vllm*")]
+
+    if ends == "sparring is killed":
+        child = os.fork()
+        if child == 0:
+            EngineProcess(engine.command, engine.hello, folder)
+            (tmp_path / "seen").write_text(" ".join(left()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert "vllm_dist_" in (tmp_path / "seen").read_text()
+    else:
+        process = EngineProcess(engine.command, engine.hello, folder)
+        assert len(left()) == 2, "its folder, and the file in it"
+        if ends == "it is killed":
+            process.process.kill()
+        process.close()
+        assert process.process.returncode == (-signal.SIGKILL if ends == "it is killed" else 0)
+    deadline = time.monotonic() + 30
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left()
 
 
 def test_an_engine_that_always_dies_is_started_three_more_times(folder: Path, tmp_path: Path) -> None:

@@ -250,9 +250,11 @@ def test_an_adapter_is_served_without_merging(folder: Path, tmp_path: Path) -> N
     engine = vllm(tmp_path / "adapter")
     wanted = prompts(folder, 20)
     answers = list(engine.generate(wanted))
-    process = cast(EngineProcess, engine.process).process
+    process = cast(EngineProcess, engine.process)
+    assert list(process.folder.glob("vllm_dist_*")), "what vLLM leaves lies there"
     engine.close()
-    assert process.returncode == 0, "it ends by itself"
+    assert process.process.returncode == 0, "it ends by itself"
+    assert not process.folder.exists()
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     reported = [a.logprob for a in answers]
     assert reported == pytest.approx(logprobs(tmp_path / "merged", wanted, answers).tolist(), abs=1e-2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +189,8 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str], hello: Mapping[str, Any], model: Path) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        # made and removed by the engine, so that nothing stays when we are killed; removed here when it is killed
+        self.folder = Path(tempfile.gettempdir()) / f"vllm-{secrets.token_hex(8)}"
         devices = devices_of(os.environ, hello["engine"]["tensor_parallel_size"])
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
         try:
@@ -203,7 +207,7 @@ class EngineProcess:
         self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self.send(hello)
+            self.send({**hello, "folder": str(self.folder)})
             answer = self.receive(None)
         except BaseException:
             self.close()
@@ -257,3 +261,4 @@ class EngineProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

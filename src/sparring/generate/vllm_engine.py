@@ -1,23 +1,28 @@
 """The process that holds a vLLM engine: JSON lines in, JSON lines out. Needs vLLM and Python, nothing of sparring.
 
 `vllm.py` starts it with the interpreter that `generate.python` names, so vLLM may live in an environment of its own.
-In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": what all requests share}, then
-a line {"number", "prompt", "max_tokens", "seed", "temperature", "logprobs"} per request.
+In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": what all requests share,
+"folder": for temporary files, made here and removed at the end}, then a line {"number", "prompt", "max_tokens", "seed",
+"temperature", "logprobs"} per request.
 Out: {"ready": version}, then, as they finish, {"number", "tokens", "logprob"} or {"number", "error"}; now and then {},
 a sign of life. {"missing"} or {"refused"} in place of "ready" says why there is no engine.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
 import queue
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, TextIO
 
 Requests = queue.SimpleQueue[dict[str, Any] | None]
@@ -32,7 +37,13 @@ def main() -> None:
     requests: Requests = queue.SimpleQueue()
     threading.Thread(target=read, args=(requests,), daemon=True).start()
     hello = requests.get()
-    assert hello is not None
+    if hello is None:
+        return
+    # vLLM leaves files for its processes to meet; torch's cache is worth keeping
+    Path(hello["folder"]).mkdir(mode=0o700)
+    atexit.register(tidy, hello["folder"])
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = hello["folder"]
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
@@ -63,9 +74,15 @@ def main() -> None:
         work(engine, adapter, hello["sampling"], requests, out)
     except BaseException:
         traceback.print_exc()
+        tidy(hello["folder"])
         os._exit(1)  # at once: an engine that failed is not asked to tidy up
     if hello["engine"]["tensor_parallel_size"] == 1:
+        tidy(hello["folder"])
         os._exit(0)  # there are no workers to end, and leaving Python in order takes seconds
+
+
+def tidy(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_below_floor(version: str) -> bool:
