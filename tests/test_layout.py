@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
@@ -185,22 +185,18 @@ def test_long_responses_are_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("least_rows", [1, 4, 64])  # all heads at a time, some of them, rows as they are
 @pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
-def test_the_backward_pass_in_pieces_equals_torch_s(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of bfloat16 on CPU; here in float32, where nothing hides a mistake."""
+def test_plain_products_equal_torch_s_attention(family: str, least_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of bfloat16 on CPU; here in float32, where nothing hides a mistake."""
     monkeypatch.setattr(attention, "PIECE", 500)
+    monkeypatch.setattr(attention, "LEAST_ROWS", least_rows)
     shared, padded = twins(family)
     groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
     torchs = values_and_gradients(padded, groups, [[0, 1, 2]])
-    monkeypatch.setattr(attention, "by_pieces", partial(use_pieces, attention.by_pieces))
+    monkeypatch.setattr(attention, "by_pieces", attention._ByProducts.apply)
     for one, other in zip(values_and_gradients(shared, groups, [[0, 2], [1]]), torchs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def use_pieces(by_pieces: object, *arguments: object) -> torch.Tensor:
-    if torch.is_grad_enabled():
-        return attention._PiecesInBackward.apply(*arguments)
-    return by_pieces(*arguments)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
@@ -214,17 +210,25 @@ def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(shared(shared_row(groups)), padded(padded_rows(groups)), atol=1e-4, rtol=1e-5)
 
 
-def test_bfloat16_gradients_are_as_near_as_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_as_near_to_float32_as_with_torch_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, over models whose attention chooses: a single sum of log-probs is off by chance."""
     groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]
-    torch.manual_seed(0)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
-    exact = values_and_gradients(Scorer(model), groups, [[0, 1]])[1]
-    scorer = Scorer(model, torch.bfloat16)
-    ours = float((values_and_gradients(scorer, groups, [[0, 1]])[1] - exact).norm())
-    monkeypatch.setattr(attention._PiecesInBackward, "apply", attention.by_pieces)
-    torchs = float((values_and_gradients(scorer, groups, [[0, 1]])[1] - exact).norm())
-    assert torchs > 1e-3, "bfloat16 rounds"
-    assert ours < 1.1 * torchs
+    products, errors = attention._ByProducts.apply, np.zeros((2, 2))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.data.mul_(4)
+        exact = values_and_gradients(Scorer(model), groups, [[0, 1]])
+        scorer = Scorer(model, torch.bfloat16)
+        for row, how in enumerate((products, attention.by_pieces)):
+            monkeypatch.setattr(attention._ByProducts, "apply", how)
+            found = values_and_gradients(scorer, groups, [[0, 1]])
+            errors[row] += [float((one - truth).square().sum()) for one, truth in zip(found, exact, strict=True)]
+    ours, torchs = np.sqrt(errors)
+    assert (torchs > 5e-3).all(), "bfloat16 rounds"
+    assert (ours < 1.3 * torchs).all(), (ours, torchs)
 
 
 def test_gradient_checkpointing_recomputes_the_shared_row() -> None:

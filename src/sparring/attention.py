@@ -32,7 +32,9 @@ QUERIES = 256
 measured on CPU, a fifth off the attention of 800 tokens and a third off that of 1,600, and nothing lost below."""
 
 PIECE = 2**19
-"""Attention weights of a piece in the backward pass on CPU, all heads together: 2 MiB of float32."""
+"""Attention weights of a piece in bfloat16 on CPU, all heads together: 2 MiB of float32."""
+LEAST_ROWS = 64
+"""Queries of such a piece at least: with fewer, products are slow, so that fewer heads are taken together."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def attention(
         return flex(query.device)(*states, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2), None
     if (dtype := _dtype(query)) == torch.bfloat16 and query.device.type == "cpu":
         states = (x.to(dtype) for x in (query, key, value))
-        return _PiecesInBackward.apply(*states, shared_prompts, window, scale), None  # type: ignore[return-value]
+        return _ByProducts.apply(*states, shared_prompts, window, scale), None  # type: ignore[return-value]
     return by_pieces(query, key, value, shared_prompts, window, scale), None
 
 
@@ -148,78 +150,116 @@ def by_pieces(
     return torch.cat(attended, dim=1)
 
 
-class _PiecesInBackward(torch.autograd.Function):
-    """`by_pieces`, with a backward pass of plain products over pieces that fit a CPU's cache.
+@dataclass(frozen=True)
+class _Piece:
+    """Positions of a prompt or a response, and what they see: slices of the row, and of the heads."""
 
-    In bfloat16 torch's own backward pass for CPUs reaches a fifth of what products reach; this one takes half its time.
-    (In float32 torch's is the faster one.)
+    heads: slice
+    kv_heads: slice
+    queries: slice
+    prompt: slice
+    own: slice
+
+    @property
+    def count(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """[heads, time, ...] to [its key-value heads, its heads of each and its queries, ...]"""
+        kv_heads = self.kv_heads.stop - self.kv_heads.start
+        return x[self.heads, self.queries].reshape(kv_heads, -1, *x.shape[2:])
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return torch.cat([x[self.kv_heads, self.prompt], x[self.kv_heads, self.own]], dim=1)
+
+
+def _pieces(shared: SharedPrompts, heads: int, kv_heads: int, window: int) -> Iterator[_Piece]:
+    """All positions of a row in pieces of about `PIECE` weights, of fewer heads at a time where many keys are seen."""
+    sharing, start = heads // kv_heads, 0
+    for prompt, *responses in shared.sizes:
+        nothing, whole = slice(start, start), slice(start, start + prompt)
+        for seen, size in ((nothing, prompt), *((whole, size) for size in responses)):
+            before = seen.stop - seen.start
+            together = min(kv_heads, max(1, PIECE // (LEAST_ROWS * sharing * (before + size))))
+            rows = max(LEAST_ROWS, PIECE // (together * sharing * (before + size)))
+            for kv_head in range(0, kv_heads, together):
+                some = slice(kv_head, min(kv_head + together, kv_heads))
+                for place in range(0, size, rows):
+                    queries = slice(start + place, start + min(place + rows, size))
+                    first = max(0, before + place + 1 - window)
+                    yield _Piece(
+                        slice(sharing * some.start, sharing * some.stop),
+                        some,
+                        queries,
+                        slice(seen.start + min(first, before), seen.stop),
+                        slice(start + max(0, first - before), queries.stop),
+                    )
+            start += size
+
+
+def _weights(
+    q: Float[Tensor, "kv_heads rows width"],
+    k: Float[Tensor, "kv_heads keys width"],
+    piece: _Piece,
+    shared: SharedPrompts,
+    window: int,
+    scale: float,
+) -> Float[Tensor, "kv_heads rows keys"]:
+    """What each query gives each key, in float32."""
+    keys = k.shape[1]
+    weights = (q @ k.transpose(1, 2)).float().mul_(scale).view(-1, piece.count, keys)
+    hidden = keys if window < keys else piece.count  # without a window only the last keys are hidden
+    mask = shared.mask(piece.count, hidden, window, q.device)
+    weights[..., -hidden:].masked_fill_(~mask, -math.inf)
+    return weights.softmax(-1).view(len(q), -1, keys)
+
+
+class _ByProducts(torch.autograd.Function):
+    """`by_pieces` in plain products over pieces that fit a CPU's cache.
+
+    In bfloat16 torch's own attention for CPUs reaches a sixth of what products reach; this takes half its time, and
+    rounds the scores to bfloat16, as transformers' eager attention does. (In float32 torch's is as fast or faster.)
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, window: int, scale: float
     ) -> Tensor:
-        out = by_pieces(query, key, value, shared, window, scale)
+        query, key, value = query[0], key[0], value[0]
+        heads, time, width = query.shape
+        out = query.new_empty(time, heads, width)
+        for piece in _pieces(shared, heads, len(key), window):
+            weights = _weights(piece.of_queries(query), piece.of_keys(key), piece, shared, window, scale)
+            attended = weights.to(query.dtype) @ piece.of_keys(value)
+            out[piece.queries, piece.heads] = attended.view(-1, piece.count, width).transpose(0, 1)
         ctx.save_for_backward(query, key, value, out)
         ctx.settings = shared, window, scale
-        return out
+        return out[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *states, out = ctx.saved_tensors
+        query, key, value, out = ctx.saved_tensors
         shared, window, scale = ctx.settings
-        query, key, value = (x[0] for x in states)
-        heads, _, width = query.shape
-        sharing = heads // len(key)  # query heads of a key-value head
         # d softmax needs sum(p * dp) of each query, which is the product of what came out and its gradient
-        inner = (gradient[0].float() * out[0].float()).sum(-1).T  # [heads, time]
+        inner = (gradient[0].float() * out.float()).sum(-1, keepdim=True).transpose(0, 1)  # [heads, time, 1]
         outer = gradient[0].transpose(0, 1)
         for_query = torch.empty_like(query)
         for_key, for_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-
-        def by_head(x: Tensor) -> Tensor:
-            """[heads, queries, ...] to [kv_heads, heads of each * queries, ...]"""
-            return x.reshape(len(key), sharing * x.shape[1], *x.shape[2:])
-
-        for prompt, own in _responses(shared):
-            keys, values = (torch.cat([x[:, prompt], x[:, own]], dim=1) for x in (key, value))
-            key_slopes, value_slopes = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-            before = prompt.stop - prompt.start
-            rows = max(32, PIECE // (heads * keys.shape[1]))
-            for start in range(own.start, own.stop, rows):
-                piece = slice(start, min(start + rows, own.stop))
-                count, end = piece.stop - start, before + piece.stop - own.start
-                seen = slice(max(0, end - count + 1 - window), end)
-                q, g = by_head(query[:, piece]), by_head(outer[:, piece])
-                k, v = keys[:, seen], values[:, seen]
-                weights = (q @ k.transpose(1, 2)).float().mul_(scale).view(heads, count, -1)
-                mask = shared.mask(count, end, window, q.device)[:, seen]
-                hidden = mask.shape[1] if window < end else count  # only the last keys are hidden, without a window
-                weights[..., -hidden:].masked_fill_(~mask[:, -hidden:], -math.inf)
-                weights = by_head(weights.softmax(-1))
-                slopes = (g @ v.transpose(1, 2)).float()
-                slopes = slopes.sub_(by_head(inner[:, piece])[..., None]).mul_(weights).mul_(scale).to(q.dtype)
-                for_query[:, piece] = (slopes @ k).view(heads, count, width)
-                key_slopes[:, seen] += slopes.transpose(1, 2) @ q
-                value_slopes[:, seen] += weights.to(q.dtype).transpose(1, 2) @ g
+        for piece in _pieces(shared, len(query), len(key), window):
+            q, k, g = piece.of_queries(query), piece.of_keys(key), piece.of_queries(outer)
+            weights = _weights(q, k, piece, shared, window, scale)
+            slopes = (g @ piece.of_keys(value).transpose(1, 2)).float()
+            slopes = slopes.sub_(piece.of_queries(inner)).mul_(weights).to(q.dtype)
+            for_query[piece.heads, piece.queries] = (slopes @ k).mul_(scale).view(-1, piece.count, q.shape[2])
+            before = piece.prompt.stop - piece.prompt.start
+            key_slopes = slopes.transpose(1, 2) @ q
+            value_slopes = weights.to(q.dtype).transpose(1, 2) @ g
             for whole, part in ((for_key, key_slopes), (for_value, value_slopes)):
-                whole[:, prompt] += part[:, :before]
-                whole[:, own] += part[:, before:]
-        found = (for_query, for_key.to(key.dtype), for_value.to(value.dtype))
+                whole[piece.kv_heads, piece.prompt] += part[:, :before]
+                whole[piece.kv_heads, piece.own] += part[:, before:]
+        found = (for_query, for_key.mul_(scale).to(key.dtype), for_value.to(value.dtype))
         return *(x[None] for x in found), None, None, None
-
-
-def _responses(shared: SharedPrompts) -> Iterator[tuple[slice, slice]]:
-    """Where the shared part and the own part of each prompt and each response lie. A prompt shares nothing."""
-    start = 0
-    for prompt, *responses in shared.sizes:
-        yield slice(start, start), slice(start, start + prompt)
-        at = start + prompt
-        for size in responses:
-            yield slice(start, start + prompt), slice(at, at + size)
-            at += size
-        start = at
 
 
 def _dtype(states: Tensor) -> torch.dtype:
