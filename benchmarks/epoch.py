@@ -1,18 +1,22 @@
 """One epoch of training as people run it: loading, packing, optimizer, checkpoints and the model that is left.
 
     python benchmarks/epoch.py ROWS.jsonl FOLDER --out benchmarks/results/epoch.json --rows 64 --rounds 3
+    python benchmarks/epoch.py long-prompt FOLDER --out FILE --method tspin --dtype bfloat16
 
-Rows of question and answer, with a byte-level BPE tokenizer that is trained on them; the generated answer of a row is
-another row's real one. A Llama of 27 million parameters plays SPIN's first iteration: the same pairs in the same order,
-the same reference log-probs, computed once by sparring and cached for all, AdamW, the gradient clipped at 1, a
-checkpoint with the optimizer's state at half of the epoch, the model at its end. One thread. Arms:
+Rows of question and answer from a file, with a byte-level BPE tokenizer that is trained on them, or of random words in
+the lengths of a profile of benchmarks/step.py; the generated answer of a row is another row's real one. A Llama of 27
+million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's: the same
+answers in the same order, the same reference log-probs, computed once by sparring and cached for all, AdamW, the
+gradient clipped at 1, a checkpoint with the optimizer's state at half of the epoch, the model at its end. One thread.
+Arms:
 
     sparring    the train stage, from files to files
     trl         TRL's DPOTrainer.train() and save_model(), cached reference, vocabulary tile repaired for CPUs (4096)
-    plain       padded rows of --pairs pairs, full logits, a loop of thirty lines
+    trl-cpo     two terms of TRL's CPOTrainer, which together are T-SPIN's loss, in the plain loop   (for trl, T-SPIN)
+    plain       padded rows of --pairs prompts, full logits, a loop of thirty lines
 
 In each round every arm trains one epoch, in turn, in a process of its own. Seconds are CPU seconds of that process, in
-which imports, tokenizing and TRL's constructor are not counted; tokens are those of the pairs' rows, prompts counted
+which imports, tokenizing and TRL's constructor are not counted; tokens are those of the rows, prompts counted
 for each answer, for all arms alike.
 """
 
@@ -29,7 +33,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -40,16 +44,17 @@ from typing import Any
 import numpy as np
 import torch
 from step import machine, resident_mib
-from step_arms import QUIET, ROW, make_model, plain_scores
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from step_arms import PROFILES, QUIET, ROW, cpo_terms, make_model, plain_scores
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparring.config import Recipe
 from sparring.generate import generate
 from sparring.iteration import Iteration
 from sparring.layout import padded_rows
 from sparring.model import load_model, save_model
-from sparring.objectives import Spin
 from sparring.prepare import prepare
 from sparring.rundir import RunDir
 from sparring.score import score
@@ -63,11 +68,11 @@ CPU = torch.device("cpu")
 
 
 class Others:
-    """Draws, in place of an engine, the real answer of another row."""
+    """Draws, in place of an engine, the real answer of another row: in each iteration of another one."""
 
     def __init__(self, iteration: Iteration) -> None:
         rows = iteration.train_rows()
-        places = np.random.default_rng(0).permutation(len(rows))
+        places = np.random.default_rng(iteration.index).permutation(len(rows))
         self.answers = {row.id: rows[place].real_ids for row, place in zip(rows, places, strict=True)}
 
     def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
@@ -75,39 +80,74 @@ class Others:
             yield Generation(prompt.id, prompt.sample, self.answers[prompt.id][: prompt.max_new_tokens], "stop")
 
 
-def prepare_run(rows: Path, folder: Path, limit: int, dtype: str) -> Iteration:
+def write_profile(profile: str, path: Path, count: int) -> None:
+    """Rows of random words, each of which is a token."""
+    random = np.random.default_rng(0)
+
+    def words(mean: int) -> str:
+        length = random.integers(round(0.75 * mean), round(1.25 * mean) + 1)
+        return " ".join(map(str, random.integers(0, VOCAB - 1, length)))
+
+    prompt, answer = PROFILES[profile]
+    rows = [{"prompt": words(prompt), "completion": words(answer)} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def tokenizer_of(rows: Path, is_profile: bool) -> PreTrainedTokenizerFast:
+    if is_profile:
+        words = Tokenizer(WordLevel({END: 0} | {str(i): i + 1 for i in range(VOCAB - 1)}, unk_token=END))
+        words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+        return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
+    pieces = ByteLevelBPETokenizer()
+    pieces.train([str(rows)], vocab_size=VOCAB, special_tokens=[END])
+    return PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, eos_token=END, pad_token=END)
+
+
+def prepare_run(wanted: argparse.Namespace) -> Iteration:
     """A run directory that is ready to train."""
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train([str(rows)], vocab_size=VOCAB, special_tokens=[END])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, pad_token=END)
-    save_model(make_model("30m", VOCAB), fast, folder / "model")
+    folder, rows = wanted.folder, Path(wanted.rows)
+    is_profile = wanted.rows in PROFILES
+    folder.mkdir(parents=True)
+    if is_profile:
+        rows = folder / "rows.jsonl"
+        write_profile(wanted.rows, rows, wanted.limit)
+    save_model(make_model("30m", VOCAB), tokenizer_of(rows, is_profile), folder / "model")
     train_settings = {"optimizer": "adamw", "learning_rate": 1e-5, "schedule": "constant", "warmup": 0.0, "epochs": 1}
     raw = {
         "model": str(folder / "model"),
-        "method": "spin",
-        "iterations": 1,
-        "data": {"train": str(rows), "held_out": 0, "template": "{prompt}\n", "limit": limit},
+        "method": SETTINGS[wanted.method],
+        "iterations": 2,
+        "data": {"train": str(rows), "held_out": 0, "template": "{prompt}\n", "limit": wanted.limit},
+        "generate": {"max_new_tokens": 1024},
         "train": {
             **train_settings,
             "batch_size": BATCH,
             "micro_batch_tokens": "auto",
-            "dtype": dtype,
-            "checkpoint_every": max(1, limit // BATCH // 2),
+            "dtype": wanted.dtype,
+            "checkpoint_every": max(1, wanted.limit // BATCH // 2),
         },
         "threads": 1,
     }
     run, recipe = RunDir(folder / "run"), Recipe.model_validate(raw)
     with run.own():
         prepare(run, recipe)
-        iteration = Iteration(run, recipe, 0)
+        first = Iteration(run, recipe, 0)
+        draw(first)
+        if wanted.method == "spin":
+            return first
+        train(first)  # in the first iteration of T-SPIN the proto answers are the generated ones
+        second = Iteration(run, recipe, 1)
+        draw(second)
+    return second
 
-        @contextmanager
-        def engine(model: Path) -> Iterator[Backend]:
-            yield Others(iteration)
 
-        generate(iteration, engine)
-        score(iteration)
-    return iteration
+def draw(iteration: Iteration) -> None:
+    @contextmanager
+    def engine(model: Path) -> Iterator[Backend]:
+        yield Others(iteration)
+
+    generate(iteration, engine)
+    score(iteration)
 
 
 def in_order(iteration: Iteration) -> list[Play]:
@@ -154,7 +194,7 @@ def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
         }
     )
     trainer = DPOTrainer(
-        model=make_model("30m", VOCAB),
+        model=load_model(iteration.opponent, dtype=torch.float32, device=CPU),
         args=config,
         train_dataset=Dataset.from_list([ROW]),
         processing_class=make_tokenizer([{"question": "1 2 3", "answer": "1 2 3"}]),
@@ -178,21 +218,51 @@ def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
 
 
 def by_plain(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
-    plays, settings, losses = in_order(iteration), iteration.recipe.train, []
+    plays, settings, objective = in_order(iteration), iteration.recipe.train, iteration.recipe.method
+
+    def loss_of(model: PreTrainedModel, some: list[Play]) -> torch.Tensor:
+        groups = [play.group for play in some]
+        opponent: Any = {
+            role: torch.from_numpy(np.stack([play.opponent[role] for play in some])) for role in some[0].opponent
+        }
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            policy = plain_scores(model, groups)
+        return objective(policy, opponent, padded_rows(groups).lengths()).per_example.sum()
+
     yield []
     model = load_model(iteration.opponent, dtype=torch.float32, device=CPU).train()
+    yield loop(iteration, plays, pairs, model, loss_of, folder / "plain")
+
+
+def by_cpo(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
+    plays, settings = in_order(iteration), iteration.recipe.train
+    model = load_model(iteration.opponent, dtype=torch.float32, device=CPU).train()
+    terms_of = cpo_terms(model)
+
+    def loss_of(model: PreTrainedModel, some: list[Play]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            terms = terms_of([play.group for play in some])
+            return len(some) * sum(weight * trainer.compute_loss(model, batch) for weight, trainer, batch in terms)
+
+    yield []
+    yield loop(iteration, plays, pairs, model, loss_of, folder / "cpo")
+
+
+def loop(
+    iteration: Iteration,
+    plays: list[Play],
+    pairs: int,
+    model: PreTrainedModel,
+    loss_of: Callable[[PreTrainedModel, list[Play]], torch.Tensor],
+    folder: Path,
+) -> list[float]:
+    """The loop that people write."""
+    settings, losses = iteration.recipe.train, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     for step in range(len(plays) // BATCH):
         batch, total = plays[step * BATCH : (step + 1) * BATCH], 0.0
         for first in range(0, BATCH, pairs):
-            some = batch[first : first + pairs]
-            groups = [play.group for play in some]
-            opponent: Any = {
-                role: torch.from_numpy(np.stack([play.opponent[role] for play in some])) for role in some[0].opponent
-            }
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                policy = plain_scores(model, groups)
-            loss = Spin(lambda_=0.1)(policy, opponent, padded_rows(groups).lengths()).per_example.sum() / BATCH
+            loss = loss_of(model, batch[first : first + pairs]) / BATCH
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,12 +270,15 @@ def by_plain(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[fl
         optimizer.zero_grad()
         losses.append(total)
         if (step + 1) % settings.checkpoint_every == 0 and (step + 1) * BATCH < len(plays):
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plain.pt")
-    model.save_pretrained(folder / "plain")
-    yield losses
+            folder.mkdir(exist_ok=True)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
+    model.save_pretrained(folder)
+    return losses
 
 
-ARMS = {"sparring": by_sparring, "trl": by_trl, "plain": by_plain}
+ARMS = {"sparring": by_sparring, "trl": by_trl, "trl-cpo": by_cpo, "plain": by_plain}
+SETTINGS = {"spin": "spin", "tspin": {"name": "tspin", "alpha": 0.1, "beta": 0.1}}
+PLAYED = {"spin": ("sparring", "trl", "plain"), "tspin": ("sparring", "trl-cpo", "plain")}
 
 
 def child(arm: str, iteration: Iteration, folder: Path, pairs: int, pipe: Connection) -> None:
@@ -231,20 +304,20 @@ def one_epoch(arm: str, iteration: Iteration, folder: Path, pairs: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("rows", help=f"a file of rows, or a profile: {', '.join(PROFILES)}")
     parser.add_argument("folder", type=Path, help="is made, and must not be there")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", dest="limit", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pairs", type=int, default=2, help="at a time, of the arms that pad")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--method", choices=PLAYED, default="spin")
+    parser.add_argument("--pairs", type=int, default=2, help="prompts at a time, of the arms that pad")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    iteration = prepare_run(arguments.rows, arguments.folder, arguments.limit, arguments.dtype)
+    iteration = prepare_run(arguments)
     plays = in_order(iteration)
     row_tokens = sum(padded_rows([play.group]).computed_tokens for play in plays)
-    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms.split(",")}
+    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in PLAYED[arguments.method]}
     result: dict[str, Any] = {}
     for number in range(arguments.rounds):
         for arm, found in rounds.items():
@@ -253,7 +326,8 @@ def main() -> None:
         medians = {arm: statistics.median(f["cpu"] for f in found) for arm, found in rounds.items()}
         first = next(iter(rounds.values()))[0]["losses"]
         result = {
-            "what": f"SPIN, {len(plays)} rows, batches of {BATCH}; padded: {arguments.pairs} pairs at a time",
+            "what": f"{arguments.method}, {len(plays)} rows of {Path(arguments.rows).stem}, batches of {BATCH}; "
+            f"padded: {arguments.pairs} prompts at a time",
             "machine": machine(),
             "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "trl")},
             "dtype": arguments.dtype,

@@ -154,7 +154,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
 
     else:
         losses = (
-            cpo_losses(model, groups) if arm == "trl-cpo" else [(1.0, *make_trl(arm, model, case, groups, opponent))]
+            cpo_terms(model)(groups) if arm == "trl-cpo" else [(1.0, *make_trl(arm, model, case, groups, opponent))]
         )
 
         def step() -> torch.Tensor:
@@ -177,7 +177,10 @@ QUIET = {
 ROW = {"prompt": "1", "chosen": " 2", "rejected": " 3"}
 
 
-def cpo_losses(model: PreTrainedModel, groups: list[Group]) -> list[tuple[float, Any, dict[str, torch.Tensor]]]:
+Terms = list[tuple[float, Any, dict[str, torch.Tensor]]]
+
+
+def cpo_terms(model: PreTrainedModel) -> Callable[[list[Group]], Terms]:
     """T-SPIN's two terms, each as a batch of pairs: (weight, trainer, batch)."""
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -192,7 +195,7 @@ def cpo_losses(model: PreTrainedModel, groups: list[Group]) -> list[tuple[float,
         processing_class=make_tokenizer([{"question": "1 2 3", "answer": "1 2 3"}]),
     )
 
-    def batch(first: str, second: str) -> dict[str, torch.Tensor]:
+    def batch(groups: list[Group], first: str, second: str) -> dict[str, torch.Tensor]:
         found = {}
         for name, role in (("chosen", first), ("rejected", second)):
             rows = padded_rows([Group(g.id, g.prompt_ids, {"real": g.responses[role]}) for g in groups])  # type: ignore[index]
@@ -205,7 +208,10 @@ def cpo_losses(model: PreTrainedModel, groups: list[Group]) -> list[tuple[float,
             }
         return found
 
-    return [(1.0, trainer, batch("real", "generated")), (0.1, trainer, batch("generated", "proto"))]
+    return lambda groups: [
+        (1.0, trainer, batch(groups, "real", "generated")),
+        (0.1, trainer, batch(groups, "generated", "proto")),
+    ]
 
 
 def make_trl(
