@@ -61,6 +61,25 @@ def keys(uri: str) -> list[str]:
     return sorted(info.path.removeprefix(f"{root}/") for info in found if info.type == fs.FileType.File)
 
 
+def test_a_folder_as_a_mirror_is_synced_before_its_manifest_is_written(
+    folder_of_a_run: tuple[RunDir, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, final = folder_of_a_run
+    there = tmp_path / "mirror"
+    copy = there / "iter-00" / "train"
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(module, "sync", lambda path: synced.append((path, (copy / MANIFEST).exists())))
+    mirror = Mirror(there.as_uri())
+    mirror.send(run, final)
+    before = {path for path, is_committed in synced if not is_committed}
+    assert before == {copy, copy / "metrics.jsonl", copy / "model", copy / "model" / "weights"}
+    assert [path for path, is_committed in synced if is_committed] == [copy / MANIFEST, copy]
+    (copy / MANIFEST).write_text("that of another folder")
+    synced.clear()
+    mirror.send(run, final)
+    assert synced[0] == (copy, False), "that the old one is gone, before anything is replaced"
+
+
 def test_a_lost_disk_costs_the_stage_that_was_running_and_no_more(
     make_recipe: Callable[..., Recipe], tmp_path: Path, s3: str
 ) -> None:

@@ -24,6 +24,7 @@ from sparring.commits import (
     put_in_place,
     read_manifest,
     replace_file,
+    sync,
     verify,
 )
 from sparring.disk import writing
@@ -48,6 +49,7 @@ class Mirror:
         try:
             self.store, root = fs.FileSystem.from_uri(uri)
             self.root = root.rstrip("/")
+            self.is_folder = isinstance(self.store, fs.LocalFileSystem)
         except (OSError, ValueError, NotImplementedError) as error:
             raise Refused(f"mirror: '{uri}' is none that pyarrow knows, such as s3://bucket/folder: {error}") from error
 
@@ -59,6 +61,8 @@ class Mirror:
                 return
             if self._exists(f"{there}/{MANIFEST}"):
                 self.store.delete_file(f"{there}/{MANIFEST}")  # first: from here on there is no such folder
+                if self.is_folder:
+                    sync(Path(there))
             for name in read_manifest(folder).files:
                 self._upload(folder / name, f"{there}/{name}")
             failpoint(f"before-mirror-{folder.name}")
@@ -120,12 +124,15 @@ class Mirror:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _upload(self, path: Path, there: str) -> None:
-        if isinstance(self.store, fs.LocalFileSystem):
-            self.store.create_dir(there.rpartition("/")[0], recursive=True)
+        if self.is_folder:
+            make_folder(Path(there).parent)
         # a stream that breaks leaves no object: the store makes one of the parts when it is closed
         with path.open("rb") as source, self.store.open_output_stream(there) as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
+        if self.is_folder:  # a store says that an object is there when it is safe; a disk, when it is synced
+            sync(Path(there))
+            sync(Path(there).parent)
 
     def _download(self, there: str, path: Path) -> None:
         if not self._exists(there):
