@@ -210,6 +210,19 @@ def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(shared(shared_row(groups)), padded(padded_rows(groups)), atol=1e-4, rtol=1e-5)
 
 
+def test_plain_products_take_values_of_another_width() -> None:
+    """As DeepSeek's latent attention has them."""
+    torch.manual_seed(0)
+    shared = attention.SharedPrompts(((5, 7, 3), (2, 4)))
+    query, key = (torch.randn(1, heads, 21, 6, requires_grad=True) for heads in (4, 2))
+    value = torch.randn(1, 2, 21, 10, requires_grad=True)
+    found = [how(query, key, value, shared, 21, 0.3) for how in (attention.by_pieces, attention._ByProducts.apply)]
+    torch.testing.assert_close(found[1], found[0])
+    slopes = torch.randn(1, 21, 4, 10)
+    gradients = [torch.autograd.grad(one, (query, key, value), slopes) for one in found]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+
+
 def test_bfloat16_is_as_near_to_float32_as_with_torch_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, over models whose attention chooses: a single sum of log-probs is off by chance."""
     groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]

@@ -84,14 +84,14 @@ def attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads time width"],
     key: Float[Tensor, "rows kv_heads keys width"],
-    value: Float[Tensor, "rows kv_heads keys width"],
+    value: Float[Tensor, "rows kv_heads keys value_width"],
     attention_mask: Tensor | None,
     *,
     shared_prompts: SharedPrompts | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **rest: Any,
-) -> tuple[Float[Tensor, "rows time heads width"], None]:
+) -> tuple[Float[Tensor, "rows time heads value_width"], None]:
     """The signature is transformers'. Dropout is refused at loading: a policy that drops is not its opponent."""
     if shared_prompts is None:
         settings = {"scaling": scaling, "sliding_window": sliding_window, **rest}
@@ -118,11 +118,11 @@ def flex(device: torch.device) -> Callable[..., Tensor]:
 def by_pieces(
     query: Float[Tensor, "1 heads time width"],
     key: Float[Tensor, "1 kv_heads time width"],
-    value: Float[Tensor, "1 kv_heads time width"],
+    value: Float[Tensor, "1 kv_heads time value_width"],
     shared_prompts: SharedPrompts,
     window: int,
     scale: float,
-) -> Float[Tensor, "1 time heads width"]:
+) -> Float[Tensor, "1 time heads value_width"]:
     """A call of torch's attention for each prompt, and for each piece of each response."""
     settings = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
 
@@ -226,7 +226,7 @@ class _ByProducts(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, window: int, scale: float
     ) -> Tensor:
         query, key, value = query[0], key[0], value[0]
-        heads, time, width = query.shape
+        heads, time, width = *query.shape[:2], value.shape[2]
         out = query.new_empty(time, heads, width)
         for piece in _pieces(shared, heads, len(key), window):
             weights = _weights(piece.of_queries(query), piece.of_keys(key), piece, shared, window, scale)
