@@ -28,20 +28,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sparring.config import Recipe, Train
+from sparring.commands.demo import GAME, START, demo_recipe, write_task
 from sparring.data.tables import read_rendered
-from sparring.demo import GAME, START, demo_recipe, write_task
-from sparring.evaluate.verifiers import is_correct, number
-from sparring.generate.hf import HfBackend
-from sparring.iteration import DataSummary
-from sparring.layout import arrange, micro_batches
-from sparring.logprobs import Scorer, score_groups
 from sparring.loop import play
-from sparring.model import load_model, load_tokenizer, texts_of
+from sparring.model.load import load_model, load_tokenizer, texts_of
+from sparring.model.logprobs import Scorer, score_groups
+from sparring.model.packing import arrange, micro_batches
 from sparring.objectives import Sft, Space
-from sparring.optimizers import make_optimizer
-from sparring.seeds import permutation, seed_of, uniforms
-from sparring.train import learning_rate
+from sparring.recipe.schema import Recipe, Train
+from sparring.run.iteration import DataSummary
+from sparring.run.seeds import permutation, seed_of, uniforms
+from sparring.stages.evaluate.checkers import is_correct, number
+from sparring.stages.generate.hf import HfBackend
+from sparring.stages.train.loop import learning_rate
+from sparring.stages.train.optimizers import make_optimizer
 from sparring.types import Group, Objective, Prompt, Rendered, TokenIds
 
 BUDGET = 8192

@@ -24,10 +24,10 @@ import torch
 from step import machine, resident_mib
 from step_arms import Case, make_groups, make_model
 
-from sparring.layout import group_tokens
-from sparring.logprobs import Scorer
+from sparring.model.logprobs import Scorer
+from sparring.model.packing import group_tokens
 from sparring.objectives import Spin
-from sparring.train import Play, forward_backward
+from sparring.stages.train.loop import Play, forward_backward
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)
 

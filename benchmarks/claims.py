@@ -32,17 +32,17 @@ from pathlib import Path
 import numpy as np
 from demo_seeds import cpu_name
 
-from sparring.commits import read_manifest, replace_file
-from sparring.compare import take_over, take_rows
-from sparring.config import Recipe
+from sparring.commands.compare import take_over, take_rows
+from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
 from sparring.data.tables import read_rendered
-from sparring.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
-from sparring.iteration import Iteration
 from sparring.loop import begin, play, run_stage, settle
+from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
-from sparring.results import Results
-from sparring.rundir import RunDir
-from sparring.seeds import seed_of
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import read_manifest, replace_file
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.run.seeds import seed_of
 
 SWEEP_SEED = 100
 TARGET = Path(__file__).parent / "results" / "claims.json"

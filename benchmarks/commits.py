@@ -30,30 +30,30 @@ from typing import Any
 import torch
 from demo_seeds import cpu_name
 
-import sparring.checkpoint
-import sparring.commits
-import sparring.evaluate.held_out
-import sparring.generate.stage
-import sparring.prepare
 import sparring.report
-import sparring.rundir
-import sparring.score
-import sparring.train
-from sparring.config import Recipe
-from sparring.demo import make_model, make_tokenizer, problems
-from sparring.model import load_model, save_model
-from sparring.recipe_file import dump_recipe
+import sparring.run.manifest
+import sparring.run.rundir
+import sparring.stages.evaluate.held_out
+import sparring.stages.generate.stage
+import sparring.stages.prepare
+import sparring.stages.score
+import sparring.stages.train.checkpoint
+import sparring.stages.train.loop
+from sparring.commands.demo import make_model, make_tokenizer, problems
+from sparring.model.load import load_model, save_model
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
 
 MODULES = [
-    sparring.checkpoint,
-    sparring.commits,
-    sparring.evaluate.held_out,
-    sparring.generate.stage,
-    sparring.prepare,
+    sparring.stages.train.checkpoint,
+    sparring.run.manifest,
+    sparring.stages.evaluate.held_out,
+    sparring.stages.generate.stage,
+    sparring.stages.prepare,
     sparring.report,
-    sparring.rundir,
-    sparring.score,
-    sparring.train,
+    sparring.run.rundir,
+    sparring.stages.score,
+    sparring.stages.train.loop,
 ]
 KINDS = {
     "commit": "committing",
@@ -65,7 +65,7 @@ KINDS = {
     "verify": "verifying",
     "hash_path": "verifying",
 }
-"""Functions of sparring.commits, and what their time is counted as."""
+"""Functions of sparring.run.manifest, and what their time is counted as."""
 
 KILLED_AT = 150
 
@@ -103,7 +103,7 @@ class Clock:
     def watch(self) -> None:
         """In every module that knows these functions by name."""
         for name, kind in KINDS.items():
-            original = getattr(sparring.commits, name)
+            original = getattr(sparring.run.manifest, name)
             counted = self.around(original, kind)
             for module in MODULES:
                 if getattr(module, name, None) is original:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from demo_seeds import cpu_name
 
-from sparring.compare import compare
-from sparring.demo import GAME, ITERATIONS, START, demo_recipe, write_task
+from sparring.commands.compare import compare
+from sparring.commands.demo import GAME, ITERATIONS, START, demo_recipe, write_task
 from sparring.loop import play
 from sparring.report.comparison import figures
 from sparring.report.figures import COLOURS

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sparring.demo import GAME, ITERATIONS, METHODS, START, demo_recipe, write_task
+from sparring.commands.demo import GAME, ITERATIONS, METHODS, START, demo_recipe, write_task
 from sparring.loop import play
-from sparring.results import Results
+from sparring.run.results import Results
 
 METRICS = ("held_out_nll", "greedy_accuracy", "sampled_accuracy")
 RATES = (3e-5, 1e-4, 3e-4)

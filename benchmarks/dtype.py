@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from demo_seeds import METRICS, T, cpu_name
 
-from sparring.demo import GAME, START, demo_recipe, write_task
-from sparring.hardware import has_bfloat16_products
+from sparring.commands.demo import GAME, START, demo_recipe, write_task
 from sparring.loop import play
-from sparring.results import Results
+from sparring.recipe.hardware import has_bfloat16_products
+from sparring.run.results import Results
 
 ARMS = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 0), "float32, another seed": ("float32", 1000)}
 ITERATIONS = 2

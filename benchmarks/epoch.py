@@ -50,16 +50,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sparring.config import Recipe
-from sparring.generate import generate
-from sparring.iteration import Iteration
-from sparring.layout import padded_rows
-from sparring.model import load_model, save_model
-from sparring.prepare import prepare
-from sparring.rundir import RunDir
-from sparring.score import score
-from sparring.seeds import permutation
-from sparring.train import Play, load_plays, train
+from sparring.model.load import load_model, save_model
+from sparring.model.packing import padded_rows
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.rundir import RunDir
+from sparring.run.seeds import permutation
+from sparring.stages.generate import generate
+from sparring.stages.prepare import prepare
+from sparring.stages.score import score
+from sparring.stages.train.loop import Play, load_plays, train
 from sparring.types import Backend, Generation, Prompt
 
 VOCAB, BATCH = 32_000, 16
@@ -169,7 +169,7 @@ def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from sparring.demo import make_tokenizer
+    from sparring.commands.demo import make_tokenizer
 
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = 4096
     settings = iteration.recipe.train

@@ -26,7 +26,7 @@ from statistics import median
 from demo_seeds import cpu_name
 from transformers import MistralConfig
 
-from sparring.demo import make_tokenizer, problems, write_task
+from sparring.commands.demo import make_tokenizer, problems, write_task
 
 ROOT = Path(__file__).parents[1]
 GOALS = {"--help": 0.3, "doctor": 10.0}
@@ -114,8 +114,8 @@ def measure(arguments: Sequence[str], rounds: int, folder: Path) -> dict[str, fl
 
 def forecast_7b(folder: Path) -> list[dict[str, float]]:
     """What an adapter on 7B is forecast to need in training, GiB, by tokens at a time."""
-    from sparring.forecast import forecast
-    from sparring.recipe_file import load_recipe
+    from sparring.commands.forecast import forecast
+    from sparring.recipe.load import load_recipe
 
     found = []
     for tokens in (8192, 4096, 2048):

@@ -29,16 +29,16 @@ import torch
 from demo_seeds import cpu_name, interval
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import sparring.generate.vllm
-from sparring.config import Recipe
-from sparring.demo import make_tokenizer, problems
-from sparring.generate import generate, open_backend
-from sparring.generate.answers import NUM_CHECKED
-from sparring.generate.vllm import VllmBackend
-from sparring.iteration import Iteration
-from sparring.model import save_model
-from sparring.prepare import prepare
-from sparring.rundir import RunDir
+import sparring.stages.generate.vllm
+from sparring.commands.demo import make_tokenizer, problems
+from sparring.model.load import save_model
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.rundir import RunDir
+from sparring.stages.generate import generate, open_backend
+from sparring.stages.generate.answers import NUM_CHECKED
+from sparring.stages.generate.vllm import VllmBackend
+from sparring.stages.prepare import prepare
 from sparring.types import Backend
 
 MAX_NEW_TOKENS = 64
@@ -95,7 +95,7 @@ class Stage:
     def turn(self) -> dict[str, float]:
         target = self.iteration.stage("generate")
         shutil.rmtree(target, ignore_errors=True)
-        sparring.generate.vllm.NUM_CHECKED = self.num_checked
+        sparring.stages.generate.vllm.NUM_CHECKED = self.num_checked
         start, cpu = time.perf_counter(), self.cpu_seconds()
         generate(self.iteration, self.running)
         seconds, cpu = time.perf_counter() - start, self.cpu_seconds() - cpu

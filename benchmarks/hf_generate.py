@@ -28,8 +28,8 @@ from demo_seeds import cpu_name, interval
 from generate import MAX_NEW_TOKENS, MODEL, make_iteration, make_task
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from sparring.generate.hf import HfBackend
-from sparring.model import load_model
+from sparring.model.load import load_model
+from sparring.stages.generate.hf import HfBackend
 from sparring.types import Prompt
 
 END = 3

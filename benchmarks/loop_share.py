@@ -21,13 +21,13 @@ from pathlib import Path
 
 from demo_seeds import cpu_name
 
-from sparring.commits import commit, is_committed, read_manifest
-from sparring.config import Recipe
-from sparring.demo import make_model, make_tokenizer, problems
-from sparring.iteration import Iteration
+from sparring.commands.demo import make_model, make_tokenizer, problems
 from sparring.loop import play
-from sparring.model import num_parameters, save_model
-from sparring.results import Results
+from sparring.model.load import num_parameters, save_model
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import commit, is_committed, read_manifest
+from sparring.run.results import Results
 
 NUM_TRAIN, NUM_HELD_OUT = 600, 200
 WIDTH, LAYERS = 256, 6

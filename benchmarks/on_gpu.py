@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparring.kernels import chunked, linear_logprob, reference, rows
-from sparring.layout import arrange, micro_batches
-from sparring.logprobs import Scorer
+from sparring.model.kernels import chunked, linear_logprob, reference, rows
+from sparring.model.logprobs import Scorer
+from sparring.model.packing import arrange, micro_batches
 from sparring.types import Group
 
 MODELS = {  # width, inner width, layers, heads, key-value heads, vocabulary

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sparring.config import Recipe
 from sparring.data.tables import read_rendered
-from sparring.layout import Kind, arrange, group_tokens, micro_batches
-from sparring.prepare import prepare
-from sparring.rundir import RunDir
+from sparring.model.packing import Kind, arrange, group_tokens, micro_batches
+from sparring.recipe.schema import Recipe
+from sparring.run.rundir import RunDir
+from sparring.stages.prepare import prepare
 from sparring.types import Group
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from scale import MISTRAL_7B
 
-from sparring.plan import GPUS, TRAIN, Lengths, Shape, plan, speed_of_gpu
-from sparring.recipe_file import load_recipe
+from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, plan, speed_of_gpu
+from sparring.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {"generate": 1.45, "train": 4.32}

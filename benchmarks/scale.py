@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from sparring.commits import begin_work, commit, commit_folder, commit_part, has_part, verify
-from sparring.config import Recipe
+from sparring.commands.plan import GPUS, Lengths, Shape, Speed, score_flops, speed_of_gpu, train_flops
 from sparring.data.tables import read_generations, write_generations, write_rows
-from sparring.generate import parts_of
-from sparring.iteration import DataSummary, Iteration
-from sparring.plan import GPUS, Lengths, Shape, Speed, score_flops, speed_of_gpu, train_flops
-from sparring.rundir import RunDir
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import DataSummary, Iteration
+from sparring.run.manifest import begin_work, commit, commit_folder, commit_part, has_part, verify
+from sparring.run.rundir import RunDir
+from sparring.stages.generate import parts_of
 from sparring.types import Generation, Rendered
 
 PROMPTS = 10_000_000

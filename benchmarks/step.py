@@ -50,8 +50,8 @@ from safetensors.torch import load_file, save_file
 from step_arms import MODELS, PROFILES, Case, all_cases, make_groups, make_step
 from transformers import PreTrainedModel
 
-from sparring.hardware import has_bfloat16_products
-from sparring.layout import padded_rows, shared_row
+from sparring.model.packing import padded_rows, shared_row
+from sparring.recipe.hardware import has_bfloat16_products
 
 
 def child(arm: str, case: Case, expected: Path, pipe: Connection) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sparring.layout import arrange, padded_rows
-from sparring.logprobs import Scorer, model_inputs, sequence_logprobs
+from sparring.model.logprobs import Scorer, model_inputs, sequence_logprobs
+from sparring.model.packing import arrange, padded_rows
 from sparring.objectives import Spin, Tspin
 from sparring.types import Group, Scores
 
@@ -185,7 +185,7 @@ def cpo_terms(model: PreTrainedModel) -> Callable[[list[Group]], Terms]:
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    from sparring.demo import make_tokenizer
+    from sparring.commands.demo import make_tokenizer
 
     settings = CPOConfig(output_dir=tempfile.mkdtemp(), beta=0.1, cpo_alpha=0.0, **QUIET)
     trainer = CPOTrainer(
@@ -222,7 +222,7 @@ def make_trl(
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from sparring.demo import make_tokenizer
+    from sparring.commands.demo import make_tokenizer
 
     if arm == "trl-tuned":
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = 4096

@@ -48,7 +48,7 @@ def ranks_below(process: int) -> list[int]:
     for child in children(process):
         with suppress(OSError):
             words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            if b"sparring.rank" in words and words[1] == b"-m":  # what starts it names it later
+            if b"sparring.stages.worker" in words and words[1] == b"-m":  # what starts it names it later
                 found.append(child)
         found += ranks_below(child)
     return found

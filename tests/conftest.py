@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
 # executes the shapes in the signatures; before any module of sparring is imported
 install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from sparring.config import Recipe
-from sparring.demo import make_model, make_tokenizer, problems
-from sparring.model import save_model
+from sparring.commands.demo import make_model, make_tokenizer, problems
+from sparring.model.load import save_model
+from sparring.recipe.schema import Recipe
 
 torch.set_num_threads(1)
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is slow, not wrong

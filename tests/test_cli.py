@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sparring.config import Recipe
 from sparring.loop import play
-from sparring.recipe_file import dump_recipe
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -126,8 +126,8 @@ def test_status_of_a_run_that_goes_on(finished: Path, tmp_path: Path) -> None:
     """While another process holds the run: what it is at, and how far."""
     import shutil
 
-    from sparring.results import Results
-    from sparring.rundir import RunDir
+    from sparring.run.results import Results
+    from sparring.run.rundir import RunDir
 
     shutil.copytree(finished / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "iter-00" / "train")

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparring
-from sparring.commits import is_committed
-from sparring.config import Recipe
 from sparring.errors import Refused, RunMismatch
-from sparring.iteration import Iteration
 from sparring.loop import play, run_one_stage
-from sparring.recipe_file import dump_recipe
-from sparring.results import Results
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed
+from sparring.run.results import Results
 
 MakeRecipe = Callable[..., Recipe]
 

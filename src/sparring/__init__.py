@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from sparring.config import Recipe
     from sparring.errors import Refused, RunMismatch, Stopped
     from sparring.loop import play
     from sparring.objectives import OBJECTIVES
-    from sparring.recipe_file import load_recipe
-    from sparring.results import Results
+    from sparring.recipe.load import load_recipe
+    from sparring.recipe.schema import Recipe
+    from sparring.run.results import Results
 
 __all__ = ["OBJECTIVES", "Recipe", "Refused", "Results", "RunMismatch", "Stopped", "load_recipe", "play"]
 
 _HOMES = {
     "OBJECTIVES": "sparring.objectives",
-    "Recipe": "sparring.config",
+    "Recipe": "sparring.recipe.schema",
     "Refused": "sparring.errors",
-    "Results": "sparring.results",
+    "Results": "sparring.run.results",
     "RunMismatch": "sparring.errors",
     "Stopped": "sparring.errors",
-    "load_recipe": "sparring.recipe_file",
+    "load_recipe": "sparring.recipe.load",
     "play": "sparring.loop",
 }
 

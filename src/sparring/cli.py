@@ -16,7 +16,7 @@ from sparring.errors import Interrupted, Refused, Stopped
 from sparring.visible import visible
 
 if TYPE_CHECKING:
-    from sparring.config import Recipe
+    from sparring.recipe.schema import Recipe
 
 app = typer.Typer(
     name="sparring",
@@ -63,7 +63,7 @@ def init(
         method = method or typer.prompt("method", default="tspin")
     if model is None or data is None:
         raise Refused(f"{'--model' if model is None else '--data'} is not given, and there is no terminal to ask on")
-    from sparring.init import write_recipe
+    from sparring.commands.init import write_recipe
 
     write_recipe(recipe, model=model, data=data, method=method or "tspin", lora=lora)
     typer.echo(f"{recipe}; next: sparring doctor {recipe}")
@@ -76,7 +76,7 @@ def doctor(
 ) -> None:
     """Say within seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
     read = _read(recipe, overrides)
-    from sparring.doctor import print_findings
+    from sparring.commands.doctor import print_findings
 
     if not print_findings(read):
         raise typer.Exit(2)
@@ -90,7 +90,7 @@ def preview(
 ) -> None:
     """Show rows token by token, what is scored and what is not, and an answer of the model beside the real one."""
     read = _read(recipe, overrides)
-    from sparring.preview import preview
+    from sparring.commands.preview import preview
 
     preview(read, rows)
 
@@ -108,7 +108,7 @@ def plan(
 ) -> None:
     """Forecast memory, time, disk and cost of a recipe on given GPUs. Loads no weights and writes nothing."""
     read = _read(recipe, overrides)
-    from sparring.plan import print_plan
+    from sparring.commands.plan import print_plan
 
     print_plan(read, gpus, gpu, measured, rows, tokens, price)
 
@@ -126,7 +126,7 @@ def launch(
     ] = None,
 ) -> None:
     """Print a job file for a scheduler: read it, change what your cluster wants otherwise, and submit it."""
-    from sparring.jobs import job_file
+    from sparring.commands.jobs import job_file
 
     if scheduler not in ("slurm", "kubernetes"):
         raise Refused(f"--print {scheduler}: slurm and kubernetes are known")
@@ -136,7 +136,7 @@ def launch(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from sparring.recipe_file import json_schema
+    from sparring.recipe.load import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1))
 
@@ -147,8 +147,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show every stage of every iteration: done, running or to do, with times and headline numbers."""
-    from sparring.results import Results
-    from sparring.status import print_status
+    from sparring.commands.status import print_status
+    from sparring.run.results import Results
 
     results = Results(run_dir)
     if as_json:
@@ -175,8 +175,8 @@ def restore(
     mirror: Annotated[str, typer.Argument(metavar="URI", help="The recipe's 'mirror'.")], run_dir: RunDirectory
 ) -> None:
     """Bring a run back from its mirror: every finished stage that is missing here, verified."""
-    from sparring.mirror import Mirror
-    from sparring.rundir import RunDir
+    from sparring.run.mirror import Mirror
+    from sparring.run.rundir import RunDir
 
     run, source = RunDir(run_dir), Mirror(mirror)
     with run.own():
@@ -188,7 +188,7 @@ def restore(
 def report(run_dir: RunDirectory) -> None:
     """Write report.html from whatever the run has by now."""
     from sparring.report import write_report
-    from sparring.rundir import RunDir
+    from sparring.run.rundir import RunDir
 
     typer.echo(write_report(RunDir(run_dir)))
 
@@ -198,8 +198,8 @@ def watch(
     run_dir: RunDirectory, port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8707
 ) -> None:
     """Serve the report of a run that goes on, on this machine only, until interrupted. Writes nothing."""
-    from sparring.rundir import RunDir
-    from sparring.watch import make_server
+    from sparring.commands.watch import make_server
+    from sparring.run.rundir import RunDir
 
     with make_server(RunDir(run_dir), port) as server:
         typer.echo(f"http://127.0.0.1:{server.server_port}/ (interrupt to stop)")
@@ -216,8 +216,8 @@ def export(
     pairs: Annotated[bool, typer.Option("--pairs", help="Instead of a model: every round as preference data.")] = False,
 ) -> None:
     """Write a model that transformers and vLLM load, with its card, or the rounds as preference data."""
-    from sparring.export import export_model, export_pairs
-    from sparring.results import Results
+    from sparring.commands.export import export_model, export_pairs
+    from sparring.run.results import Results
 
     if pairs:
         typer.echo(f"{export_pairs(Results(run_dir), out):,} pairs: {out}")
@@ -234,7 +234,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="For everybody; otherwise private.")] = False,
 ) -> None:
     """Upload an exported folder to the hub: a dry run unless --yes, private unless --public."""
-    from sparring.export import push
+    from sparring.commands.export import push
 
     files = push(folder, repo, is_public=public, is_dry=not yes)
     for file in files:
@@ -254,8 +254,8 @@ def judge(
     references: Annotated[Path | None, typer.Option(help="Reference answers in FastChat's form.")] = None,
 ) -> None:
     """Have a model judge MT-Bench answers of two iterations, in both orders, with ties. Continues where it stopped."""
-    from sparring.judge import judge as judge_answers
-    from sparring.results import Results
+    from sparring.commands.judge import judge as judge_answers
+    from sparring.run.results import Results
 
     found = judge_answers(
         Results(run_dir),
@@ -286,7 +286,7 @@ def compare(
 ) -> None:
     """Compare methods: one data set, one split, one starting model, several seeds. The same command continues."""
     read = _read(recipe, overrides)
-    from sparring.compare import compare as play_all
+    from sparring.commands.compare import compare as play_all
 
     try:
         shares = [float(share) for share in fractions.split(",")]
@@ -302,14 +302,14 @@ def demo(
     method: Annotated[str, typer.Option(help="tspin, space, spin, sft, or all of them.")] = "all",
 ) -> None:
     """Train a tiny model on small reasoning problems, then let it play. No GPU, no network, a few minutes."""
-    from sparring.demo import play_demo
+    from sparring.commands.demo import play_demo
 
     play_demo(run_dir, method)
 
 
 def _read(recipe: Path, overrides: Sequence[str] | None) -> Recipe:
     """Before a command imports what it works with, which takes seconds: a slip in the recipe is told at once."""
-    from sparring.recipe_file import load_recipe
+    from sparring.recipe.load import load_recipe
 
     return load_recipe(recipe, overrides or ())
 

@@ -15,30 +15,30 @@ from pathlib import Path
 
 import torch
 
-from sparring import distributed, interrupt
-from sparring.commits import is_committed, read_sealed, replace_file, seal_json
-from sparring.config import Recipe
-from sparring.disk import free_bytes, size
+from sparring.commands.forecast import Trained, disk_bytes, empty_model, trained_tensors
 from sparring.errors import Damaged, Refused, RunMismatch
-from sparring.evaluate import answer_questions, benchmark, evaluate
-from sparring.forecast import Trained, disk_bytes, empty_model, trained_tensors
-from sparring.generate import engine_of, generate
-from sparring.iteration import Iteration
-from sparring.launch import on_ranks
-from sparring.libraries import checks, optional_packages
-from sparring.mirror import Mirror, committed_folders
-from sparring.model import num_parameters
-from sparring.moments import KINDS
-from sparring.on_ray import draw_on_cluster
-from sparring.prepare import prepare
-from sparring.progress import say, tell
-from sparring.recipe_file import differences, load_own_recipe, load_recipe, own_recipe
+from sparring.logging import say, tell
+from sparring.model.load import num_parameters
+from sparring.parallel import distributed, interrupt
+from sparring.recipe.load import differences, load_own_recipe, load_recipe, own_recipe
+from sparring.recipe.optimizer_specs import KINDS
+from sparring.recipe.schema import Recipe
 from sparring.report import write_report
-from sparring.results import Results
-from sparring.rundir import BENCHMARKS, RunDir
-from sparring.score import score
-from sparring.tracking import steps_before, track_evaluation, tracking
-from sparring.train import train
+from sparring.run.disk import free_bytes, size
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed, read_sealed, replace_file, seal_json
+from sparring.run.mirror import Mirror, committed_folders
+from sparring.run.results import Results
+from sparring.run.rundir import BENCHMARKS, RunDir
+from sparring.run.tracking import steps_before, track_evaluation, tracking
+from sparring.stages.evaluate import answer_questions, benchmark, evaluate
+from sparring.stages.generate import engine_of, generate
+from sparring.stages.generate.ray_pool import draw_on_cluster
+from sparring.stages.launch import on_ranks
+from sparring.stages.optional_dependencies import checks, optional_packages
+from sparring.stages.prepare import prepare
+from sparring.stages.score import score
+from sparring.stages.train.loop import train
 
 PACKAGES = ("sparring", "torch", "transformers", "accelerate", "safetensors", "numpy")
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparring.commits import MANIFEST, begin_work, commit, read_manifest, verify
-from sparring.config import SECTIONS
+from sparring.data.formats import detect_shape, examples, renamed
 from sparring.data.read import BadRow, Row, read_rows
-from sparring.data.shapes import detect_shape, examples, renamed
 from sparring.errors import Damaged, Refused
-from sparring.recipe_file import known_keys, load_own_recipe, load_recipe
+from sparring.recipe.load import known_keys, load_own_recipe, load_recipe
+from sparring.recipe.schema import SECTIONS
+from sparring.run.manifest import MANIFEST, begin_work, commit, read_manifest, verify
 
 SECONDS = float(os.environ.get("SPARRING_FUZZ_SECONDS", "0"))
 EXAMPLES = 60

@@ -17,17 +17,17 @@ import pytest
 from rich.console import Console
 from test_report import assert_inert
 
-from sparring import progress
+from sparring import logging as progress
 from sparring.cli import main
-from sparring.commits import commit, read_manifest
+from sparring.commands.status import print_status
 from sparring.data.tables import read_table
 from sparring.errors import Refused
-from sparring.evaluate.held_out import ANSWERS
 from sparring.loop import play
 from sparring.report import write_report
-from sparring.results import Results
-from sparring.rundir import RunDir
-from sparring.status import print_status
+from sparring.run.manifest import commit, read_manifest
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.stages.evaluate.held_out import ANSWERS
 from sparring.visible import visible
 
 from .payloads import JS, MARK, PAYLOADS, TERMINAL

@@ -98,13 +98,13 @@ def test_the_control_that_code_runs_where_it_is_trusted(task: Path) -> None:
 def test_the_control_that_without_the_filter_nothing_is_refused(
     name: str, task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparring.model import check_model_folder
+    from sparring.model.load import check_model_folder
 
     file, change = ORDERS[name]
     if not (task / "model" / file).is_file():
         (task / "model" / file).write_text("{}")
     edit_json(task / "model", file, **change)
-    monkeypatch.setattr("sparring.model.refuse_orders", lambda *_: None)
+    monkeypatch.setattr("sparring.model.load.refuse_orders", lambda *_: None)
     check_model_folder(task / "model")
 
 

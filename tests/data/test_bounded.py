@@ -17,7 +17,7 @@ import sparring.data.bounded as bounded
 from sparring.data.bounded import BoundedProcess, UsedUp
 from sparring.data.render import Renderer
 from sparring.errors import Refused
-from sparring.model import load_tokenizer
+from sparring.model.load import load_tokenizer
 from sparring.types import Message
 
 TURNS = [Message(role="user", content="?")]

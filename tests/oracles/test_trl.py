@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparring.demo import make_model, problems
-from sparring.layout import arrange
-from sparring.logprobs import Scorer
-from sparring.model import load_tokenizer
+from sparring.commands.demo import make_model, problems
+from sparring.model.load import load_tokenizer
+from sparring.model.logprobs import Scorer
+from sparring.model.packing import arrange
 from sparring.objectives import ChiSquare, Dpo, Sipo, Space, Spin, Ssimpo, Tspin
 from sparring.types import Group, Objective, Role, TokenIds
 

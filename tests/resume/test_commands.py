@@ -17,15 +17,15 @@ import pytest
 from test_disk import may_mount
 
 import sparring.report
-from sparring.commits import begin_work, commit_folder, commit_part, has_part, read_manifest, verify
-from sparring.compare import compare
-from sparring.config import Recipe
+from sparring.commands.compare import compare
+from sparring.commands.export import export_model, export_pairs, push
 from sparring.errors import Refused
-from sparring.export import export_model, export_pairs, push
 from sparring.loop import play
-from sparring.recipe_file import dump_recipe
-from sparring.results import Results
-from sparring.rundir import RunDir
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.manifest import begin_work, commit_folder, commit_part, has_part, read_manifest, verify
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
 
 MakeRecipe = Callable[..., Recipe]
 SMALL = {
@@ -94,7 +94,7 @@ def test_a_comparison_that_is_killed_goes_on(make_recipe: MakeRecipe, tmp_path: 
 
 
 def test_a_comparison_s_own_settings_are_sealed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    from sparring.compare import keep_settings
+    from sparring.commands.compare import keep_settings
 
     whole = RunDir(tmp_path)
     keep_settings(whole, make_recipe("spin"))
@@ -174,9 +174,9 @@ DRIVER = """
 import json, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
-import sparring.cli, sparring.compare, sparring.export, sparring.report  # once, and not in each child
+import sparring.cli, sparring.commands.compare, sparring.commands.export, sparring.report  # once, and not in each child
 import tensorboard.summary, torch.utils.tensorboard, transformers.models.llama.modeling_llama
-from sparring.commits import is_committed, verify
+from sparring.run.manifest import is_committed, verify
 
 disk, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
 sparring.report.draw_held_out = sparring.report.draw_training = lambda results: []

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import sparring.commits
 import sparring.loop
-from sparring.checkpoint import load_checkpoint, save_checkpoint
-from sparring.commits import commit_part, has_part
-from sparring.config import Recipe
+import sparring.run.manifest
 from sparring.errors import Damaged, Refused
 from sparring.loop import play
+from sparring.recipe.schema import Recipe
 from sparring.report import write_report
-from sparring.rundir import RunDir
+from sparring.run.manifest import commit_part, has_part
+from sparring.run.rundir import RunDir
+from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint
 
 CUTS = FLIPS = 50
 
@@ -211,17 +211,17 @@ def test_damaged_parts_are_drawn_again(tmp_path: Path) -> None:
 
 
 def test_half_done_work_made_from_other_inputs_is_not_continued(tmp_path: Path) -> None:
-    work = sparring.commits.begin_work(tmp_path / ".train.partial", {"data": "a"})
+    work = sparring.run.manifest.begin_work(tmp_path / ".train.partial", {"data": "a"})
     (work / "step-1").mkdir()
-    assert (sparring.commits.begin_work(work, {"data": "a"}) / "step-1").is_dir()
-    assert not (sparring.commits.begin_work(work, {"data": "b"}) / "step-1").exists()
+    assert (sparring.run.manifest.begin_work(work, {"data": "a"}) / "step-1").is_dir()
+    assert not (sparring.run.manifest.begin_work(work, {"data": "b"}) / "step-1").exists()
 
 
 def test_control_without_the_check_damage_goes_unseen(
     recipe: Recipe, finished: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flipped bit in a weight is a weight: without the manifest nothing notices."""
-    monkeypatch.setattr(sparring.commits, "_check", lambda *_: None)
+    monkeypatch.setattr(sparring.run.manifest, "_check", lambda *_: None)
     (path,) = files(finished, "safetensors")
     content = path.read_bytes()
     damaged = bytearray(content)

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import sparring.generate.stage
+import sparring.stages.generate.stage
 from sparring.cli import main
-from sparring.commits import is_committed, verify
-from sparring.config import Recipe
-from sparring.disk import writing
 from sparring.errors import Stopped
 from sparring.loop import play
-from sparring.recipe_file import dump_recipe
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.disk import writing
+from sparring.run.manifest import is_committed, verify
 
 GROWS_BY_BYTES = 80 * 1024
 
@@ -31,11 +31,11 @@ GROWS_BY_BYTES = 80 * 1024
 DRIVER = """
 import json, os, subprocess, sys
 from pathlib import Path
-import sparring.cli, sparring.disk, sparring.generate.stage, sparring.loop, sparring.report
-from sparring.commits import is_committed, verify
+import sparring.cli, sparring.run.disk, sparring.stages.generate.stage, sparring.loop, sparring.report
+from sparring.run.manifest import is_committed, verify
 
 recipe, disk, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-sparring.generate.stage.PART_PROMPTS = 20
+sparring.stages.generate.stage.PART_PROMPTS = 20
 # curves take longest and write nothing of their own
 sparring.report.draw_held_out = sparring.report.draw_training = lambda results: []
 outcomes, size = [], step
@@ -47,7 +47,7 @@ while True:
         os.dup2(said, 2)
         if len(outcomes) % 4:  # else the forecast, and what is asked for beforehand, come first
             sparring.loop.say_what_it_needs = lambda *_: None
-            sparring.disk.free_bytes = lambda path: 10**15
+            sparring.run.disk.free_bytes = lambda path: 10**15
         sys.argv = ["sparring", "run", recipe, str(disk / "run")]
         sparring.cli.main()
         os._exit(0)
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
         before = set(outcome["whole"])
         assert not outcome["left"], "what was half written is gone, and its room is free"
     assert full > 3
-    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+    monkeypatch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
     straight = play(recipe, tmp_path / "straight").root
     expected = {
         str(p.relative_to(straight)): p.read_bytes().hex()

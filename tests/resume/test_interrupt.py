@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sparring import interrupt
-from sparring.config import Recipe
 from sparring.errors import Interrupted
 from sparring.loop import play
-from sparring.recipe_file import dump_recipe
+from sparring.parallel import interrupt
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
 
 UNITS = {
     "a step": "iter-00/.train.partial/metrics.jsonl",
@@ -57,9 +57,9 @@ def when_there(path: Path, number: int, seconds: float = 60) -> int:
 def test_the_unit_at_hand_is_kept(
     unit: str, number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sparring.generate.stage
+    import sparring.stages.generate.stage
 
-    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 4)
+    monkeypatch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 4)
     recipe = recipe_for(tiny)
     file = tmp_path / "run" / UNITS[unit]
     child = when_there(file, number)

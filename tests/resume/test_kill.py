@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import sparring.generate.stage
-from sparring.config import Recipe
+import sparring.stages.generate.stage
 from sparring.loop import play
-from sparring.recipe_file import dump_recipe
-from sparring.rundir import RunDir
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.rundir import RunDir
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -64,14 +64,14 @@ def recipe(tiny: Path) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+    monkeypatch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
 
 
 @pytest.fixture(scope="module")
 def clean(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The run that nothing disturbs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+        patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
         return play(recipe, tmp_path_factory.mktemp("clean") / "run")
 
 
@@ -170,11 +170,13 @@ def test_controls_that_must_fail(
     recipe: Recipe, clean: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison can fail: a resume that forgets the moments, and random numbers of another seed, are seen."""
-    import sparring.checkpoint
+    import sparring.stages.train.checkpoint
 
     assert die_at("train-step:4", recipe, tmp_path / "forgets") == 137
     with monkeypatch.context() as patch:
-        patch.setattr(sparring.checkpoint, "load_file", lambda path: {} if "optimizer" in path.name else real(path))
+        patch.setattr(
+            sparring.stages.train.checkpoint, "load_file", lambda path: {} if "optimizer" in path.name else real(path)
+        )
         real = __import__("safetensors.torch", fromlist=["load_file"]).load_file
         forgets = play(recipe, tmp_path / "forgets")
     assert content(forgets) != content(clean)
@@ -190,7 +192,7 @@ def adapted(recipe: Recipe) -> Recipe:
 @pytest.fixture(scope="module")
 def clean_adapted(adapted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparring.generate.stage, "PART_PROMPTS", 20)
+        patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
         return play(adapted, tmp_path_factory.mktemp("clean") / "run")
 
 

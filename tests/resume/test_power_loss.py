@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from unsynced import Disk, Operation, Promised, Synced, Tree, put, record
 
-import sparring.generate.stage
 import sparring.loop
 import sparring.report
-from sparring.checkpoint import _newest
-from sparring.commits import copy_committed, has_part, is_committed, read_sealed, verify
-from sparring.config import Recipe
+import sparring.stages.generate.stage
 from sparring.errors import Refused, Stopped
 from sparring.loop import play
-from sparring.mirror import Mirror
-from sparring.recipe_file import load_own_recipe
-from sparring.rundir import RunDir
+from sparring.recipe.load import load_own_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.manifest import copy_committed, has_part, is_committed, read_sealed, verify
+from sparring.run.mirror import Mirror
+from sparring.run.rundir import RunDir
+from sparring.stages.train.checkpoint import _newest
 
 Log = list[Operation]
 PLAYED_ON = 6
@@ -32,7 +32,7 @@ PLAYED_ON = 6
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparring.generate.stage, "PART_PROMPTS", 8)
+        patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 8)
         for draw in ("draw_held_out", "draw_training"):  # curves take longest and write nothing of their own
             patch.setattr(sparring.report, draw, lambda results: [])
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparring.errors import Refused
-from sparring.rundir import RunDir
+from sparring.run.rundir import RunDir
 
 RACERS = 8
 ROUNDS = int(os.environ.get("SPARRING_RACES", "4"))
@@ -77,7 +77,7 @@ def test_a_lock_that_outlives_its_owner_for_a_moment_is_waited_for(
     die_while_starting_another(tmp_path / "run")
     with RunDir(tmp_path / "run").own():
         pass
-    monkeypatch.setattr("sparring.rundir.LOCK_SECONDS", 0)  # the control
+    monkeypatch.setattr("sparring.run.rundir.LOCK_SECONDS", 0)  # the control
     die_while_starting_another(tmp_path / "run")
     with pytest.raises(Refused, match="is in use by another process"), RunDir(tmp_path / "run").own():
         pass

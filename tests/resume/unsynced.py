@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import sparring.commits
+import sparring.run.manifest
 
 TOP = 0
 """The folder that was there before. Files are numbered 1, 2, ..., folders -1, -2, ..., and no number is used twice."""
@@ -62,7 +62,7 @@ def record(top: Path, act: Callable[[], object]) -> list[Operation]:
         for name in ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "link", "symlink"):
             patch.setattr(os, name, recorder.around(getattr(os, name)))
         patch.setattr(os, "fsync", recorder.fsync)
-        patch.setattr(sparring.commits, "failpoint", recorder.failpoint)
+        patch.setattr(sparring.run.manifest, "failpoint", recorder.failpoint)
         act()
         recorder.look()
     return recorder.log

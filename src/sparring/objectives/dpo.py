@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparring.objectives.links import logistic
+from sparring.objectives.losses import logistic
 from sparring.types import Lengths, Loss, Needs, Positive, Scores
 
 

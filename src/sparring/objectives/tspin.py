@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparring.objectives.links import LINKS
+from sparring.objectives.losses import LINKS
 from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Scores
 
 

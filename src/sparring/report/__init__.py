@@ -12,16 +12,16 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from sparring.commits import replace_file
-from sparring.recipe_file import dump_recipe
+from sparring.recipe.load import dump_recipe
 from sparring.report.alarms import alarms
 from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
 from sparring.report.figures import Z95, draw_held_out, draw_training
 from sparring.report.headline import headline_index, readable, tiles
 from sparring.report.samples import collect, shown
 from sparring.report.story import story, worries
-from sparring.results import Results
-from sparring.rundir import RunDir
+from sparring.run.manifest import replace_file
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
 
 TABLE = (
     ("held_out_nll", "held-out NLL", "nats per token of the real answers; lower is better"),

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sparring.commits import is_committed, read_manifest
 from sparring.data.tables import read_generations
-from sparring.iteration import Iteration
-from sparring.results import Results
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed, read_manifest
+from sparring.run.results import Results
 from sparring.types import Generation, Rendered
 
 LENGTH_RATIO, END_RATE, REPETITION, SHORTCUT = 1.5, 0.2, 0.1, 0.75

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparring.commits import is_committed, read_manifest
-from sparring.results import Results
+from sparring.run.manifest import is_committed, read_manifest
+from sparring.run.results import Results
 
 QUADRANTS = (
     ("quadrants/higher_reward_higher_likelihood", "higher reward, higher likelihood"),

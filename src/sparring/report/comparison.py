@@ -19,19 +19,19 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from sparring.commits import Json, read_manifest, read_sealed, replace_file, verified
-from sparring.config import Recipe
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import Refused
-from sparring.recipe_file import dump_recipe
+from sparring.recipe.load import dump_recipe
+from sparring.recipe.schema import Recipe
 from sparring.report import page
 from sparring.report.bars import QUADRANTS
 from sparring.report.figures import COLOURS, Figure, svg
 from sparring.report.samples import Sample, collect
 from sparring.report.story import NAMES
-from sparring.results import Results
-from sparring.rundir import RunDir
-from sparring.seeds import seed_of
+from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file, verified
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.run.seeds import seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

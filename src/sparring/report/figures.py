@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from sparring.results import Results
+from sparring.run.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparring.report.figures import Z95
-from sparring.results import FLAT, Results
+from sparring.run.results import FLAT, Results
 
 GUARDS = (
     ("held_out_nll", "Held-out NLL", "nats per token of real answers", -1),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from sparring.commits import is_committed, verified
 from sparring.data.tables import read_rendered, read_table
-from sparring.iteration import Iteration
-from sparring.results import Results
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed, verified
+from sparring.run.results import Results
 from sparring.visible import visible
 
 MAX_SAMPLES = 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparring.report.figures import Z95
-from sparring.results import Results
+from sparring.run.results import Results
 
 NAMES = {
     "held_out_nll": "held-out NLL",

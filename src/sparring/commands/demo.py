@@ -1,0 +1,190 @@
+"""The demo: small reasoning problems, a tiny model trained on them from scratch, and a game from there.
+
+Nothing is downloaded. The starting model is trained by the same loop that plays (method sft).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparring.errors import Refused
+from sparring.logging import say
+from sparring.loop import play
+from sparring.model.load import save_model
+from sparring.recipe.schema import Recipe
+from sparring.run.manifest import commit, is_committed
+from sparring.run.results import Results
+
+NUM_TRAIN, NUM_HELD_OUT, LARGEST = 1000, 1000, 9
+WIDTH, LAYERS = 64, 2
+TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 64, "dtype": "float32", "warmup": 0.05}
+START = {**TRAIN, "learning_rate": 4e-3, "schedule": "constant", "epochs": 40}
+GAME = {**TRAIN, "learning_rate": 3e-4, "schedule": "linear", "epochs": 2}
+ITERATIONS = 3
+
+METHODS = ("tspin", "space", "spin", "sft")
+"""What the demo plays, each from the same start with the same settings. SFT is the control."""
+
+THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL = (PAD, "<|user|>", "<|assistant|>", END)
+WORD = r" ?[A-Za-z]+| ?[0-9]| ?####|[^A-Za-z0-9 ]| "
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def problem(random: random.Random, largest: int) -> tuple[str, str]:
+    """One two-step problem and its worked answer, which ends like GSM8K's: "#### 23"."""
+    thing = random.choice(THINGS)
+    match random.randrange(4):
+        case 0:
+            a, b = random.randint(2, largest), random.randint(2, largest)
+            c = random.randint(1, a + b - 1)
+            question, step, result = f"{a} {thing} and {b} more, {c} lost", f"{a + b}-{c}", a + b - c
+        case 1:
+            a, b, c = random.randint(2, 9), random.randint(2, 9), random.randint(1, largest)
+            question, step, result = f"{a} boxes of {b} {thing} and {c} more", f"{a * b}+{c}", a * b + c
+        case 2:
+            a, b = random.randint(2, 9), random.randint(2, 9)
+            c = random.randint(1, a * b - 1)
+            question, step, result = f"{a} boxes of {b} {thing}, {c} lost", f"{a * b}-{c}", a * b - c
+        case _:
+            b, c = random.randint(2, largest), random.randint(2, 4)
+            a = b + random.randint(1, max(1, largest // 2))
+            question, step, result = f"{a} {thing}, {b} lost, then times {c}", f"{a - b}*{c}", (a - b) * c
+    return question, f"{step}={result} #### {result}"
+
+
+def problems(count: int, seed: int, largest: int) -> list[dict[str, str]]:
+    """Different problems as rows of the question/answer form."""
+    source, found = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
+    while len(found) < count:
+        question, answer = problem(source, largest)
+        found[question] = answer
+    return [{"question": question, "answer": answer} for question, answer in found.items()]
+
+
+def make_tokenizer(rows: Sequence[dict[str, str]]) -> PreTrainedTokenizerFast:
+    """Words and single digits, with a chat template whose turns end with <|end|>."""
+    words = {word for row in rows for text in row.values() for word in re.findall(WORD, text)}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(words)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = Split(Regex(WORD), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 32),
+            num_key_value_heads=max(1, width // 32),
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=SPECIAL.index(END),
+            pad_token_id=SPECIAL.index(PAD),
+        )
+    )
+
+
+def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
+    """Writes ROOT/task, ROOT/start (a tiny model trained by SFT) and ROOT/METHOD; returns the run directories.
+
+    The same call again continues what was interrupted. `seed` makes other problems and another model.
+    """
+    if method not in (*METHODS, "all"):
+        raise Refused(f"--method {method}: one of all, {', '.join(METHODS)}")
+    chosen = METHODS if method == "all" else (method,)
+    write_task(root / "task", seed)
+    say("the starting model: supervised fine-tuning from random weights")
+    start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start")
+    runs = []
+    for name in chosen:
+        say("")
+        recipe = demo_recipe(root, start.model(0), name, seed, iterations=ITERATIONS, train=GAME)
+        runs.append(play(recipe, root / name).root)
+    print_comparison(runs)
+    return runs
+
+
+def write_task(folder: Path, seed: int) -> None:
+    """The problems as rows, and a model with random weights."""
+    if is_committed(folder):
+        return
+    rows = problems(NUM_TRAIN + NUM_HELD_OUT, seed, LARGEST)
+    tokenizer = make_tokenizer(rows)
+    with commit(folder) as work:
+        for name, part in (("train", rows[:NUM_TRAIN]), ("held_out", rows[NUM_TRAIN:])):
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            (work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        save_model(make_model(tokenizer, width=WIDTH, layers=LAYERS, seed=seed), tokenizer, work / "model")
+
+
+def demo_recipe(
+    root: Path, model: Path, method: str, seed: int, *, iterations: int, train: Mapping[str, object]
+) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(model),
+            "method": method,
+            "iterations": iterations,
+            "data": {"train": str(root / "task" / "train.jsonl"), "held_out": str(root / "task" / "held_out.jsonl")},
+            "generate": {"max_new_tokens": 24, "batch_size": 256},
+            "train": train,
+            "evaluate": {"checker": "number"},
+            "seed": seed,
+            "threads": 1,  # on tensors this small a second thread costs more than it brings
+        }
+    )
+
+
+def print_comparison(runs: Sequence[Path]) -> None:
+    """The starting model and what each method made of it."""
+    table = Table(title="held-out problems: the start, and after the last iteration", box=None)
+    for column in ("", "NLL", "greedy accuracy", "sampled accuracy", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for number, run in enumerate(runs):
+        results = Results(run)
+        evaluations = results.evaluations()
+        if number == 0:
+            table.add_row("start", *_cells(evaluations[-1]), "")
+        seconds = sum(stage.seconds or 0 for stage in results.stages() if stage.iteration >= 0)
+        table.add_row(results.recipe.method.name, *_cells(evaluations[max(evaluations)]), f"{seconds:.0f}")
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print("sft is the control: as many rows and updates, without a game. The reports, one per method:")
+    for run in runs:
+        console.print(f"  {run / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _cells(metrics: Mapping[str, float]) -> tuple[str, ...]:
+    return (
+        f"{metrics['held_out_nll']:.4f} ± {metrics['held_out_nll_stderr']:.4f}",
+        f"{metrics['greedy_accuracy']:.3f} ± {metrics['greedy_accuracy_stderr']:.3f}",
+        f"{metrics['sampled_accuracy']:.3f} ± {metrics['sampled_accuracy_stderr']:.3f}",
+    )

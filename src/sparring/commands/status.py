@@ -1,0 +1,50 @@
+"""`sparring status`: the stages of a run as a table."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparring.run.results import Results
+from sparring.visible import visible
+
+MARKS = {"done": "✓", "running": "▶", "to do": "·"}
+SHORT = {
+    "held_out_nll": "NLL",
+    "greedy_accuracy": "greedy",
+    "sampled_accuracy": "sampled",
+    "rewards/accuracies": "reward acc.",
+    "rewards/margins": "margin",
+    "alignment": "alignment",
+    "length": "length",
+    "end_rate": "ends",
+}
+
+
+def print_status(results: Results) -> None:
+    console = Console()
+    owner = results.run.owner()
+    state = f"running as process {owner['pid']} on {owner['host']}" if owner else "not running"
+    console.print(Text(visible(f"{results.run.root}: {results.recipe.method.name}, {state}")), soft_wrap=True)
+    if results.data is None:
+        console.print("data: to do")
+        return
+    table = Table(box=None)
+    for column in ("iteration", "stage", "", "seconds", "results"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for stage in results.stages():
+        table.add_row(
+            "start" if stage.iteration < 0 else str(stage.iteration),
+            stage.stage,
+            f"{MARKS[stage.state]} {stage.state}",
+            f"{stage.seconds:.1f}" if stage.seconds is not None else "",
+            stage.progress
+            or "  ".join(f"{SHORT.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
+        )
+    console.print(table)
+    if results.stopped:
+        console.print(f"ended by itself after iteration {results.stopped[0]}: {results.stopped[1]}")
+    if best := results.best():
+        where = "the starting model" if best.iteration < 0 else f"iteration {best.iteration}"
+        console.print(f"best by {best.metric}: {where} ({best.value:.4f})")

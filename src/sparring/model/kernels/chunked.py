@@ -1,0 +1,120 @@
+"""log p(token | prefix) from hidden states, never holding [tokens, vocab] beyond a fixed number of elements."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparring.model.kernels import rows
+
+BLOCK = 256
+"""Tokens at a time whose logits exist, beyond those that are kept. Fewer make the head's gradient, which is added up
+once per block, dearer than its product: so it is with small blocks and a large vocabulary."""
+
+KEPT = 2**27
+"""Bytes of logits that the forward pass may leave to the backward pass. The rest is computed again, which costs a third
+more products of the head, and only where a step is large."""
+
+
+def linear_logprob(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " tokens"],
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    is_kept: bool = True,
+) -> Float[Tensor, " tokens"]:
+    """`reference.linear_logprob` in blocks of tokens. Products in autocast's dtype if it is on; all else float32
+    (float64 for float64). `is_kept`: whether the backward pass may have logits left to it."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearLogprob.apply(hidden, weight, bias, targets, dtype, scale, softcap, is_kept)  # type: ignore[no-any-return]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        scale: float,
+        softcap: float | None,
+        is_kept: bool,
+    ) -> Tensor:
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        kept = KEPT // (dtype.itemsize * len(weight)) if is_kept and any(ctx.needs_input_grad) else 0
+        ctx.sizes = _blocks(len(hidden), kept)
+        ctx.kept, ctx.scale, ctx.softcap = None, scale, softcap
+        logprobs, normalizers = [], []
+        work = rows_for(hidden.device)
+        for number, (states, tokens) in enumerate(zip(hidden.split(ctx.sizes), targets.split(ctx.sizes), strict=True)):
+            logits = F.linear(states, weight, bias)
+            logprob, normalizer = work.logprobs_of(logits, tokens, scale, softcap)
+            logprobs.append(logprob)
+            normalizers.append(normalizer)
+            if number == 0 and kept:
+                ctx.kept = logits
+            del logits  # before the next block's are made
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        work, for_hidden, for_weight = rows_for(hidden.device), [], None
+        for_bias = torch.zeros_like(bias, dtype=normalizers.dtype) if needs_bias else None
+        # the kept logits are overwritten below; a second backward pass computes them again
+        logits, ctx.kept = ctx.kept, None
+        blocks = (x.split(ctx.sizes) for x in (hidden, targets, normalizers, gradient))
+        for states, *values in zip(*blocks, strict=True):
+            if logits is None:
+                logits = F.linear(states, weight, bias)
+            work.slopes_(logits, *values, ctx.scale, ctx.softcap)
+            if for_bias is not None:
+                for_bias += logits.sum(dim=0, dtype=for_bias.dtype)
+            if needs_hidden:
+                for_hidden.append(logits @ weight)
+            if needs_weight and for_weight is None:
+                for_weight = (logits.T @ states).to(normalizers.dtype)
+            elif for_weight is not None:  # summed over blocks in float32, whatever the dtype of the products
+                for_weight += logits.T @ states
+            logits = None
+        of_hidden, of_weight, of_bias = ctx.dtypes
+        return (
+            torch.cat(for_hidden).to(of_hidden) if needs_hidden else None,
+            None if for_weight is None else for_weight.to(of_weight),
+            None if for_bias is None else for_bias.to(of_bias),
+            *(None,) * 5,
+        )
+
+
+def rows_for(device: torch.device) -> ModuleType:
+    """What works on rows of logits there: Triton's kernels on a GPU that has them, else torch."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from sparring.model.kernels import triton
+
+        return triton
+    return rows
+
+
+def _blocks(tokens: int, kept: int) -> list[int]:
+    """Tokens of each block: first those whose logits are kept, in one piece, so that their products are large."""
+    sizes = [min(tokens, kept)] if kept else []
+    return sizes + [min(BLOCK, tokens - start) for start in range(sum(sizes), tokens, BLOCK)]

@@ -1,0 +1,234 @@
+"""log p(response | prompt): the only scorer. The score, train and evaluate stages all use it, in one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparring.errors import Refused
+from sparring.model.attention import why_not_shared
+from sparring.model.kernels import linear_logprob
+from sparring.model import attention
+from sparring.model.packing import (
+    Kind,
+    Layout,
+    arrange,
+    deal,
+    group_tokens,
+    micro_batches,
+    padded_rows,
+    shape_of,
+    shared_row,
+)
+from sparring.parallel import distributed
+from sparring.parallel.distributed import smaller_budget
+from sparring.types import Group, Role, TokenIds
+
+# nats, of a few tokens: far above rounding, far below anything that is wrong
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def sequence_logprobs(
+    logits: Float[Tensor, "batch time vocab"],
+    input_ids: Int[Tensor, "batch time"],
+    is_response: Bool[Tensor, "batch time"],
+) -> Float[Tensor, " batch"]:
+    """log p(response | prompt) from full logits: the readable twin of `Scorer`, for tests and other trainers.
+
+    The logits at position i predict the token at i + 1. Nats, float32, summed over response tokens.
+    """
+    logp = logits[:, :-1].float().log_softmax(dim=-1)  # float: bf16 log-softmax loses the differences we train on
+    token_logp = logp.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return torch.where(is_response[:, 1:], token_logp, 0.0).sum(dim=-1)
+
+
+class Scorer(nn.Module):
+    """A causal language model as a function from a layout to log-probs, shape [responses], nats, float32.
+
+    Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through
+    the vocabulary head: the rows of the hidden states are selected before the product. A module, so that
+    a distributed wrapper sees its forward.
+
+    `kind` is the layout that the model is given: "shared" where it computes what padded rows do, else
+    "padded", with the reason in `why_padded`. The model's attention is then sparring's, which is torch's
+    wherever no shared prompts are passed.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, kind: Kind = "shared") -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        self.scale, self.softcap = head_settings(model)
+        self.kind: Kind = "padded"
+        self.why_padded: str | None = None
+        self.is_flex = self.device.type == "cuda" and find_spec("triton") is not None
+        self.check_head()
+        if kind == "shared":
+            self.why_padded = why_not_shared(model) or self.share_prompts()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise Refused(f"{type(self.model).__name__} has no linear output head; a causal language model is needed")
+        return head
+
+    def precision(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def as_loaded(self) -> AbstractContextManager[object]:
+        """For comparisons: float32 weights in float32; others as they compute, since some models (Mamba) hand float32
+        states to a bfloat16 head, which only autocast multiplies."""
+        return nullcontext() if self.head.weight.dtype == torch.float32 else self.precision()
+
+    def forward(self, layout: Layout) -> Float[Tensor, " responses"]:
+        with self.precision():
+            return self.logprobs(layout)
+
+    def logprobs(self, layout: Layout) -> Float[Tensor, " responses"]:
+        if self.is_flex and layout.shared_prompts is not None:
+            layout = replace(layout, shared_prompts=replace(layout.shared_prompts, is_flex=True))
+        hidden = self.model.base_model(**model_inputs(layout), use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, layout.positions)
+        head = self.head
+        token_logprobs = linear_logprob(
+            states,
+            head.weight,
+            head.bias,
+            layout.targets,
+            scale=self.scale,
+            softcap=self.softcap,
+            is_kept=not self.model.is_gradient_checkpointing,  # memory is asked for before time
+        )
+        # segment by segment, not a scatter: the same order of additions on every run and device
+        sums = torch.stack([segment.sum() for segment in token_logprobs.split(layout.distinct)])
+        return sums.index_select(0, layout.which)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compares with the model's own logits once, in float32: an unknown head is refused, never wrong."""
+        ids = self.probe()
+        group = Group("probe", ids[:1], {"real": (ids[1:],)})
+        layout = padded_rows([group]).to(self.device)
+        is_response = torch.arange(len(ids), device=self.device)[None] > 0
+        with self.as_loaded():
+            logits = self.model(**model_inputs(layout), use_cache=False).logits
+            expected = sequence_logprobs(logits, layout.input_ids, is_response)
+            ours = self.logprobs(layout)
+        if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE[self.head.weight.dtype]):
+            raise Refused(
+                f"{type(self.model).__name__} does something between its hidden states and its logits that sparring "
+                f"does not know: log p of a test sequence is {expected.item():.4f}, computed from the head alone "
+                f"{ours.item():.4f}. Please report the model type '{self.model.config.model_type}'."
+            )
+
+    @torch.no_grad()
+    def share_prompts(self) -> str | None:
+        """Gives the model sparring's attention and compares with padded rows once; the reason if it is taken back."""
+        ids = self.probe()
+        groups = [
+            Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
+        ]
+        with self.as_loaded():
+            expected = self.logprobs(padded_rows(groups).to(self.device))
+        before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
+        self.model.set_attn_implementation(attention.NAME)
+        row = shared_row(groups).to(self.device)
+
+        def difference() -> float:
+            with self.as_loaded():
+                return float((self.logprobs(row) - expected).abs().max())
+
+        tolerance = PROBE_TOLERANCE[self.head.weight.dtype]
+        if self.is_flex:
+            try:
+                self.is_flex = difference() <= tolerance
+            except Exception:  # a compiler's, of any kind, for this model's sizes: then in pieces
+                self.is_flex = False
+        try:
+            found = difference()
+        except TypeError as error:
+            problem = f"its forward does not take what shared prompts need ({error})"
+        else:
+            if found <= tolerance:
+                self.kind = "shared"
+                return None
+            problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
+        self.model.set_attn_implementation(before)
+        return problem
+
+    def probe(self) -> TokenIds:
+        """Some tokens of the vocabulary."""
+        return (np.arange(1, 9) * 7919 % self.head.weight.shape[0]).astype(np.int32)
+
+
+def model_inputs(layout: Layout) -> dict[str, object]:
+    inputs: dict[str, object] = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
+    if layout.shared_prompts is None:
+        return {**inputs, "attention_mask": layout.attention_mask}
+    # a mask in four dimensions is passed on as it is: without one, transformers would guess from the positions
+    # that the row holds unrelated sequences, and build a mask of the whole row
+    nothing = layout.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return {**inputs, "attention_mask": nothing, "shared_prompts": layout.shared_prompts}
+
+
+def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the model does to its logits after the head: (factor, soft cap)."""
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        return config.logit_scale, softcap
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        return 1 / config.logits_scaling, softcap
+    return 1.0, softcap
+
+
+@torch.no_grad()
+def score_groups(
+    scorer: Scorer,
+    groups: Sequence[Group],
+    token_budget: int,
+    advance: Callable[[int, int], object] = lambda groups, tokens: None,
+) -> dict[Role, Float[np.ndarray, ...]]:
+    """log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
+
+    `advance` is told how many groups and tokens each micro-batch had. Where memory runs out, the rest is
+    cut into smaller micro-batches. Ranks share the groups out; each one gets all log-probs.
+    """
+    result: dict[Role, np.ndarray] = {}
+    for role, count in shape_of(groups[0]):
+        result[role] = np.zeros((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
+    ranks = distributed.num_ranks()
+    left = deal(scorer.kind, groups, ranks)[distributed.rank()] if ranks > 1 else list(range(len(groups)))
+    while left:
+        largest = max(group_tokens(scorer.kind, groups[i]) for i in left)
+        done: set[int] = set()
+        for batch in micro_batches(scorer.kind, [groups[i] for i in left], token_budget):
+            indices = [left[i] for i in batch]
+            layout = arrange(scorer.kind, [groups[i] for i in indices]).to(scorer.device)
+            try:
+                logprobs = scorer(layout)
+            except RuntimeError as error:
+                token_budget = smaller_budget(error, token_budget, largest)
+                break
+            for role, values in layout.scores(logprobs).items():
+                result[role][indices] = values.cpu().numpy()
+            done.update(indices)
+            advance(len(indices), layout.computed_tokens)
+        left = [i for i in left if i not in done]
+    distributed.meet()
+    return {role: distributed.total(torch.from_numpy(values)).numpy() for role, values in result.items()}

@@ -1,0 +1,110 @@
+"""Low-rank adapters (LoRA, rsLoRA, DoRA) through peft: a few MB in the run directory, beside a base that stays.
+
+A folder with an adapter_config.json is a model like any other: its base with the adapter in place. The base is
+frozen; the adapter is float32. peft is imported where it is used, since that takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparring.errors import Refused
+from sparring.model.quantization import import_bitsandbytes
+from sparring.run.manifest import write_json
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+PREFIX = "base_model.model."  # what peft and vLLM write before a module's name
+MARK = "lora_"  # in the name of every parameter of an adapter
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the base model of an adapter; any other folder is its own base."""
+    if not is_adapter(folder):
+        return folder
+    base = Path(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not base.is_dir():
+        raise Refused(f"model: {folder} is an adapter of {base}, which is not there; put that folder back")
+    return base
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the adapter of `folder` in place, frozen. Where peft would warn of a missing weight, it is refused."""
+    import_bitsandbytes()
+    from peft import PeftModel
+
+    try:
+        PeftModel.from_pretrained(cast(Any, model), folder)
+        wrong = set(_weights(model)) ^ set(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise Refused(f"model: the adapter in {folder} cannot be loaded: {error}") from error
+    if wrong:
+        raise Refused(f"model: {folder / WEIGHTS} does not fit its base: {min(wrong)} is on one side only")
+    model.requires_grad_(False)
+
+
+def train_adapter(model: PreTrainedModel, settings: Mapping[str, object], seed: int) -> None:
+    """Makes the adapter of a model, and nothing else, trainable.
+
+    A model without one gets a new one, which changes no output yet; `settings` are fields of peft's LoraConfig.
+    """
+    import_bitsandbytes()
+    from peft import LoraConfig, get_peft_model
+
+    if not has_adapter(model):
+        config = LoraConfig(task_type="CAUSAL_LM", **cast(Any, settings))
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                get_peft_model(model, config)
+            except ValueError as error:
+                raise Refused(f"adapter: {error}") from error
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if any(MARK in name for name, _ in cast(nn.Module, module).named_parameters()):
+                raise Refused("adapter.target_modules: the embeddings and the output head cannot have an adapter here")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(MARK in name)
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def save_adapter(
+    model: PreTrainedModel, base: Path, digest: str, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """The adapter alone, as peft writes it, and which base it belongs to. `state`: its weights, if not the model's."""
+    config = cast(Any, model).peft_config["default"]
+    config.base_model_name_or_path = str(base)
+    config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in every process
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    save_file(_weights(model, state), folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / BASE, {"folder": str(base), "xxh3": digest})
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter of `folder` added to its weights: a plain model."""
+    import_bitsandbytes()
+    from peft import PeftModel
+
+    return cast(Any, PeftModel.from_pretrained(cast(Any, model), folder)).merge_and_unload(safe_merge=True)
+
+
+def _weights(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, state_dict=cast(Any, state), save_embedding_layers=False)
+    return {PREFIX + name: value.detach().cpu().contiguous() for name, value in found.items()}

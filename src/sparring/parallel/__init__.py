@@ -1,0 +1,1 @@
+"""Processes and devices: how ranks train, start, talk and end."""

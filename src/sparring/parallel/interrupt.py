@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM: the current unit of work is finished and committed, then the run stops. Asked twice, at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from sparring.errors import Interrupted
+from sparring.logging import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_asked: list[int] = []
+_note: list[Path] = []
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """While this holds, the first signal is a request. Only a main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _ask) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.clear()  # it was said to this run, not to what the process does next
+
+
+def follow(note: Path) -> None:
+    """In a rank, which no signal reaches: the process that the run belongs to asks by making this file."""
+    _note.append(note)
+
+
+def is_asked() -> bool:
+    return bool(_asked) or any(note.exists() for note in _note)
+
+
+def stop_if_asked() -> None:
+    """Called where everything done so far is on disk."""
+    if is_asked():
+        stop()
+
+
+def stop() -> None:
+    raise Interrupted(_asked[0] if _asked else signal.SIGTERM)
+
+
+def _ask(number: int, _: FrameType | None) -> None:
+    if _asked:
+        raise Interrupted(number)
+    _asked.append(number)
+    say("stopping as soon as the current step, part or stage is kept; once more to stop at once")

@@ -1,0 +1,1 @@
+"""The recipe: its settings, reading and writing it."""

@@ -1,0 +1,184 @@
+"""Recipes as files: reading them with their complaints, writing the resolved one, comparing two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from sparring.errors import Damaged, Refused
+from sparring.objectives import OBJECTIVES
+from sparring.recipe import yaml as strict_yaml
+from sparring.recipe.accelerate_file import with_accelerate
+from sparring.recipe.schema import NEUTRAL, SECTIONS, Recipe
+from sparring.run.manifest import UNSEALED, read_sealed, seal
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `key=value` overrides. Every complaint names file, line and remedy."""
+    raw, lines = strict_yaml.read(path)
+    if not isinstance(raw, dict):
+        raise Refused(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise Refused(f"'{override}' is not an override; write key=value, for example train.learning_rate=5e-7")
+        value, _ = strict_yaml.parse(text, f"override '{override}'")
+        try:
+            strict_yaml.set_key(raw, key.split("."), value)
+        except ValueError as error:
+            raise Refused(f"override '{override}': {error}") from error
+    if str(raw.get("parallel")).endswith((".yaml", ".yml")):
+        raw = with_accelerate(raw)
+    return make_recipe(raw, lines, str(path))
+
+
+def make_recipe(raw: object, lines: strict_yaml.Lines | None = None, source: str = "recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise Refused("\n".join(f"{source}{message}" for message in _messages(error, lines or {}))) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every setting written out."""
+    return yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """For editors: what a recipe may hold. A method may also be its name alone."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    method = schema["properties"]["method"]
+    schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
+    ranks = schema["properties"]["parallel"]
+    schema["properties"]["parallel"] = {"anyOf": [{"type": "string", "pattern": r"\.ya?ml$"}, ranks]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
+
+
+def own_recipe(recipe: Recipe) -> str:
+    """What a run directory keeps: the resolved recipe, with a hash that tells an edited or damaged one."""
+    return seal(
+        f"# xxh3 {UNSEALED}  (a run's own copy: change the recipe that you give, not this one)\n{dump_recipe(recipe)}"
+    )
+
+
+def load_own_recipe(path: Path) -> Recipe:
+    try:
+        raw, lines = strict_yaml.parse(read_sealed(path), str(path))
+    except Damaged as problem:
+        raise Refused(f"{problem}. Put the old text back, or use another run directory") from problem
+    return make_recipe(raw, lines, str(path))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Settings that change results and differ, one line each."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        f"{key} is {_value(after, key)}, but the run was started with {_value(before, key)}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and key not in _neutral_keys()
+    ]
+
+
+def _flat(recipe: Recipe) -> Iterator[tuple[str, object]]:
+    def walk(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, value
+
+    return walk("", recipe.model_dump(by_alias=True, mode="json"))
+
+
+def _value(flat: Mapping[str, object], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"
+
+
+def _neutral_keys() -> set[str]:
+    found = {name for name, field in Recipe.model_fields.items() if field.json_schema_extra == NEUTRAL}
+    for section, model in SECTIONS.items():
+        found |= {
+            f"{section}.{name}" for name, field in model.model_fields.items() if field.json_schema_extra == NEUTRAL
+        }
+    return found
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a recipe may hold."""
+    keys = set(Recipe.model_fields)
+    for section in SECTIONS:
+        keys.update(_section_keys(section, None))
+    for method in OBJECTIVES:
+        keys.update(_section_keys("method", method))
+    return sorted(keys)
+
+
+def nearest_key(key: str, section_keys: Sequence[str]) -> str | None:
+    """The key that was probably meant: one of the same section, else the same name in another one."""
+    name = key.rpartition(".")[2]
+    inside = {k.rpartition(".")[2]: k for k in section_keys}
+    anywhere: dict[str, str] = {}
+    for known in known_keys():
+        anywhere.setdefault(known.rpartition(".")[2], known)
+    if name in anywhere and anywhere[name] != key:
+        return anywhere[name]
+    for table in (inside, anywhere):
+        if close := get_close_matches(name, table, n=1, cutoff=0.6):
+            return table[close[0]]
+    return None
+
+
+def _section_keys(section: str, method: str | None) -> list[str]:
+    if not section:
+        return list(Recipe.model_fields)
+    if section == "method":
+        names = OBJECTIVES[method].__dataclass_fields__ if method in OBJECTIVES else ()
+        return [f"method.{name.rstrip('_')}" for name in names]
+    return [f"{section}.{name}" for name in SECTIONS[section].model_fields] if section in SECTIONS else []
+
+
+def _messages(error: ValidationError, lines: strict_yaml.Lines) -> Iterator[str]:
+    seen: set[str] = set()
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"]]
+        method = where.pop(1) if where[:1] == ["method"] and len(where) > 1 else None  # the member of the union
+        is_unknown = problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        known = known_keys()
+        while where and not is_unknown and ".".join(where) not in known:
+            where.pop()  # pydantic also names the members of unions
+        key = ".".join(where)
+        line = f", line {lines[tuple(where)]}" if tuple(where) in lines else ""
+        message = f"{line}: {_what(problem, key, method)}"
+        if message not in seen:
+            seen.add(message)
+            yield message
+
+
+def _what(problem: ErrorDetails, key: str, method: str | None) -> str:
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    match problem["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"there is no setting '{key}'{f' of {method}' if method else ''}{_hint(key, method)}"
+        case "missing":
+            return f"'{key}' is missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"method.name must be one of {', '.join(OBJECTIVES)}"
+        case "value_error":
+            return f"{key}: {text}" if key else text
+        case _:
+            return f"{key}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
+
+
+def _hint(key: str, method: str | None) -> str:
+    section, _, name = key.rpartition(".")
+    others = [other for other in OBJECTIVES if f"method.{name}" in _section_keys("method", other)]
+    if section == "method" and others:
+        return f"; it belongs to {' and '.join(others)}"
+    near = nearest_key(key, _section_keys(section, method))
+    return f"; did you mean '{near}'?" if near else ""

@@ -1,0 +1,374 @@
+"""The recipe: pydantic models from YAML and dotted overrides, strict. A run is a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+from pydantic import model_validator as validator
+from pydantic.config import JsonDict
+
+from sparring.objectives import (
+    AlphaSpin,
+    ChiSquare,
+    Dpo,
+    Sft,
+    Sipo,
+    Space,
+    Spin,
+    Ssimpo,
+    Tspin,
+    TspinRef,
+)
+from sparring.recipe.benchmarks import Task, parse_tasks
+from sparring.recipe.hardware import resolve_dtype
+from sparring.recipe.optimizer_specs import KINDS, Name
+from sparring.recipe.yaml import set_key
+from sparring.types import NonNegative, Objective, Positive, Share
+
+RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+NEUTRAL: JsonDict = {"resume": "neutral"}
+"""Marks a setting that changes no result: a run may be continued with another value."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        alias_generator=lambda name: name.rstrip("_"),  # `lambda` is a word of Python's own
+    )
+
+
+class Data(Strict):
+    train: str
+    """A .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id."""
+    held_out: Share | NonNegativeInt | str = 0.05
+    """A share of the prompts, a number of prompts, or a file of their own."""
+    game_rows: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | str | None = None
+    """Prompts that `sft` iterations never see and all others play on: a share, a number, or a file of their own.
+    None: every iteration has the same rows."""
+    columns: dict[str, str] = {}
+    """Our field name -> the name of the user's column."""
+    template: str | None = None
+    """None: the tokenizer's chat template. A text with {prompt}: for base models. Jinja: a chat template."""
+    turns: Literal["last", "first", "all"] = "last"
+    """Which assistant turns of a conversation become examples."""
+    limit: PositiveInt | None = None
+    """Only the first so many usable rows."""
+    split: str = "train"
+    """The split of a hub data set."""
+    split_on: str | None = None
+    """For `text` rows: "sentence", or a regular expression; the prompt ends where its first match begins."""
+    end_token: str | None = None
+    """The token that ends an answer. None: found in the chat template, else the tokenizer's."""
+    cap_real: bool = True
+    """Cut real answers at generate.max_new_tokens too: otherwise length alone tells real from generated."""
+    max_rejected: Share = 0.1
+    """Stop when more than this share of the rows cannot be used."""
+
+
+class Generate(Strict):
+    backend: Literal["hf", "vllm", "server"] = "hf"
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegative = 1.0
+    top_p: Probability = 1.0
+    samples: PositiveInt = 1
+    """Answers per prompt."""
+    batch_size: PositiveInt | None = None
+    """Prompts at a time. None: 64 with hf and server, the engine's own choice with vllm."""
+    python: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """The interpreter that runs vLLM, which may have an environment of its own. None: ours."""
+    tensor_parallel_size: PositiveInt = 1
+    gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=NEUTRAL)
+    url: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """A completions server that is running."""
+    command: str | None = None
+    """Starts a completions server on loopback; {model}, {port}, {token} and {dtype} stand for what it serves."""
+
+    @validator(mode="after")
+    def is_read(self) -> Generate:
+        """A setting that the chosen engine does not read is a mistake."""
+        for name, engine in {
+            "python": "vllm",
+            "tensor_parallel_size": "vllm",
+            "gpu_memory_utilization": "vllm",
+            "url": "server",
+            "command": "server",
+        }.items():
+            if self.backend != engine and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of {engine}, and generate.backend is {self.backend}")
+        if self.backend == "server" and (self.url is None) == (self.command is None):
+            raise ValueError("backend server needs either url or command")
+        return self
+
+
+class Adapter(Strict):
+    """A low-rank adapter in place of full fine-tuning. The names are those of peft's LoraConfig."""
+
+    r: PositiveInt = 16
+    lora_alpha: Positive = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Ends of module names, or one regular expression; "all-linear": every linear layer but the output head."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    """QLoRA: the frozen base is kept in 4 bits (NF4), for sampling, scoring and training alike."""
+    merge: Literal["each_iteration"] | None = None
+    """None: one adapter, trained on from iteration to iteration. Else: a new one each time, merged when trained."""
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def is_zero(cls, value: float) -> float:
+        if value:
+            raise ValueError(f"{value:g} would make the policy differ from its opponent before the first step; set 0")
+        return value
+
+    @validator(mode="after")
+    def is_kept_apart(self) -> Adapter:
+        if self.load_in_4bit and self.merge:
+            raise ValueError(
+                "merge: each_iteration adds the adapter to the weights, and load_in_4bit keeps those in 4 bits, which "
+                "cannot hold the sum; leave one of them out"
+            )
+        return self
+
+    def for_peft(self) -> dict[str, object]:
+        fields = self.model_dump(exclude={"merge", "load_in_4bit"})
+        is_text = isinstance(self.target_modules, str)
+        return fields if is_text else {**fields, "target_modules": list(self.target_modules)}
+
+
+class Train(Strict):
+    optimizer: Name = "rmsprop"
+    learning_rate: Positive = 5e-7
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.1
+    weight_decay: NonNegative = 0.0
+    epochs: PositiveInt = 2
+    batch_size: PositiveInt = 64
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
+    """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""
+    gradient_clipping: Positive | None = 1.0
+    sft_weight: NonNegative = 0.0
+    """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
+    """Optimizer steps between checkpoints."""
+
+
+class Regex(Strict):
+    regex: str
+    """The answer is the first group of the last match, or the whole match."""
+
+    @field_validator("regex")
+    @classmethod
+    def compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class Harness(Strict):
+    """Benchmarks of lm-evaluation-harness, each of them in a process of its own, for every iteration and the start."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(json_schema_extra=NEUTRAL)
+    """Names, or YAML files; with the number of shots after a colon. "tspin" and "spin": the suites of the papers."""
+    limit: PositiveInt | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Only so many rows of each task."""
+    batch_size: PositiveInt = Field(default=8, json_schema_extra=NEUTRAL)
+    apply_chat_template: bool = Field(default=False, json_schema_extra=NEUTRAL)
+
+    def stages(self) -> dict[str, Task]:
+        """By names that hold whatever changes the result, so that no result is taken for another one."""
+        more = ("-chat" if self.apply_chat_template else "") + (f"-first{self.limit}" if self.limit else "")
+        return {task.label + more: task for task in parse_tasks(self.tasks)}
+
+    @field_validator("tasks")
+    @classmethod
+    def have_labels_of_their_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        labels = [task.label for task in parse_tasks(value)]
+        for label in labels:
+            if labels.count(label) > 1 or not re.fullmatch(r"[\w.+-]+", label):
+                raise ValueError(f"'{label}' is named twice, or is no name of a task; give it once")
+        return value
+
+
+class MtBench(Strict):
+    """Answers to the questions of MT-Bench, for `sparring judge`."""
+
+    questions: str = Field(json_schema_extra=NEUTRAL)
+    """A file such as FastChat's question.jsonl: question_id, category, turns."""
+    max_new_tokens: PositiveInt = Field(default=1024, json_schema_extra=NEUTRAL)
+
+    @property
+    def label(self) -> str:
+        return f"mt_bench-{Path(self.questions).stem}-{self.max_new_tokens}"
+
+
+class Evaluate(Strict):
+    held_out: bool = True
+    checker: Literal["number", "exact"] | Regex | None = None
+    """How an answer is checked: the number after ####, the whole text, or what a pattern finds."""
+    save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
+        default="held_out_nll", json_schema_extra=NEUTRAL
+    )
+    harness: Harness | None = None
+    mt_bench: MtBench | None = None
+
+
+class Stop(Strict):
+    """When a run ends before its last iteration. A function of the evaluations, so the same when it is continued."""
+
+    equilibrium: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    """The policy wins as many held-out rows as it loses, within the error, and the guards have not moved."""
+    decline: NonNegativeInt = Field(default=0, json_schema_extra=NEUTRAL)
+    """So many iterations without a better value of evaluate.save_best_by; 0: never."""
+
+
+class Recipe(Strict):
+    model: str
+    method: Annotated[
+        Sft | Spin | Tspin | Space | Sipo | Ssimpo | TspinRef | AlphaSpin | ChiSquare | Dpo,
+        Field(discriminator="name"),
+    ]
+    iterations: Annotated[int, Field(ge=1, json_schema_extra=NEUTRAL)] = 4
+    data: Data
+    adapter: Adapter | None = None
+    generate: Generate = Generate()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), json_schema_extra=NEUTRAL
+    )
+    """Trackers that are told every number, beside metrics.jsonl."""
+    mirror: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Where every finished stage is copied to, and found again from an empty run directory: s3://bucket/folder, ..."""
+    stop: Stop = Stop()
+    per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
+    seed: NonNegativeInt = 0
+    launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=NEUTRAL)
+    """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: of many
+    machines."""
+    address: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
+    processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
+    """How many ranks. auto: one per GPU, or per CPU core where there is none."""
+    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(default="ddp", json_schema_extra=NEUTRAL)
+    """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out; zero3: as
+    fsdp2, by DeepSpeed; zero2: all but the weights."""
+    rank_timeout: Positive = Field(default=40.0, json_schema_extra=NEUTRAL)
+    """Seconds that a rank waits within a step for one that is late; then the stage ends with a message."""
+    resume_with_other_ranks: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    """Go on from a checkpoint of another number of ranks, or another `parallel`: the steps after it round otherwise."""
+    threads: PositiveInt | None = None
+    """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
+        return "bfloat16" if self.adapter is not None and self.train.dtype == "bfloat16" else "float32"
+
+    @property
+    def template(self) -> str | None:
+        """As `data.template`; of `text` rows the prompt is the text itself."""
+        return "{prompt}" if self.data.template is None and self.data.split_on is not None else self.data.template
+
+    @property
+    def in_4bit(self) -> bool:
+        return self.adapter is not None and self.adapter.load_in_4bit
+
+    @property
+    def zero(self) -> bool:
+        return self.launch != "inline" and self.parallel.startswith("zero")
+
+    @validator(mode="before")
+    @classmethod
+    def published_defaults(cls, raw: Any) -> Any:
+        """`method: spin` is short for its mapping; T-SPIN sets beta to 0 in round 0, as its Algorithm 1 does."""
+        if not isinstance(raw, Mapping):
+            return raw
+        method = raw.get("method")
+        raw = {**raw, "method": {"name": method}} if isinstance(method, str) else dict(raw)
+        game = raw.get("method")
+        is_tspin = isinstance(game, Mapping) and game.get("name") in ("tspin", "tspin-ref")
+        if "per_iteration" not in raw and is_tspin:
+            raw["per_iteration"] = {0: {"method.beta": 0.0}}
+        return raw
+
+    @validator(mode="after")
+    def consistent(self) -> Recipe:
+        if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
+            raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
+        if self.in_4bit and self.launch != "inline" and self.parallel != "ddp":
+            raise ValueError(f"adapter.load_in_4bit: 4-bit weights cannot be shared out by {self.parallel}; set ddp")
+        if self.in_4bit and self.generate.backend != "hf":
+            raise ValueError(
+                f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
+                "generate.backend: hf, which draws from the same 4-bit weights"
+            )
+        if KINDS[self.train.optimizer].ours and self.launch != "inline" and self.parallel != "ddp":
+            raise ValueError(
+                f"train.optimizer: {self.parallel} cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
+            )
+        if self.address is not None and self.launch != "ray":
+            raise ValueError(f"address is a setting of launch: ray, and launch is {self.launch}")
+        if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
+            raise ValueError("stop needs evaluate.held_out")
+        for index in self.per_iteration:
+            try:
+                self.at(index)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"per_iteration.{index}: {where}: {first['msg']}") from error
+        return self
+
+    def methods(self) -> list[Objective]:
+        """The recipe's method, and those of its phases."""
+        return [self.method, *(self.at(index).method for index in self.per_iteration)]
+
+    def at(self, index: int) -> Recipe:
+        """The settings of one iteration."""
+        changes = self.per_iteration.get(index)
+        if not changes:
+            return self
+        raw = {**self.model_dump(by_alias=True), "per_iteration": {}}
+        for key, value in changes.items():
+            section, _, _ = key.partition(".")
+            if section not in ("method", "generate", "train") or key == "method.name":  # a new method is given whole
+                raise ValueError(f"per_iteration.{index}: '{key}' cannot change between iterations")
+            set_key(raw, key.split("."), value)
+        return Recipe.model_validate(raw)
+
+
+SECTIONS: Mapping[str, type[Strict]] = {
+    "data": Data,
+    "adapter": Adapter,
+    "generate": Generate,
+    "train": Train,
+    "evaluate": Evaluate,
+    "evaluate.harness": Harness,
+    "evaluate.mt_bench": MtBench,
+    "stop": Stop,
+}

@@ -1,0 +1,1 @@
+"""The run directory: manifests, iterations, results, trackers, mirror."""

@@ -1,0 +1,181 @@
+"""The run directory: where things are, what they were made from, and who owns it. The only state there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.run.manifest import (
+    Json,
+    Manifest,
+    hash_path,
+    is_committed,
+    make_folder,
+    read_manifest,
+    replace_file,
+    sweep,
+    verify,
+)
+
+# A process that was killed while it started another one leaves its lock to that for a moment.
+LOCK_SECONDS = 1.0
+
+# The ranks of a stage end after the process that started them; a new start waits for that.
+RANKS_LOCK = ".ranks.lock"
+RANKS_SECONDS = 30.0
+
+STAGES = ("generate", "score", "train", "evaluate")
+JUDGED = "judged"
+BENCHMARKS = "benchmarks"
+"""The folder of an iteration in which each benchmark is a stage."""
+
+
+class RunDir:
+    """Names of everything below a run directory."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self.recipe = self.root / "recipe.yaml"
+        self.env = self.root / "env.json"
+        self.data = self.root / "data"
+        self.start = self.root / "start"
+        self.report = self.root / "report.html"
+        self.ranks = self.root / ".ranks"  # what the processes of a stage and ours tell each other
+        self._owner = self.root / ".owner.json"
+        self._verified: dict[Path, Manifest] = {}
+        self._outside: dict[Path, str] = {}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything whose making depended on the settings."""
+        return any(self.root.glob("data*")) or self.start.exists() or any(self.root.glob("iter-*"))
+
+    def iteration(self, index: int) -> Path:
+        return self.root / f"iter-{index:02d}"
+
+    def stage(self, index: int, stage: str) -> Path:
+        return self.iteration(index) / stage
+
+    @staticmethod
+    def work(stage: Path) -> Path:
+        """Where a stage keeps what it has so far: parts, checkpoints."""
+        return stage.with_name(f".{stage.name}.partial")
+
+    def model(self, index: int) -> Path:
+        """The policy that iteration `index` trained: the opponent of the next one."""
+        return self.stage(index, "train") / "model"
+
+    def digest(self, path: Path) -> str:
+        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run.
+
+        Every path is read through once per process: 13 GiB of weights are hashed at the speed of the disk.
+        """
+        if not path.is_relative_to(self.root):
+            if path not in self._outside:
+                self._outside[path] = hash_path(path)
+            return self._outside[path]
+        for committed in (path, *path.parents):
+            if is_committed(committed):
+                inside = path.relative_to(committed).as_posix()
+                return self.verify(committed).digest("" if inside == "." else inside + "/")
+            if committed == self.root:
+                break
+        raise Stopped(f"{path} has not been made yet")
+
+    def verify(self, committed: Path) -> Manifest:
+        """The manifest of a committed directory whose files have been read through once by this process."""
+        if committed not in self._verified:
+            self._verified[committed] = verify(committed)
+        return self._verified[committed]
+
+    def set_aside(self, folder: Path) -> Path:
+        """Renames a damaged folder, so that it can be made again; nothing of it is deleted."""
+        taken = len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+        return folder.rename(folder.with_name(f"{folder.name}.damaged-{taken + 1}"))
+
+    def reads(self, *paths: Path) -> dict[str, str]:
+        """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""
+        return {
+            (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(): self.digest(path)
+            for path in paths
+        }
+
+    def check_lineage(self, path: Path) -> None:
+        """Refuses a committed directory whose inputs are no longer those that it was made from."""
+        for name, digest in read_manifest(path).reads.items():
+            source = self.root / name  # an absolute name stays as it is
+            if not source.is_relative_to(self.root):
+                if source.exists() and self.digest(source) != digest:
+                    raise RunMismatch(
+                        f"{source} has changed since {self.root} was started from it; use another run directory, "
+                        "or put the old file back"
+                    )
+            elif self.digest(source) != digest:
+                raise Stopped(
+                    f"{path} was made from another {name} than the one that is there now; "
+                    f"delete {path} and everything after it, and run the same command again"
+                )
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
+        lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
+        try:
+            make_folder(self.root, 0o700)
+            lock.acquire()
+        except Timeout as error:
+            owner = self._wait_for_owner()
+            held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+            raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
+        except OSError as error:
+            raise Refused(
+                f"{self.root} cannot be used as a run directory: {error}. This process runs as user {os.getuid()}; "
+                "choose a folder on a disk with room where it may write"
+            ) from error
+        try:
+            if (self.root / RANKS_LOCK).exists():
+                with self.ranks_lock(RANKS_SECONDS):
+                    pass
+        except Timeout as error:
+            lock.release()
+            raise Refused(
+                f"processes of an earlier start still work in {self.root}; wait for them or end them"
+            ) from error
+        try:
+            me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            replace_file(self._owner, json.dumps(me))
+            sweep(self.root.rglob(".*.tmp-*"))
+            yield
+        finally:
+            self._owner.unlink(missing_ok=True)
+            lock.release()
+
+    def ranks_lock(self, seconds: float) -> FileLock:
+        """Held by the first rank of a stage: it may outlive, for moments, the process that owns the run."""
+        return FileLock(self.root / RANKS_LOCK, timeout=seconds, mode=0o600)
+
+    def owner(self) -> Json | None:
+        """The living process that holds the run directory, as far as this host can tell."""
+        try:
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            if owner["host"] == platform.node():
+                os.kill(owner["pid"], 0)
+            return owner
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _wait_for_owner(self) -> Json | None:
+        """An owner signs a moment after it took the lock."""
+        for _ in range(20):
+            if owner := self.owner():
+                return owner
+            time.sleep(0.05)
+        return None

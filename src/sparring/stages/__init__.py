@@ -1,0 +1,1 @@
+"""The stages of an iteration, and where they run."""

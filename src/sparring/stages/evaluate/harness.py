@@ -1,0 +1,98 @@
+"""Benchmarks of lm-evaluation-harness, each of them a stage of its iteration, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparring.data.render import chat_template_of
+from sparring.errors import Refused
+from sparring.model.load import load_tokenizer
+from sparring.parallel.processes import guarded
+from sparring.recipe.benchmarks import Task
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import commit, write_json
+from sparring.run.rundir import BENCHMARKS
+
+
+def benchmark(iteration: Iteration, task: Task, label: str) -> None:
+    """Writes benchmarks/LABEL/: metrics.json, results.json with the parts of a group, samples.jsonl.
+
+    What is measured is the policy that the manifest names by digest; nothing of another iteration is used again.
+    """
+    start = time.monotonic()
+    settings = iteration.recipe.evaluate.harness
+    assert settings is not None
+    refuse_without_harness()
+    file = task_file(task)
+    reads = iteration.run.reads(iteration.policy, *([file] if file else []))
+    result = in_its_process(
+        {
+            "model": str(iteration.policy),
+            "task": str(file) if file else task.name,
+            "num_shots": task.num_shots,
+            "limit": settings.limit,
+            "batch_size": settings.batch_size,
+            "dtype": iteration.recipe.weights_dtype,
+            "in_4bit": iteration.recipe.in_4bit,
+            "end_ids": list(iteration.data.end_ids),
+            "chat_template": template(iteration) if settings.apply_chat_template else None,
+            "threads": iteration.recipe.threads,
+        }
+    )
+    samples, metrics = result.pop("samples"), result.pop("metrics")
+    memory = result.pop("peak_memory_mib")
+    info = {"seconds": time.monotonic() - start, "peak_memory_mib": memory, "rows": len(samples)}
+    with commit(iteration.stage(f"{BENCHMARKS}/{label}"), reads=reads, info=info) as folder:
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "results.json", result)
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+
+
+def refuse_without_harness() -> None:
+    if find_spec("lm_eval") is None:
+        raise Refused(
+            "evaluate.harness: lm-evaluation-harness is not installed; pip install 'sparring[lm-eval]', or leave it out"
+        )
+
+
+def task_file(task: Task) -> Path | None:
+    if not task.name.endswith((".yaml", ".yml")):
+        return None
+    file = Path(task.name).resolve()
+    if not file.is_file():
+        raise Refused(f"evaluate.harness.tasks: there is no file {file}; relative paths start at the working directory")
+    return file
+
+
+def template(iteration: Iteration) -> str:
+    """The run's own: the harness then asks as the run does."""
+    tokenizer = load_tokenizer(iteration.policy)
+    found = chat_template_of(iteration.recipe.template, tokenizer, iteration.data.end_token)
+    assert found is not None  # the data stage had one
+    return found
+
+
+def in_its_process(request: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        asked, answered = Path(place) / "request.json", Path(place) / "result.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        words = [sys.executable, "-m", "sparring.stages.evaluate.harness_process", str(asked), str(answered)]
+        with (Path(place) / "log").open("w+b") as log:
+            with guarded(words, log) as process:
+                process.wait()
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()
+        if not answered.is_file():
+            raise Refused(
+                f"evaluate.harness: {request['task']} of {request['model']} ended with status {process.returncode}:\n  "
+                + "\n  ".join(said[-3:])
+                + "\nA task that is not a file of yours loads its data from the hub, the first time at least"
+            )
+        return json.loads(answered.read_text(encoding="utf-8"))

@@ -1,0 +1,102 @@
+"""The process that runs lm-evaluation-harness on one model and one task, and ends: python -m ... REQUEST RESULT
+
+Its seeds, its imports and its memory are its own. The model is loaded as everywhere in sparring, so that an adapter, a
+base in 4 bits and the dtype are the run's. Nothing is cached: neither requests nor answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def main() -> None:
+    request: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    file = Path(request["task"]) if request["task"].endswith((".yaml", ".yml")) else None
+    if file is not None:  # a task of the user's own, with data of their own: no request leaves this machine
+        os.environ |= dict.fromkeys(OFFLINE, "1")
+        with suppress(ImportError):  # whose data IFEval's checkers would fetch when they are imported
+            import nltk
+
+            nltk.download = lambda *words, **more: False
+
+    import torch
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+    from lm_eval.tasks import TaskManager
+    from transformers import GenerationConfig
+
+    from sparring.model.load import load_model, load_tokenizer
+    from sparring.parallel import distributed
+
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    folder = Path(request["model"])
+    dtype = getattr(torch, request["dtype"])
+    model = load_model(folder, dtype=dtype, device=distributed.device(), in_4bit=request["in_4bit"])
+    # nothing of the model's own, such as a repetition penalty; but it ends where the run's answers end
+    model.generation_config = GenerationConfig(eos_token_id=request["end_ids"])
+    tokenizer = load_tokenizer(folder)
+    if request["chat_template"] is not None:
+        tokenizer.chat_template = request["chat_template"]
+    manager = TaskManager(include_path=str(file.parent), include_defaults=False) if file else TaskManager()
+    wrap, evaluate = cast(Any, huggingface.HFLM), cast(Any, evaluator.simple_evaluate)
+    found = evaluate(
+        model=wrap(pretrained=model, tokenizer=tokenizer, batch_size=request["batch_size"]),
+        tasks=[task_of(file) if file else request["task"]],
+        num_fewshot=request["num_shots"],
+        limit=request["limit"],
+        use_cache=None,
+        cache_requests=False,
+        apply_chat_template=request["chat_template"] is not None,
+        task_manager=manager,
+    )
+    name = next(iter({**found.get("groups", {}), **found["results"]}))
+    answers = [
+        {"task": task, "row": sample["doc_id"], "target": sample["target"], "answers": sample["filtered_resps"]}
+        | {metric: sample[metric] for metric in sample["metrics"]}
+        for task, samples in found["samples"].items()
+        for sample in samples
+    ]
+    result = {
+        "metrics": metrics_of({**found["results"], **found.get("groups", {})}[name]),
+        "results": {task: metrics_of(values) for task, values in found["results"].items()},
+        "versions": found["versions"],
+        "num_rows": found["n-samples"],
+        "shots": found["n-shot"],
+        "peak_memory_mib": distributed.peak_memory_mib(),
+        "samples": answers,
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result, default=str), encoding="utf-8")
+
+
+def task_of(file: Path) -> str:
+    """The task's name in a YAML file, which may hold tags that only the harness reads."""
+    named = re.search(r"^(?:task|group):\s*['\"]?([\w.+-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if named is None:
+        raise ValueError(f"{file} has no line 'task: NAME'")
+    return named.group(1)
+
+
+def metrics_of(values: dict[str, Any]) -> dict[str, float]:
+    """From {"acc,none": x, "exact_match_stderr,strict": e} to {"acc": x, "exact_match/strict_stderr": e}."""
+    found = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or not isinstance(value, int | float):
+            continue
+        name = metric.removesuffix("_stderr") + (f"/{filtered}" if filtered != "none" else "")
+        found[f"{name}_stderr" if metric.endswith("_stderr") else name] = float(value)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Answers to the questions of MT-Bench (arXiv 2306.05685), two turns each, for a judge. The file is the user's."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparring.data.read import BadRow
+from sparring.data.render import Renderer
+from sparring.errors import Refused
+from sparring.logging import track
+from sparring.model.load import load_tokenizer, texts_of
+from sparring.parallel import distributed
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import commit, write_json
+from sparring.run.rundir import BENCHMARKS
+from sparring.types import Backend, Example, Generation, Message, OpenBackend, Prompt, TokenIds
+
+NOTHING = np.array([], dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Question:
+    id: int
+    category: str
+    turns: tuple[str, ...]
+
+
+def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
+    """Writes benchmarks/mt_bench-.../: answers.jsonl, in FastChat's form, and metrics.json. Answers are greedy."""
+    start = time.monotonic()
+    settings, data = iteration.recipe.evaluate.mt_bench, iteration.data
+    assert settings is not None
+    file = Path(settings.questions).resolve()
+    questions = read_questions(file)
+    reads = iteration.run.reads(iteration.policy, file)
+    tokenizer = load_tokenizer(iteration.policy)
+    render = Renderer(
+        tokenizer,
+        template=iteration.recipe.template,
+        end_token=iteration.recipe.data.end_token,
+        max_length=data.max_length,
+        max_response=None,
+    )
+    said: list[list[str]] = [[] for _ in questions]
+    seen: list[TokenIds] = [NOTHING] * len(questions)
+    num_cut = num_failed = 0
+    with open_backend(iteration.policy) as backend:
+        for turn in range(max(len(question.turns) for question in questions)):
+            prompts = {}
+            for place, question in enumerate(questions):
+                if turn < len(question.turns):
+                    ids = turn_ids(render, question, said[place], seen[place])
+                    room = min(settings.max_new_tokens, data.max_length - len(ids))
+                    if len(ids) and room > 0:
+                        seed = iteration.seed("mt_bench", question.id, turn)
+                        prompts[place] = Prompt(str(question.id), turn, ids, room, seed)
+            answers = draw(backend, prompts)
+            for place, question in enumerate(questions):
+                if turn >= len(question.turns):
+                    continue
+                found = answers.get(place)
+                if found is None or found.finish == "failed":
+                    num_failed += 1
+                    said[place].append("")
+                    seen[place] = NOTHING
+                    continue
+                num_cut += found.finish == "length"
+                said[place].append(texts_of(tokenizer, [found])[0])
+                seen[place] = np.concatenate([prompts[place].token_ids, found.token_ids])
+    name = f"{iteration.run.root.name}-{'start' if iteration.index < 0 else iteration.index}"
+    lines = [
+        {
+            "question_id": question.id,
+            "category": question.category,
+            "model_id": name,
+            "choices": [{"index": 0, "turns": turns}],
+        }
+        for question, turns in zip(questions, said, strict=True)
+    ]
+    info = {
+        "seconds": time.monotonic() - start,
+        "rows": len(lines),
+        "peak_memory_mib": distributed.peak_memory_mib(),
+    }
+    with commit(iteration.stage(f"{BENCHMARKS}/{settings.label}"), reads=reads, info=info) as folder:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / "answers.jsonl").write_text(text, encoding="utf-8")
+        words = [len(answer.split()) for turns in said for answer in turns]
+        metrics = {"words": sum(words) / len(words), "cut": num_cut / len(words), "failed": num_failed / len(words)}
+        write_json(folder / "metrics.json", metrics)
+
+
+def read_questions(file: Path) -> list[Question]:
+    if not file.is_file():
+        raise Refused(
+            f"evaluate.mt_bench.questions: there is no file {file}; FastChat's is question.jsonl, with question_id, "
+            "category and turns in each line"
+        )
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = tuple(str(turn) for turn in row["turns"])
+            found.append(Question(int(row["question_id"]), str(row.get("category", "")), turns))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(
+                f"evaluate.mt_bench.questions: line {number} of {file} is no question with question_id and turns: "
+                f"{type(error).__name__} {error}"
+            ) from error
+    if not found or not all(question.turns for question in found):
+        raise Refused(f"evaluate.mt_bench.questions: {file} has no questions, or one without turns")
+    return found
+
+
+def turn_ids(render: Renderer, question: Question, said: Sequence[str], seen: TokenIds) -> TokenIds:
+    """Token ids up to where the next answer begins, rendered as the run's rows are; none if it does not fit.
+
+    A text template has room for one turn: the next one is rendered alone, after the tokens of what was said.
+    """
+    if said and not len(seen):
+        return NOTHING  # the turn before could not be answered
+    turns: list[Message] = []
+    for asked, answered in zip(question.turns, said, strict=False):
+        turns += [Message(role="user", content=asked), Message(role="assistant", content=answered)]
+    last = [Message(role="user", content=question.turns[len(said)]), Message(role="assistant", content="x")]
+    is_text = render.text_template is not None
+    try:
+        ids = render(Example("", 0, tuple(last if is_text else [*turns, *last]))).prompt_ids
+    except BadRow:
+        return NOTHING
+    if is_text and said:
+        ids = np.concatenate([seen, ids[len(render.start) :]])
+    return ids if len(ids) < render.max_length else NOTHING
+
+
+def draw(backend: Backend, prompts: dict[int, Prompt]) -> dict[int, Generation]:
+    """Greedy answers by the places of the prompts, similar lengths together."""
+    order = sorted(prompts, key=lambda place: -len(prompts[place].token_ids))
+    found = {}
+    with track("answer MT-Bench", len(order)) as advance:
+        drawn = backend.generate([prompts[place] for place in order], greedy=True)
+        for place, answer in zip(order, drawn, strict=True):
+            found[place] = answer
+            advance(1, len(answer.token_ids))
+    return found

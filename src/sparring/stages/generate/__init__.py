@@ -1,0 +1,94 @@
+"""The generate stage and the engines that draw answers."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sparring.model.load import load_model
+from sparring.parallel import distributed
+from sparring.recipe.schema import Generate
+from sparring.run.iteration import Iteration
+from sparring.stages.generate.hf import BATCH_SIZE, HfBackend
+from sparring.stages.generate.server import ServerBackend, started_server
+from sparring.stages.generate.stage import begin_parts, draw_parts, generate, generate_parts, parts_of
+from sparring.stages.generate.vllm import VllmBackend
+from sparring.types import Backend, OpenBackend
+
+__all__ = ["begin_parts", "draw_parts", "engine_of", "generate", "generate_parts", "open_backend", "parts_of"]
+
+
+@contextmanager
+def open_backend(
+    model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int, in_4bit: bool = False
+) -> Iterator[Backend]:
+    """The engine that the recipe names, holding `model`; its memory is free again afterwards.
+
+    `in_4bit`: its base quantized as for training, which only `hf` does.
+    """
+    match settings.backend:
+        case "hf":
+            loaded = load_model(model, dtype=getattr(torch, dtype), device=distributed.device(), in_4bit=in_4bit)
+            yield HfBackend(
+                loaded,
+                end_ids=end_ids,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                batch_size=settings.batch_size or BATCH_SIZE,
+            )
+            del loaded
+        case "vllm":
+            engine = VllmBackend(
+                model,
+                end_ids=end_ids,
+                max_length=max_length,
+                dtype=dtype,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                batch_size=settings.batch_size,
+                python=settings.python,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+            )
+            with closing(engine):
+                yield engine
+        case "server":
+            with server(model, settings, dtype) as (url, token):
+                yield ServerBackend(
+                    url,
+                    model,
+                    end_ids=end_ids,
+                    token=token,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    batch_size=settings.batch_size,
+                )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def engine_of(iteration: Iteration) -> OpenBackend:
+    """The engine of an iteration's recipe, to be opened for a model's folder."""
+    return partial(
+        open_backend,
+        settings=iteration.recipe.generate,
+        dtype=iteration.recipe.train.dtype,
+        end_ids=iteration.data.end_ids,
+        max_length=iteration.data.max_length,
+        in_4bit=iteration.recipe.in_4bit,
+    )
+
+
+def server(model: Path, settings: Generate, dtype: str) -> AbstractContextManager[tuple[str, str | None]]:
+    """URL and token: of the user's own server, or of one that is started for `model`."""
+    if settings.command is not None:
+        return started_server(settings.command, model, dtype)
+    assert settings.url is not None
+    return nullcontext((settings.url, os.environ.get("OPENAI_API_KEY")))

@@ -1,0 +1,264 @@
+"""Answers from vLLM's offline engine, in a process of its own, which exits: only then is its memory surely free."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparring.errors import Refused, Stopped
+from sparring.logging import say
+from sparring.stages.generate.answers import NUM_CHECKED, failed, finished, in_order
+from sparring.types import Generation, Prompt
+
+ENGINE = Path(__file__).with_name("vllm_engine.py")
+IN_FLIGHT = 4096
+"""Requests that the engine knows of at a time: it never runs dry, and what is lost when it dies is bounded."""
+MAX_RESTARTS = 3
+"""How often in a row an engine is started again that dies without having answered anything."""
+SILENCE_SECONDS = 600.0
+"""An engine that gives no sign of life for so long hangs; it gives one every few seconds while it works."""
+CLOSE_SECONDS = 10.0
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM can reserve room for
+
+
+class EngineDied(Exception):
+    """The process is gone, or hangs. The message has its last words."""
+
+
+class VllmBackend:
+    """Draws with one engine, which is started when it is first needed, and again when it dies.
+
+    An answer is a function of its prompt and seed up to rounding: vLLM's products depend on what else is in the batch.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        end_ids: Sequence[int],
+        max_length: int,
+        dtype: str = "bfloat16",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+        python: str | None = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
+        self.end_ids = list(end_ids)
+        self.temperature = temperature
+        self.command = [python or sys.executable, "-P", str(ENGINE)]  # -P: this folder's vllm.py must not hide vllm
+        self.model = model
+        engine: dict[str, Any] = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": max_length,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enable_prefix_caching": True,  # the samples of a prompt share its computation
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # nothing from the model's own one, which may hold a temperature
+        }
+        if batch_size is not None:
+            engine["max_num_seqs"] = batch_size
+        adapter = model / "adapter_config.json"
+        is_adapter = adapter.is_file()
+        if is_adapter:
+            config = json.loads(adapter.read_text(encoding="utf-8"))
+            rank = next((r for r in LORA_RANKS if r >= config["r"]), config["r"])
+            engine |= {"model": config["base_model_name_or_path"], "enable_lora": True, "max_lora_rank": rank}
+        self.hello = {
+            "engine": engine,
+            "adapter": str(model) if is_adapter else None,
+            "sampling": {
+                "top_p": top_p,
+                "stop_token_ids": self.end_ids,
+                "ignore_eos": True,  # end_ids has every end token
+                "detokenize": False,
+            },
+        }
+        self.process: EngineProcess | None = None
+        self.num_requests = 0
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
+        return in_order(self._surviving(prompts, greedy))
+
+    def _surviving(self, prompts: Sequence[Prompt], greedy: bool) -> Iterator[tuple[int, Generation]]:
+        """An answer for the place of each prompt, as they finish, however often the engine dies.
+
+        When it does, one of the prompts that it was working on may be why: the next engine gets them in halves, so
+        that a prompt that kills engines is found, and costs no other one its answer.
+        """
+        fresh = deque(range(len(prompts)))
+        suspects: deque[deque[int]] = deque()
+        deaths = 0
+        while fresh or suspects:
+            is_suspected = bool(suspects)
+            todo = suspects.popleft() if suspects else fresh
+            in_flight: dict[int, int] = {}  # number of a request -> place of its prompt
+            try:
+                for answer in self._draw(prompts, todo, in_flight, greedy):
+                    deaths = 0
+                    yield answer
+                continue
+            except EngineDied as death:
+                problem = death
+            finally:
+                if in_flight:
+                    self.close()  # dead, or working on answers that nobody waits for any more
+            self.close()
+            deaths += 1
+            if deaths > MAX_RESTARTS:
+                raise Stopped(f"vLLM died {deaths} times in a row without an answer. {problem}") from problem
+            lost = sorted(in_flight.values())
+            if is_suspected and todo:
+                suspects.append(todo)
+            if is_suspected and len(lost) == 1:
+                yield lost[0], failed(prompts[lost[0]], f"the engine dies of it. {problem}")
+                continue
+            say(f"note: vLLM died while it worked on {len(lost)} prompts, and is started again. {problem}")
+            half = (len(lost) + 1) // 2
+            suspects += [deque(part) for part in (lost[:half], lost[half:]) if part]
+
+    def _draw(
+        self, prompts: Sequence[Prompt], todo: deque[int], in_flight: dict[int, int], greedy: bool
+    ) -> Iterator[tuple[int, Generation]]:
+        """Answers of one living engine as they finish, with their places. Takes from `todo` what it hands out."""
+        if self.process is None:
+            self.process = EngineProcess(self.command, self.hello, self.model)
+        while todo or in_flight:
+            while todo and len(in_flight) < IN_FLIGHT:
+                index = todo.popleft()
+                prompt = prompts[index]
+                self.num_requests += 1
+                in_flight[self.num_requests] = index
+                self.process.send(
+                    {
+                        "number": self.num_requests,
+                        "prompt": prompt.token_ids.tolist(),
+                        "max_tokens": prompt.max_new_tokens,
+                        "seed": prompt.seed % 2**63,  # vLLM's seeds are signed
+                        "temperature": 0.0 if greedy else self.temperature,
+                        "logprobs": 0 if index < NUM_CHECKED else None,  # 0: of the drawn token alone
+                    }
+                )
+            message = self.process.receive(SILENCE_SECONDS)
+            if message:
+                index = in_flight.pop(message["number"])
+                yield index, self._generation(prompts[index], message)
+
+    def _generation(self, prompt: Prompt, message: Mapping[str, Any]) -> Generation:
+        if "error" in message:
+            return failed(prompt, message["error"])
+        return finished(prompt, np.array(message["tokens"]), self.end_ids, message["logprob"])
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+
+def devices_of(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
+    """The GPUs of this process among those of the machine, if torchrun started it with others."""
+    if "LOCAL_RANK" not in environment:
+        return None
+    first = int(environment["LOCAL_RANK"]) * tensor_parallel_size
+    mine = range(first, first + tensor_parallel_size)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    return ",".join(names[i] if names else str(i) for i in mine)
+
+
+class EngineProcess:
+    """`vllm_engine.py` in a process group of its own, spoken to in JSON lines. Ready when it is made."""
+
+    def __init__(self, command: Sequence[str], hello: Mapping[str, Any], model: Path) -> None:
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        # made and removed by the engine, so that nothing stays when we are killed; removed here when it is killed
+        self.folder = Path(tempfile.gettempdir()) / f"vllm-{secrets.token_hex(8)}"
+        devices = devices_of(os.environ, hello["engine"]["tensor_parallel_size"])
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
+        try:
+            self.process = subprocess.Popen(  # noqa: S603  (the interpreter is the user's own setting)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                start_new_session=True,
+                env=environment,
+            )
+        except OSError as error:
+            raise Refused(f"generate.python: {command[0]} cannot be started: {error}") from error
+        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            self.send({**hello, "folder": str(self.folder)})
+            answer = self.receive(None)
+        except BaseException:
+            self.close()
+            raise
+        if "ready" not in answer:
+            self.close()
+            if "missing" in answer:
+                raise Refused(
+                    f"generate.backend: {command[0]} cannot import vllm: {answer['missing']}. Install it there, or set "
+                    "generate.python to the interpreter of the environment that has it"
+                )
+            raise Refused(f"generate.backend: vLLM does not start with {model}: {answer['refused']}")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(b"")
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise EngineDied(self._last_words()) from error
+
+    def receive(self, timeout: float | None) -> dict[str, Any]:
+        try:
+            line = self.lines.get(timeout=timeout)
+        except queue.Empty as error:
+            raise EngineDied(f"No sign of life for {timeout:.0f} s. {self._last_words()}") from error
+        if not line:
+            raise EngineDied(self._last_words())
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        size = self.log.seek(0, os.SEEK_END)
+        self.log.seek(max(0, size - 2000))
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return f"Its last words: {lines[-1].strip()}" if lines else "It left no word"
+
+    def close(self) -> None:
+        """It ends by itself when nobody speaks to it any more; else its whole group, workers and all, is ended."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

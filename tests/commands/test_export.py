@@ -1,0 +1,376 @@
+"""Getting the model out: the same answers as in the run, a card that tells the truth, and nothing that is nobody's."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from sparring.commands.export import export_model, export_pairs, push
+from sparring.data.formats import detect_shape, examples
+from sparring.data.read import read_rows
+from sparring.data.render import text_as_jinja
+from sparring.data.tables import read_rendered
+from sparring.errors import Refused
+from sparring.loop import play
+from sparring.model.load import check_model_folder, load_model, load_tokenizer
+from sparring.model.lora import CONFIG
+from sparring.recipe.schema import Generate, Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.stages.evaluate.held_out import answer
+from sparring.stages.generate import open_backend
+from sparring.stages.generate.server import started_server
+from sparring.stages.generate.vllm import VllmBackend
+
+VLLM_PYTHON, LLAMA = os.environ.get("SPARRING_VLLM_PYTHON"), os.environ.get("SPARRING_LLAMA")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
+needs_llama = pytest.mark.skipif(LLAMA is None, reason="SPARRING_LLAMA is not set; 'make test-llama' sets it")
+CPU = torch.device("cpu")
+
+TEMPLATE = "{system}### Problem: {prompt}\n\n### Answer:  "
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
+    """A whole model with the tokenizer's template, and an adapter with a text template in bfloat16."""
+    folder = tmp_path_factory.mktemp("export")
+    raw = {
+        "model": str(tiny / "model"),
+        "method": "spin",
+        "iterations": 2,
+        "data": {"train": str(tiny / "rows.jsonl"), "held_out": 8},
+        "generate": {"max_new_tokens": 12},
+        "train": {"learning_rate": 3e-3, "batch_size": 16, "dtype": "float32", "epochs": 2},
+    }
+    adapted = {
+        **raw,
+        "data": {**raw["data"], "template": TEMPLATE},
+        "adapter": {"r": 4, "lora_alpha": 8},
+        "train": {**raw["train"], "dtype": "bfloat16", "learning_rate": 1e-2},
+    }
+    return {
+        "whole": play(Recipe.model_validate(raw), folder / "whole"),
+        "adapter": play(Recipe.model_validate(adapted), folder / "adapter"),
+    }
+
+
+def greedy_in_the_run(run: RunDir, index: int) -> dict[str, list[int]]:
+    """Answers of the run's own engine to the held-out rows, end tokens included."""
+    recipe = Results(run.root).recipe
+    iteration = Iteration(run, recipe, index)
+    rows = iteration.held_out_rows()
+    settings, data = Generate(max_new_tokens=12, batch_size=1), iteration.data
+    with open_backend(run.model(index), settings, recipe.train.dtype, data.end_ids, data.max_length) as engine:
+        found = answer(iteration, engine, rows, greedy=True)
+    return {a.id: a.token_ids.tolist() for a in found}
+
+
+def greedy_elsewhere(folder: Path, run: RunDir) -> dict[str, list[int]]:
+    """What transformers alone makes of the exported folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = {}
+    for row in read_rendered(run.data / "held_out.parquet"):
+        ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        found[row.id] = output[0, len(row.prompt_ids) :].tolist()
+    return found
+
+
+def test_a_whole_model_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    run = runs["whole"]
+    assert export_model(Results(run.root), tmp_path / "out", iteration="1") == 1
+    check_model_folder(tmp_path / "out")
+    expected = greedy_in_the_run(run, 1)
+    assert greedy_elsewhere(tmp_path / "out", run) == expected
+    assert greedy_in_the_run(run, 0) != expected, "a control that must differ"
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.eos_token_id, settings.temperature, settings.top_k) == ([3], 1.0, 0)
+
+
+def test_an_adapter_merged_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    """In bfloat16 the sum of weights is rounded, and one of two near equals may win: nearly all tokens agree."""
+    run = runs["adapter"]
+    export_model(Results(run.root), tmp_path / "out", iteration="1", merge=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    ours, theirs = greedy_in_the_run(run, 1), greedy_elsewhere(tmp_path / "out", run)
+    assert np.mean([ours[id] == theirs[id] for id in ours]) >= 0.75
+    export_model(Results(run.root), tmp_path / "float", iteration="1", merge=True, dtype="float32")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "float").dtype == torch.float32
+
+
+def test_an_adapter_alone_loads_in_peft(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    run = runs["adapter"]
+    export_model(Results(run.root), tmp_path / "out", iteration="0")
+    assert not list((tmp_path / "out").glob("model*.safetensors"))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    row = read_rendered(run.data / "held_out.parquet")[0]
+    ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
+    output = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=[3], pad_token_id=0)
+    assert output[0, ids.shape[1] :].tolist() == greedy_in_the_run(run, 0)[row.id]
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_exported_template_makes_the_run_s_prompts(
+    runs: dict[str, RunDir], tiny: Path, tmp_path: Path, kind: str
+) -> None:
+    """Token by token, from the user's rows; a text template has become a chat template."""
+    run = runs[kind]
+    export_model(Results(run.root), tmp_path / "out", iteration="0", merge=kind == "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rendered = {row.row: row for row in read_rendered(run.data / "train.parquet")}
+    seen = 0
+    for number, row in read_rows(str(tiny / "rows.jsonl")):
+        assert isinstance(row, dict)
+        for example in examples(row, number, detect_shape(row, {}, None, ""), "last"):
+            if number in rendered:
+                turns = [dict(m) for m in example.messages]
+                ids = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+                assert ids == rendered[number].prompt_ids.tolist()
+                whole = tokenizer.apply_chat_template(turns, return_dict=False)
+                assert whole[: len(ids) + len(rendered[number].real_ids)] == [*ids, *rendered[number].real_ids.tolist()]
+                seen += 1
+    assert seen == len(rendered)
+
+
+def test_a_text_template_with_everything_in_it() -> None:
+    import jinja2
+
+    template = text_as_jinja('<"{system}" \\n {{x}\n\n{prompt}é:  ', "<s>", "</s>")
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "{prompt}"}]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    assert environment.from_string(template).render(messages=turns) == '<s><"S" \\n {{x}\n\n{prompt}é:'
+    turns.append({"role": "assistant", "content": "A"})
+    assert environment.from_string(template).render(messages=turns) == '<s><"S" \\n {{x}\n\n{prompt}é:  A</s>'
+
+
+def test_the_card_tells_data_method_numbers_and_command(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
+    results = Results(runs["whole"].root)
+    export_model(results, tmp_path / "out", iteration="1")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.tags == ["sparring", "self-play", "spin"] and card.data.library_name == "transformers"
+    for metrics in results.evaluations().values():
+        assert f"{metrics['held_out_nll']:.4g}" in card.text
+    for words in ("2401.01335", "52 rows of rows.jsonl", "sparring run recipe.yaml", "learning_rate: 0.003"):
+        assert words in card.text, words
+    assert str(tiny) not in card.content, "no folder of this machine"
+
+
+def test_the_best_iteration_and_what_is_refused(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    results = Results(runs["whole"].root)
+    best = results.best()
+    assert best is not None and best.iteration >= 0
+    assert export_model(results, tmp_path / "best") == best.iteration
+    cases = {
+        "is there already": {"out": tmp_path / "best"},
+        "the number of a trained iteration; trained are 0, 1": {"iteration": "2"},
+        "'best', or the number": {"iteration": "last"},
+        "is no adapter but a whole model": {"merge": True},
+        "one of float32, bfloat16, float16": {"dtype": "int8"},
+    }
+    for message, options in cases.items():
+        with pytest.raises(Refused, match=message):
+            export_model(results, **{"out": tmp_path / "new", **options})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(Refused, match="an adapter is kept in float32"):
+        export_model(Results(runs["adapter"].root), tmp_path / "new", iteration="0", dtype="float16")
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*tmp*")), "nothing half-written"
+
+
+def test_a_base_that_has_changed_is_refused(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    run = RunDir(shutil.copytree(runs["adapter"].root, tmp_path / "run"))
+    with (Path(json.loads((run.model(0) / "base.json").read_text())["folder"]) / "config.json").open("a") as file:
+        file.write(" ")
+    try:
+        with pytest.raises(Refused, match="has changed since the adapter was trained on it"):
+            export_model(Results(run.root), tmp_path / "out", iteration="0")
+    finally:
+        path = Path(json.loads((run.model(0) / "base.json").read_text())["folder"]) / "config.json"
+        path.write_text(path.read_text().rstrip(" "))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_pairs_are_a_preference_data_set(runs: dict[str, RunDir], tmp_path: Path, kind: str) -> None:
+    """As `datasets` loads it; texts become the run's tokens again."""
+    run = runs[kind]
+    count = export_pairs(Results(run.root), tmp_path / "pairs")
+    data = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
+    assert list(data) == ["iteration_00", "iteration_01"] and sum(len(split) for split in data.values()) == count
+    tokenizer = load_tokenizer(run.model(0))
+    iteration = Iteration(run, Results(run.root).recipe, 1)
+    rows, answers = {row.id: row for row in iteration.train_rows()}, iteration.generations(1)
+    end, inexact = iteration.data.end_ids[0], 0
+    for pair in data["iteration_01"]:
+        row, drawn = rows[pair["id"]], answers[pair["id"]][pair["sample"]]
+
+        def again(text: str, finish: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"] + ([end] if finish == "stop" else [])
+
+        assert tokenizer(pair["prompt"])["input_ids"] == row.prompt_ids.tolist()
+        assert again(pair["chosen"], pair["chosen_finish"]) == row.real_ids.tolist()
+        inexact += again(pair["rejected"], pair["rejected_finish"]) != drawn.token_ids.tolist()
+    assert inexact < len(rows) / 2, "what a tiny model draws may hold texts that are tokenized otherwise"
+    told = int(re.findall(r"(\d+) of \d+ texts become other", (tmp_path / "pairs" / "README.md").read_text())[0])
+    assert inexact <= told <= inexact + len(rows), "they are counted, over both rounds"
+
+
+def test_push_shows_first_and_takes_known_files_without_secrets(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    export_model(Results(runs["whole"].root), tmp_path / "out", iteration="0")
+    names = [file.name for file in push(tmp_path / "out", "me/model")]
+    assert "model.safetensors" in names and "README.md" in names and "MANIFEST.json" not in names
+    with pytest.raises(Refused, match="is no name on the hub"):
+        push(tmp_path / "out", "model")
+    with pytest.raises(Refused, match="was not made by 'sparring export'"):
+        push(runs["whole"].model(0), "me/model")
+    export_model(Results(runs["adapter"].root), tmp_path / "adapter", iteration="0")
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"].startswith("/")
+    with pytest.raises(Refused, match="nothing is uploaded:\n.*the base is a folder of this machine"):
+        push(tmp_path / "adapter", "me/model")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["hf_" + "a" * 34, "sk-proj-" + "b" * 24, "AKIA" + "A1" * 8, "ghp_" + "c" * 36, "-----BEGIN RSA PRIVATE KEY-----"],
+)
+def test_secrets_are_found_in_cards_and_in_rows(
+    runs: dict[str, RunDir], tiny: Path, tmp_path: Path, secret: str
+) -> None:
+    from sparring.commands.export.push import problems
+
+    (tmp_path / "README.md").write_text(f"fine\nkey: {secret}\n")
+    assert [p.partition(":")[0] for p in problems(tmp_path / "README.md")] == ["README.md, line 2"]
+    (tmp_path / "README.md").write_text("an answer about hf_hub, sk-learn and AKIA\n")
+    assert not list(problems(tmp_path / "README.md"))
+
+
+@contextmanager
+def asking(command: str, folder: Path) -> Iterator[Callable[[str, dict[str, object]], dict[str, Any]]]:
+    """A real server on an exported folder: (path, body) -> answer."""
+    with started_server(command, folder, "float32") as (url, token):
+
+        def ask(path: str, body: dict[str, object]) -> dict[str, Any]:
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            text = response.read()
+            assert response.status == 200, text
+            return json.loads(text)
+
+        yield ask
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", ["whole", "adapter", "merged"])
+def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, tmp_path: Path, kind: str) -> None:
+    """Token ids in, token ids out: an export's weights, alone, as an adapter beside its base, and merged."""
+    raw = Results(runs["adapter"].root).recipe.model_dump(by_alias=True, mode="json")
+    raw["train"]["dtype"] = "float32"  # bfloat16, as in `runs`, rounds otherwise
+    run = runs["whole"] if kind == "whole" else play(Recipe.model_validate(raw), tmp_path / "run")
+    export_model(Results(run.root), tmp_path / "out", iteration="1", merge=kind == "merged")
+    expected = greedy_in_the_run(run, 1)
+    if kind != "adapter":
+        assert greedy_elsewhere(tmp_path / "out", run) == expected
+    assert greedy_in_the_run(run, 0) != expected, "a control that must differ"
+    recipe, data = Results(run.root).recipe, Iteration(run, Results(run.root).recipe, 1).data
+    engine = VllmBackend(
+        tmp_path / "out",
+        end_ids=data.end_ids,
+        max_length=data.max_length,
+        dtype=recipe.train.dtype,
+        python=VLLM_PYTHON,
+    )
+    try:
+        iteration = Iteration(run, recipe, 1)
+        found = answer(iteration, engine, iteration.held_out_rows(), greedy=True)
+    finally:
+        engine.close()
+    assert {a.id: a.token_ids.tolist() for a in found} == expected
+
+
+@needs_vllm
+def test_vllm_serves_an_export_as_it_is(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
+    """Its own tokenizer, chat template and generation config: messages in, and out the words of the run."""
+    run = runs["whole"]
+    export_model(Results(run.root), tmp_path / "out", iteration="1")
+    expected, tokenizer = greedy_in_the_run(run, 1), load_tokenizer(run.model(1))
+    serve = (
+        f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --host 127.0.0.1 --port {{port}} "
+        "--api-key {token} --dtype {dtype} --enforce-eager"
+    )
+    rows = dict(enumerate(json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()))
+    with asking(serve, tmp_path / "out") as ask:
+        for row in read_rendered(run.data / "held_out.parquet"):
+            messages = [{"role": "user", "content": rows[row.row - 1]["question"]}]
+            body = {"model": str(tmp_path / "out"), "messages": messages, "temperature": 0, "max_tokens": 12}
+            said = ask("/v1/chat/completions", body)
+            assert said["usage"]["prompt_tokens"] == len(row.prompt_ids)
+            ids = expected[row.id]
+            assert said["choices"][0]["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert said["choices"][0]["finish_reason"] == ("stop" if ids[-1] == 3 else "length")
+
+
+@needs_llama
+def test_a_gguf_gives_the_same_greedy_tokens(shared: Path, tmp_path: Path) -> None:
+    """A real model that a run has trained, through llama.cpp's converter as it is, on llama.cpp's server."""
+    recipe = {
+        "model": str(shared / "models" / "stories260K"),
+        "method": "sft",
+        "iterations": 1,
+        "data": {
+            "train": str(shared / "data" / "tinystories" / "stories.jsonl"),
+            "split_on": "sentence",
+            "limit": 40,
+            "held_out": 8,
+        },
+        "generate": {"max_new_tokens": 48},
+        "train": {"learning_rate": 3e-4, "batch_size": 16, "dtype": "float32", "epochs": 1, "max_length": 256},
+    }
+    run = play(Recipe.model_validate(recipe), tmp_path / "run")
+    export_model(Results(run.root), tmp_path / "out", iteration="0")
+    assert LLAMA is not None
+    llama, gguf = Path(LLAMA), tmp_path / "model.gguf"
+    convert = [sys.executable, llama / "llama.cpp" / "convert_hf_to_gguf.py", tmp_path / "out", "--outfile", gguf]
+    path = f"{llama / 'python'}:{llama / 'llama.cpp' / 'gguf-py'}"
+    subprocess.run([*map(str, convert), "--outtype", "f32"], env={**os.environ, "PYTHONPATH": path}, check=True)
+    serve = (
+        f"{llama}/bin/llama-server --model {{model}} --host 127.0.0.1 --port {{port}} --api-key {{token}} --threads 1 "
+        "--ctx-size 512 --cache-type-k f32 --cache-type-v f32"
+    )
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    start = load_model(shared / "models" / "stories260K", dtype=torch.float32, device=CPU)
+    greedy: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 2}
+    others = 0
+    with asking(serve, gguf) as ask:
+        for row in read_rendered(run.data / "held_out.parquet"):
+            ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
+            body = {"prompt": row.prompt_ids.tolist(), "n_predict": 48, "temperature": 0, "return_tokens": True}
+            found = ask("/completion", body)["tokens"]
+            ours, before = (
+                each.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, ids.shape[1] :].tolist()
+                for each in (model, start)
+            )
+            assert [t for t in found if t not in (1, 2)] == [t for t in ours if t not in (1, 2)]
+            others += before != ours
+    assert others, "a control: the model that the run started from says something else"

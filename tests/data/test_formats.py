@@ -1,0 +1,246 @@
+"""Every accepted shape becomes the same conversations; broken rows say why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sparring.data.formats import detect_shape, examples, prompt_key, renamed
+from sparring.data.read import BadRow, read_rows
+from sparring.errors import Refused
+
+Q, A = "What is 2+2?", "4"
+
+
+def turns(row: Mapping[str, object], which: str = "last", **settings: object) -> list[list[tuple[str, str]]]:
+    columns = settings.pop("columns", {})
+    shape = detect_shape(row, columns, settings.pop("split_on", None), "rows")  # type: ignore[arg-type]
+    found = examples(renamed(row, columns), 1, shape, which)  # type: ignore[arg-type]
+    return [[(m["role"], m["content"]) for m in example.messages] for example in found]
+
+
+ONE = [("user", Q), ("assistant", A)]
+SYSTEM = [("system", "Be brief."), *ONE]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]}, ONE),
+        ({"prompt": Q, "completion": A}, ONE),
+        ({"prompt": [{"role": "user", "content": Q}], "completion": [{"role": "assistant", "content": A}]}, ONE),
+        ({"prompt": Q, "chosen": A, "rejected": "5"}, ONE),
+        (
+            {
+                "prompt": Q,
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}],
+                "rejected": [],
+            },
+            ONE,
+        ),
+        ({"real": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}], "generated": []}, ONE),
+        ({"instruction": Q, "input": "", "output": A}, ONE),
+        ({"instruction": "Add.", "input": "2+2", "output": A}, [("user", "Add.\n\n2+2"), ("assistant", A)]),
+        ({"instruction": Q, "output": A, "system": "Be brief."}, SYSTEM),
+        ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}, ONE),
+        (
+            {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}], "system": "Be brief."},
+            SYSTEM,
+        ),
+        ({"question": Q, "answer": A}, ONE),
+        ({"question": Q, "answer": 4}, ONE),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "value": "What is "}, {"type": "text", "text": "2+2?"}],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": A}]},
+                ]
+            },
+            ONE,
+        ),
+    ],
+)
+def test_shapes(row: Mapping[str, object], expected: list[tuple[str, str]]) -> None:
+    assert turns(row) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("rejected", "expected"),
+    [
+        ("5", "5"),
+        ([{"role": "user", "content": Q}, {"role": "assistant", "content": "5"}], "5"),
+        ([{"role": "user", "content": "another prompt"}, {"role": "assistant", "content": "5"}], None),
+        (" ", None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_worse_answer_of_a_pair(rejected: object, expected: str | None) -> None:
+    row = {"prompt": Q, "chosen": A, "rejected": rejected}
+    (example,) = examples(row, 1, detect_shape(row, {}, None, "rows"), "last")
+    assert example.rejected == expected
+
+
+def test_alpaca_history_becomes_turns() -> None:
+    row = {"instruction": Q, "output": A, "history": [["Hi", "Hello"]]}
+    assert turns(row) == [[("user", "Hi"), ("assistant", "Hello"), *ONE]]
+
+
+def test_which_turns_become_examples() -> None:
+    conversation = [
+        ("system", "s"),
+        ("user", "u1"),
+        ("assistant", "a1"),
+        ("user", "u2"),
+        ("assistant", "a2"),
+        ("user", "u3"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in conversation]}
+    assert turns(row, "last") == [conversation[:5]]
+    assert turns(row, "first") == [conversation[:3]]
+    assert turns(row, "all") == [conversation[:3], conversation[:5]]
+
+
+def test_an_assistant_turn_before_any_user_turn_is_no_target() -> None:
+    row = {
+        "messages": [
+            {"role": "assistant", "content": "Welcome!"},
+            {"role": "user", "content": Q},
+            {"role": "assistant", "content": A},
+        ]
+    }
+    assert turns(row, "all") == [[("assistant", "Welcome!"), *ONE]]
+
+
+def test_text_is_split_by_rule() -> None:
+    text = 'One day, "Stop!" she said. Then it rained. The end.'
+    assert turns({"text": text}, split_on="sentence")[0] == [
+        ("user", 'One day, "Stop!"'),
+        ("assistant", " she said. Then it rained. The end."),
+    ]
+    assert turns({"text": "Q: a\nA: b"}, split_on="\nA:")[0] == [("user", "Q: a"), ("assistant", "\nA: b")]
+    with pytest.raises(BadRow, match="no place to split"):
+        turns({"text": "nothing here"}, split_on="sentence")
+    with pytest.raises(Refused, match=r"set data\.split_on"):
+        turns({"text": text})
+
+
+def test_columns_are_mapped() -> None:
+    row = {"q": Q, "a": A, "text": "something else"}
+    assert turns(row, columns={"question": "q", "answer": "a"}) == [ONE]
+    assert turns({"story": "A b. C d."}, columns={"text": "story"}, split_on="sentence")[0][0] == ("user", "A b.")
+    with pytest.raises(Refused, match="has no column 'x'; it has q, a"):
+        turns({"q": Q, "a": A}, columns={"question": "x"})
+    with pytest.raises(Refused, match="'quest' is none of"):
+        turns({"q": Q, "a": A}, columns={"quest": "q"})
+
+
+def test_unknown_columns_are_refused_with_what_would_do() -> None:
+    with pytest.raises(Refused, match=r"\(foo, bar\) are none of: messages; .*question \+ answer.*data\.columns"):
+        turns({"foo": 1, "bar": 2})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": Q, "answer": "  \n"}, "the answer is empty"),
+        ({"question": " ", "answer": A}, "the prompt is empty"),
+        ({"question": Q, "answer": None}, "no 'answer'"),
+        ({"question": Q, "answer": ["x"]}, "not text"),
+        ({"question": Q, "answer": True}, "expected a text, found bool"),
+        ({"question": Q, "answer": "\ud800"}, "not valid Unicode"),
+        ({"messages": []}, "must be a list of turns"),
+        ({"messages": "hi"}, "must be a list of turns"),
+        ({"messages": [{"role": "user", "content": Q}]}, "no assistant turn"),
+        ({"messages": [{"role": "robot", "content": Q}]}, "unknown role 'robot'"),
+        ({"messages": [{"content": Q}]}, "turn 1 needs 'role' and 'content'"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "url": "x"}]},
+                    {"role": "assistant", "content": A},
+                ]
+            },
+            "parts that are not text",
+        ),
+        ({"instruction": Q, "output": A, "history": [["a"]]}, "'history' must be"),
+    ],
+)
+def test_broken_rows_say_why(row: Mapping[str, object], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        turns(row)
+
+
+def test_ids_are_of_the_content() -> None:
+    shape = detect_shape({"question": Q, "answer": A}, {}, None, "rows")
+    first = examples({"question": Q, "answer": A}, 1, shape, "last")[0]
+    moved = examples({"answer": A, "question": Q, "extra": 1}, 99, shape, "last")[0]
+    other = examples({"question": Q, "answer": "5"}, 1, shape, "last")[0]
+    assert first.id == moved.id != other.id
+    assert prompt_key(first) == prompt_key(other), "answers to one prompt stay on one side of the split"
+
+
+def test_files_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(r).encode() for r in rows))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    (tmp_path / "e.csv").write_text("question,answer\n" + "".join(f"{r['question']},x{r['answer']}\n" for r in rows))
+    for name in ("a.jsonl", "b.jsonl", "c.json", "d.parquet"):
+        assert list(read_rows(str(tmp_path / name))) == list(enumerate(rows, start=1)), name
+    assert [row["answer"] for _, row in read_rows(str(tmp_path / "e.csv"))] == [f"x{i}" for i in range(5)]  # type: ignore[index]
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "plain")
+    DatasetDict({"train_sft": Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
+    assert list(read_rows(str(tmp_path / "plain"))) == list(enumerate(rows, start=1))
+    assert list(read_rows(str(tmp_path / "splits"), "train_sft")) == list(enumerate(rows, start=1))
+    with pytest.raises(Refused, match="has the splits train_sft, not 'train'"):
+        read_rows(str(tmp_path / "splits"))
+
+
+def test_broken_lines_keep_their_numbers(tmp_path: Path) -> None:
+    good = b'{"question": "a\xe2\x80\xa8b", "answer": "1"}'  # U+2028 inside a string is no end of line
+    lines = [good, b"", b"{broken", b"[1]", b'{"question": "\xff"}', good]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    found = dict(read_rows(str(tmp_path / "rows.jsonl")))
+    assert sorted(found) == [1, 3, 4, 5, 6]
+    assert "not JSON" in str(found[3]) and "list" in str(found[4]) and "utf-8" in str(found[5])
+    assert found[6] == {"question": "a\u2028b", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.txt", "x", "ends in '.txt'; known are .jsonl"),
+        ("rows.json", '{"a": 1}', "a list of rows is needed"),
+        ("rows.json", '{"a": 1}\n{"a": 2}\n', "name it .jsonl"),
+        ("rows.parquet", "no parquet", "cannot be read"),
+        ("folder/", "", "not a folder saved by datasets"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Refused, match=message):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=f"there is no file {tmp_path}/rows.jsonl"):
+        read_rows(str(tmp_path / "rows.jsonl"))

@@ -1,0 +1,159 @@
+"""The kernels against their specification, torch's own fused loss, and finite differences."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparring.model.kernels import chunked, reference, rows
+
+
+@pytest.fixture(params=["kept", "recomputed", "both"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few tokens, whose logits the backward pass finds kept, computes again, or some of each."""
+    monkeypatch.setattr(chunked, "BLOCK", 3)
+    monkeypatch.setattr(rows, "STRIP", 200)
+    monkeypatch.setattr(chunked, "KEPT", {"kept": 10**9, "recomputed": 0, "both": 4000}[request.param])
+
+
+def make(tokens: int, width: int, vocab: int, dtype: torch.dtype, bias: bool = True) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(tokens * 1000 + width * 100 + vocab)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    inputs = [normal(tokens, width), normal(vocab, width)] + ([normal(vocab)] if bias else [])
+    return inputs, torch.randint(vocab, (tokens,), generator=generator)
+
+
+def gradients(values: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(-1, 2, len(values), dtype=values.dtype)
+    return list(torch.autograd.grad((values * weights).sum(), inputs))
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens, width, vocab", [(1, 1, 2), (7, 5, 61), (33, 16, 199), (5, 3, 1001)])
+def test_value_and_gradient_in_float64(
+    tokens: int, width: int, vocab: int, bias: bool, scale: float, softcap: float | None
+) -> None:
+    inputs, targets = make(tokens, width, vocab, torch.float64, bias)
+    hidden, weight, *rest = inputs
+    found = chunked.linear_logprob(hidden, weight, rest[0] if rest else None, targets, scale=scale, softcap=softcap)
+    logits = (hidden @ weight.T + (rest[0] if rest else 0)) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(1)[torch.arange(tokens), targets]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("memory")
+def test_finite_differences() -> None:
+    inputs, targets = make(9, 4, 37, torch.float64)
+
+    def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return chunked.linear_logprob(hidden, weight, bias, targets, scale=0.7, softcap=2.0)
+
+    assert torch.autograd.gradcheck(values, inputs)
+
+
+@given(tokens=st.integers(1, 40), width=st.integers(1, 20), vocab=st.integers(2, 300))
+@settings(max_examples=40)
+def test_equals_the_reference_and_torch_s_own(tokens: int, width: int, vocab: int) -> None:
+    inputs, targets = make(tokens, width, vocab, torch.float32, bias=False)
+    found = chunked.linear_logprob(*inputs, None, targets)
+    specified = reference.linear_logprob(*inputs, None, targets)
+    torchs = -F.linear_cross_entropy(*inputs, targets, reduction="none")
+    ours = gradients(found, inputs)
+    for expected in (specified, torchs):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, gradients(expected, inputs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_frozen_head_costs_no_gradient_of_its_own() -> None:
+    """What LoRA needs: the gradient goes through the head, not into it."""
+    (hidden, weight, bias), targets = make(11, 4, 37, torch.float64)
+    frozen = chunked.linear_logprob(hidden, weight.detach(), bias.detach(), targets)
+    everything = chunked.linear_logprob(hidden, weight, bias, targets)
+    torch.testing.assert_close(gradients(frozen, [hidden]), gradients(everything, [hidden]))
+    assert weight.grad is None
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_second_backward_pass_gives_the_same() -> None:
+    """The first one overwrites what was kept."""
+    inputs, targets = make(11, 4, 37, torch.float64)
+    values = chunked.linear_logprob(*inputs, targets).sum()
+    first = torch.autograd.grad(values, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(values, inputs), first)
+
+
+def test_bfloat16_products_with_float32_statistics() -> None:
+    """Log-probs stay float32 and near the exact ones; a bfloat16 log-softmax would be off by 0.03 and more."""
+    inputs, targets = make(64, 32, 999, torch.float32, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chunked.linear_logprob(*inputs, None, targets)
+        specified = reference.linear_logprob(*inputs, None, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, specified, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(found, inputs), gradients(specified, inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[ModuleType]:
+    """The Triton kernels, run by Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        # Triton reads the source of its kernels, which the hook that checks shapes would wrap
+        patch.setattr(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__])
+        patch.setattr(import_module("sparring.model.kernels.triton"), "TILE", 64)
+        yield import_module("sparring.model.kernels.triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
+@pytest.mark.parametrize("tokens, vocab", [(1, 2), (7, 64), (5, 199), (3, 65)])
+def test_triton_equals_torch(
+    interpreted: ModuleType, tokens: int, vocab: int, scale: float, softcap: float | None, dtype: torch.dtype
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (8 * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)).to(dtype).to(device)
+    targets = torch.randint(vocab, (tokens,), generator=generator).to(device)
+    expected = rows.logprobs_of(logits.clone(), targets, scale, softcap)
+    found = interpreted.logprobs_of(logits.clone(), targets, scale, softcap)
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=exact, rtol=exact)
+    outer = torch.linspace(-1, 2, tokens, dtype=expected[0].dtype, device=device)
+    slopes, torchs = logits.clone(), logits.clone()
+    interpreted.slopes_(slopes, targets, expected[1], outer, scale, softcap)
+    rows.slopes_(torchs, targets, expected[1], outer, scale, softcap)
+    exact = 1e-2 if dtype == torch.bfloat16 else exact  # rounded to bfloat16, perhaps to its other side
+    torch.testing.assert_close(slopes, torchs, atol=exact, rtol=exact)
+
+
+def test_the_head_with_triton_in_its_place(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    monkeypatch.setattr(chunked, "rows_for", lambda device: interpreted)
+    inputs, targets = make(11, 4, 37, torch.float64)
+    found = chunked.linear_logprob(*inputs, targets, scale=0.7, softcap=2.0)
+    monkeypatch.undo()
+    expected = chunked.linear_logprob(*inputs, targets, scale=0.7, softcap=2.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), atol=1e-12, rtol=1e-12)

@@ -1,0 +1,314 @@
+"""Micro-batches, padded rows, and shared rows: the same log-probs and gradients from fewer tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from sparring.model import attention
+from sparring.model.logprobs import Scorer
+from sparring.model.packing import (
+    arrange,
+    group_tokens,
+    micro_batches,
+    padded_rows,
+    responses_of,
+    row_tokens,
+    shared_row,
+)
+from sparring.types import Group
+
+VOCAB = 61
+
+
+def group(name: str, prompt: int, real: int, generated: list[int]) -> Group:
+    """Of so many tokens; all different, so that no response equals another."""
+    count = iter(range(1000))
+
+    def ids(size: int) -> np.ndarray:
+        return np.array([next(count) % VOCAB for _ in range(size)], dtype=np.int32)
+
+    return Group(name, ids(prompt), {"real": (ids(real),), "generated": tuple(ids(n) for n in generated)})
+
+
+sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=40)
+
+
+@given(sizes=sizes, budget=st.integers(1, 500))
+def test_padded_micro_batches_are_a_partition_within_budget(sizes: list[tuple[int, int, int]], budget: int) -> None:
+    groups = [group(str(i), p, r, [g]) for i, (p, r, g) in enumerate(sizes)]
+    batches = micro_batches("padded", groups, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    for batch in batches:
+        rows = sum(len(responses_of(groups[i])) for i in batch)
+        width = max(row_tokens(groups[i]) for i in batch)
+        assert rows * width <= budget or len(batch) == 1
+    widths = [row_tokens(groups[i]) for batch in batches for i in batch]
+    assert widths == sorted(widths, reverse=True), "the longest come first"
+
+
+@given(sizes=sizes, budget=st.integers(1, 500))
+def test_shared_micro_batches_are_a_partition_within_budget(sizes: list[tuple[int, int, int]], budget: int) -> None:
+    groups = [group(str(i), p, r, [g]) for i, (p, r, g) in enumerate(sizes)]
+    batches = micro_batches("shared", groups, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    filled = [sum(group_tokens("shared", groups[i]) for i in batch) for batch in batches]
+    assert all(tokens <= budget or len(batch) == 1 for tokens, batch in zip(filled, batches, strict=True))
+    assert filled == sorted(filled, reverse=True), "the largest comes first"
+    # best fit: no two micro-batches could have been one
+    assert all(a + b > budget for i, a in enumerate(filled) for b in filled[:i])
+
+
+@given(sizes=sizes)
+def test_padded_rows_hold_every_token_once_per_response(sizes: list[tuple[int, int, int]]) -> None:
+    groups = [group(str(i), p, r, [g, r + 1]) for i, (p, r, g) in enumerate(sizes)]
+    layout = padded_rows(groups)
+    assert layout.computed_tokens == sum(3 * p + 2 * r + 1 + g for p, r, g in sizes)
+    assert layout.num_tokens.tolist() == [n for _, r, g in sizes for n in (r, g, r + 1)]
+    assert len(layout.targets) == int(layout.num_tokens.sum())
+
+
+@given(sizes=sizes)
+def test_a_shared_row_holds_every_prompt_once(sizes: list[tuple[int, int, int]]) -> None:
+    groups = [group(str(i), p, r, [g, r + 1]) for i, (p, r, g) in enumerate(sizes)]
+    layout = shared_row(groups)
+    assert layout.computed_tokens == sum(p + 2 * r + 1 + g for p, r, g in sizes)
+    assert layout.input_ids.shape == (1, layout.computed_tokens), "one row, no padding"
+    assert layout.num_tokens.tolist() == padded_rows(groups).num_tokens.tolist()
+    assert layout.targets.tolist() == padded_rows(groups).targets.tolist()
+
+
+def test_a_shared_row_by_hand() -> None:
+    ids = [np.array(x, dtype=np.int32) for x in ([5, 6], [7, 8, 9], [7], [3], [4, 4], [2])]
+    groups = [
+        Group("a", ids[0], {"real": (ids[1],), "generated": (ids[2],)}),
+        Group("b", ids[3], {"real": (ids[4],), "generated": (ids[5],)}),
+    ]
+    layout = shared_row(groups)
+    assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 7, 3, 4, 4, 2]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1]], "a response starts where its prompt ends"
+    assert layout.targets.tolist() == [7, 8, 9, 7, 4, 4, 2]
+    assert layout.positions.tolist() == [1, 2, 3, 1, 6, 7, 6], "the prompt's last state predicts each first token"
+    assert layout.distinct == (3, 1, 2, 1)
+
+
+def test_equal_answers_are_computed_once() -> None:
+    answer, other, prompt = (np.array(x, dtype=np.int32) for x in ([7, 8], [7, 9, 9], [5, 6]))
+    groups = [Group("a", prompt, {"real": (answer,), "generated": (other, answer.copy()), "proto": (answer,)})]
+    layout = shared_row(groups)
+    assert layout.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 9]]
+    assert layout.which.tolist() == [0, 1, 0, 0]
+    assert layout.num_tokens.tolist() == [2, 3, 2, 2]
+    assert group_tokens("shared", groups[0]) == 7
+
+
+def test_values_go_back_to_their_roles() -> None:
+    groups = [group("a", 2, 3, [1, 4]), group("b", 1, 1, [2, 2])]
+    scores = padded_rows(groups).scores(torch.arange(6.0))
+    assert scores["real"].tolist() == [0, 3]
+    assert scores["generated"].tolist() == [[1, 2], [4, 5]]
+
+
+@pytest.mark.parametrize("rows", [padded_rows, shared_row])
+def test_groups_of_other_shapes_are_an_error(rows: object) -> None:
+    with pytest.raises(ValueError, match="other responses"):
+        rows([group("a", 2, 3, [1]), group("b", 1, 1, [2, 2])])  # type: ignore[operator]
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+GROUPED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "eos_token_id": 1, "bos_token_id": 2}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=8),
+    "mistral, window": transformers.MistralConfig(**GROUPED, sliding_window=6),
+    "gemma3, windows": transformers.Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi": transformers.PhiConfig(**SMALL, intermediate_size=48),
+    "gpt-neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=48, eos_token_id=1, bos_token_id=2),
+    "olmo2": transformers.Olmo2Config(**GROUPED),
+    "mixtral": transformers.MixtralConfig(**GROUPED, num_local_experts=4),
+    "gpt2": transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, bos_token_id=1),
+}
+
+
+@cache
+def twins(family: str) -> tuple[Scorer, Scorer]:
+    """The same weights behind a shared and a padded scorer."""
+    pair = []
+    for kind in ("shared", "padded"):
+        torch.manual_seed(0)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+        pair.append(Scorer(model, kind=kind))
+    return pair[0], pair[1]
+
+
+tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=14)
+
+
+def values_and_gradients(scorer: Scorer, groups: list[Group], batches: list[list[int]]) -> list[torch.Tensor]:
+    scorer.zero_grad()
+    values: list[torch.Tensor] = [torch.empty(0)] * len(groups)
+    for batch in batches:
+        logprobs = scorer(arrange(scorer.kind, [groups[i] for i in batch])).reshape(len(batch), -1)
+        (logprobs * torch.tensor([1.0, -0.5, 0.25, -2.0])[: logprobs.shape[1]]).sum().backward()
+        for i, row in zip(batch, logprobs.detach(), strict=True):
+            values[i] = row
+    gradient = torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
+    return [torch.stack(values), gradient / gradient.norm()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(drawn=st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=5), budget=st.integers(20, 200))
+@settings(max_examples=8)
+def test_shared_rows_equal_padded_rows(family: str, drawn: list[tuple[list[int], ...]], budget: int) -> None:
+    """Log-probs and gradients, over random groups and packings."""
+    shared, padded = twins(family)
+    assert shared.kind == "shared", shared.why_padded
+    groups = []
+    for ids in drawn:
+        prompt, real, first, second = (np.array(x, dtype=np.int32) for x in ids)
+        groups.append(Group("a", prompt, {"real": (real,), "generated": (first, second), "proto": (first,)}))
+    ours = values_and_gradients(shared, groups, micro_batches("shared", groups, budget))
+    twin = values_and_gradients(padded, groups, [[i] for i in range(len(groups))])
+    for one, other in zip(ours, twin, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_long_responses_are_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a sliding window."""
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    for family in ("llama", "mistral, window"):
+        groups = [group("a", 5, 17, [3, 9]), group("b", 2, 4, [11, 1])]
+        shared, padded = twins(family)
+        ours, twin = (values_and_gradients(scorer, groups, [[0, 1]]) for scorer in (shared, padded))
+        for one, other in zip(ours, twin, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("least_rows", [1, 4, 64])  # all heads at a time, some of them, rows as they are
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
+def test_plain_products_equal_torch_s_attention(family: str, least_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of bfloat16 on CPU; here in float32, where nothing hides a mistake."""
+    monkeypatch.setattr(attention, "PIECE", 500)
+    monkeypatch.setattr(attention, "LEAST_ROWS", least_rows)
+    shared, padded = twins(family)
+    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
+    torchs = values_and_gradients(padded, groups, [[0, 1, 2]])
+    monkeypatch.setattr(attention, "by_pieces", attention._ByProducts.apply)
+    for one, other in zip(values_and_gradients(shared, groups, [[0, 2], [1]]), torchs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
+def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU gets. Its forward pass alone: there is no backward pass on CPU."""
+    shared, padded = twins(family)
+    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
+    monkeypatch.setattr(shared, "is_flex", True)
+    monkeypatch.setattr(attention, "by_pieces", None)
+    with torch.no_grad():
+        torch.testing.assert_close(shared(shared_row(groups)), padded(padded_rows(groups)), atol=1e-4, rtol=1e-5)
+
+
+def test_plain_products_take_values_of_another_width() -> None:
+    """As DeepSeek's latent attention has them."""
+    torch.manual_seed(0)
+    shared = attention.SharedPrompts(((5, 7, 3), (2, 4)))
+    query, key = (torch.randn(1, heads, 21, 6, requires_grad=True) for heads in (4, 2))
+    value = torch.randn(1, 2, 21, 10, requires_grad=True)
+    found = [how(query, key, value, shared, 21, 0.3) for how in (attention.by_pieces, attention._ByProducts.apply)]
+    torch.testing.assert_close(found[1], found[0])
+    slopes = torch.randn(1, 21, 4, 10)
+    gradients = [torch.autograd.grad(one, (query, key, value), slopes) for one in found]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_as_near_to_float32_as_with_torch_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, over models whose attention chooses: a single sum of log-probs is off by chance."""
+    groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]
+    products, errors = attention._ByProducts.apply, np.zeros((2, 2))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.data.mul_(4)
+        exact = values_and_gradients(Scorer(model), groups, [[0, 1]])
+        scorer = Scorer(model, torch.bfloat16)
+        for row, how in enumerate((products, attention.by_pieces)):
+            monkeypatch.setattr(attention._ByProducts, "apply", how)
+            found = values_and_gradients(scorer, groups, [[0, 1]])
+            errors[row] += [float((one - truth).square().sum()) for one, truth in zip(found, exact, strict=True)]
+    ours, torchs = np.sqrt(errors)
+    assert (torchs > 5e-3).all(), "bfloat16 rounds"
+    assert (ours < 1.3 * torchs).all(), (ours, torchs)
+
+
+def test_gradient_checkpointing_recomputes_the_shared_row() -> None:
+    groups = [group("a", 5, 7, [3, 4]), group("b", 2, 3, [9, 1])]
+    layout = shared_row(groups)
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        scorer = Scorer(model)
+        assert scorer.kind == "shared"
+        scorer(layout).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+RULED_OUT = {
+    "capped": transformers.Gemma2Config(**GROUPED, head_dim=8),
+    "conv": transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("reason", RULED_OUT)
+def test_what_cannot_share_a_prompt_gets_padded_rows_and_says_why(reason: str) -> None:
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(RULED_OUT[reason])
+    scorer = Scorer(model.eval())
+    assert scorer.kind == "padded"
+    assert scorer.why_padded is not None and reason in scorer.why_padded
+
+
+def test_a_model_that_ignores_shared_prompts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules can miss a model; the comparison at loading does not."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()
+    inner = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *_, shared_prompts=None, **rest: inner(**rest))
+    before = model.config._attn_implementation
+    scorer = Scorer(model)
+    assert scorer.kind == "padded"
+    assert scorer.why_padded is not None and "differ" in scorer.why_padded
+    assert model.config._attn_implementation == before
+
+
+def test_the_model_still_works_as_before(tmp_path: object) -> None:
+    """Sparring's attention is torch's for everybody else: plain forward with padding, and generation."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["mistral, window"]).eval()
+    ids = torch.randint(3, VOCAB, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    before = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_length=20)
+    assert Scorer(model).kind == "shared"
+    after = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_length=20)
+    torch.testing.assert_close(after[0][:, 5:], before[0][:, 5:])
+    assert after[1].tolist() == before[1].tolist()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa", "nothing of ours is saved with the model"

@@ -1,0 +1,42 @@
+"""One rank and two: the same losses and gradient norms, whatever shares the work out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks.steps import ARMS, run
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path) -> dict[str, np.ndarray]:
+    return {f"{kind}/{pieces}": np.array(run(tiny / "model", kind, pieces, STEPS)) for kind, pieces in ARMS}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone: dict[str, np.ndarray]) -> None:
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
+    script, out = Path(__file__).with_name("steps.py"), tmp_path / "out.json"
+    words = [str(script), str(tiny / "model"), parallel, str(STEPS), str(out)]
+    start = [sys.executable, "-m", "sparring.parallel.torchrun", "2", "1", str(tmp_path / "note")]
+    done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    norms, unchanged = found.pop("after_nan")
+    assert list(np.isfinite(norms)) == [True, False, True] and unchanged == [False, True, False]
+    found = {arm: np.array(values) for arm, values in found.items()}
+    for arm, one in alone.items():
+        residual = found[arm] / one - 1
+        assert np.abs(residual).max() < 1e-6, (arm, np.abs(residual).max(axis=0))
+        # no drift: the mean over the steps is within what rounding to either side leaves
+        spread = residual.std(axis=0, ddof=1) / STEPS**0.5
+        assert (np.abs(residual.mean(axis=0)) <= 4 * spread + 1e-8).all(), (arm, residual.mean(axis=0), spread)
+    wrong = found["wrong"][:, 1] / alone["shared/1"][:3, 1] - 1
+    assert np.abs(wrong).max() > 0.4, "the comparison sees a gradient that was averaged once too often"

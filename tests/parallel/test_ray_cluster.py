@@ -1,0 +1,119 @@
+"""Training on a Ray cluster of three nodes on this machine, for real: one of them is lost in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
+from sparring.errors import RankLost
+from sparring.loop import play
+from sparring.parallel import ray_cluster as ranks_on_ray
+from sparring.parallel.ray_cluster import RanksOnRay
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed
+from sparring.run.rundir import RunDir
+from sparring.stages import launch
+from sparring.stages.launch import on_ranks
+
+STEPS = 6  # 48 rows
+SETTINGS: dict[str, Any] = {
+    "iterations": 1,
+    "train": {"epochs": 2, "batch_size": 16, "checkpoint_every": 2},
+    "threads": 1,
+    "processes": 2,
+    "evaluate": {"held_out": False, "checker": None},
+}
+HANGS = """
+import os, sys, time
+from pathlib import Path
+from sparring.stages import worker as rank
+from sparring.stages.train import loop as train
+note = Path({note!r})
+real = train.failpoint
+def hang(name):
+    if name == "train-step" and os.environ["RANK"] == "1" and any(note.parent.rglob("step-*/*")) and not note.exists():
+        note.touch()
+        time.sleep(3600)
+    real(name)
+train.failpoint = hang
+rank.main()
+"""
+"""A rank that, the first time, hangs in the step after the first checkpoint, and says so in a file."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Its first node has no CPUs for ranks: it is where we are."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_is_lost_and_training_ends_with_the_same_weights(
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = play(make_recipe("sft", launch="torchrun", **SETTINGS), tmp_path / "whole")
+
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
+    started: list[RanksOnRay] = []
+    note = tmp_path / "cluster" / "hangs"
+
+    class Hanging(RanksOnRay):
+        def __init__(self, ray: Any, recipe: Recipe, words: Sequence[str], ended: Path) -> None:
+            super().__init__(ray, recipe, ["-c", HANGS.format(note=str(note)), *words[2:]], ended)
+            started.append(self)
+
+    monkeypatch.setattr(ranks_on_ray, "RanksOnRay", Hanging)
+    recipe = make_recipe("sft", launch="ray", address=cluster.address, **SETTINGS)
+    run = RunDir(tmp_path / "cluster" / "run")
+    playing = threading.Thread(target=play, args=(recipe, run.root), daemon=True)
+    playing.start()  # elsewhere, since nodes are ended from the main thread
+    while not note.exists() and playing.is_alive():
+        time.sleep(0.05)
+    assert playing.is_alive() and not is_committed(run.stage(0, "train"))
+    (doomed,) = [node for node in nodes if node.node_id == started[0].nodes[1]]
+    cluster.remove_node(doomed, allow_graceful=False)
+    playing.join(timeout=240)
+    assert not playing.is_alive()
+
+    assert "begin anew from what is kept" in capsys.readouterr().err
+    assert len(started) == 2
+    assert doomed.node_id not in started[1].nodes and len(set(started[1].nodes)) == 2
+    lines = [json.loads(line) for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    ours, theirs = (r.model(0) / "model.safetensors" for r in (run, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_ranks_that_die_again_and_again_end_the_stage(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any
+) -> None:
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    monkeypatch.setattr(launch, "MAX_LOSSES", 2)
+    run = play(make_recipe("sft", **SETTINGS | {"processes": "auto"}), tmp_path / "run")
+    run.stage(0, "train").rename(tmp_path / "aside")
+
+    class Dying(RanksOnRay):
+        def __init__(self, ray: Any, recipe: Recipe, words: Sequence[str], ended: Path) -> None:
+            super().__init__(ray, recipe, ["-c", "import os; os._exit(9)"], ended)
+
+    monkeypatch.setattr(ranks_on_ray, "RanksOnRay", Dying)
+    recipe = make_recipe("sft", launch="ray", address=cluster.address, **SETTINGS)
+    with pytest.raises(RankLost, match="ended with status 9"):
+        on_ranks(Iteration(run, recipe, 0), "train")

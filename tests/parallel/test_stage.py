@@ -1,0 +1,290 @@
+"""Stages that ranks share: what they leave, what is left when one dies or hangs, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from sparring.errors import Interrupted, Refused, Stopped
+from sparring.loop import play, run_stage, settle
+from sparring.parallel import interrupt
+from sparring.recipe.load import own_recipe
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import is_committed, replace_file
+from sparring.run.rundir import RunDir
+from sparring.stages import launch
+from sparring.stages.launch import on_ranks
+from sparring.stages.prepare import prepare
+from sparring.stages.train.loop import train
+
+TRAIN = {"learning_rate": 1e-3, "batch_size": 16, "micro_batch_tokens": 256, "dtype": "float32", "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def scored(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that is ready to train."""
+    run = RunDir(tmp_path_factory.mktemp("scored") / "run")
+    run.root.mkdir()
+    recipe = recipe_for(tiny)
+    settle(run, recipe)
+    prepare(run, recipe)
+    for stage in ("generate", "score"):
+        run_stage(Iteration(run, recipe, 0), stage)
+    return run.root
+
+
+def recipe_for(tiny: Path, **changes: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(tiny / "model"),
+            "method": "spin",
+            "iterations": 1,
+            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
+            "generate": {"max_new_tokens": 8},
+            "train": TRAIN,
+            "threads": 1,
+            "processes": 2,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def trainee(scored: Path, tiny: Path, tmp_path: Path) -> Callable[..., Iteration]:
+    """`trainee("name", parallel="fsdp2")`: a copy of `scored`, to be trained with these settings."""
+
+    def make(name: str, **changes: object) -> Iteration:
+        root, recipe = tmp_path / name, recipe_for(tiny, **changes)
+        if not root.exists():
+            shutil.copytree(scored, root)
+        run = RunDir(root)
+        replace_file(run.recipe, own_recipe(recipe))
+        return Iteration(run, recipe, 0)
+
+    return make
+
+
+def metrics(iteration: Iteration) -> list[dict[str, float]]:
+    text = (iteration.stage("train") / "metrics.jsonl").read_text()
+    clocks = ("seconds", "update_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in text.splitlines()]
+
+
+def weights(iteration: Iteration) -> bytes:
+    return (iteration.stage("train") / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    def at(point: str | None) -> None:
+        if point is None:
+            monkeypatch.delenv("SPARRING_FAIL_AT")
+        else:
+            monkeypatch.setenv("SPARRING_FAIL_AT", point)
+
+    return at
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_rank_that_dies_ends_the_stage_and_the_same_command_continues(
+    parallel: str, trainee: Callable[..., Iteration], fail_at: Callable[[str | None], None]
+) -> None:
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
+    clean = trainee("clean", parallel=parallel)
+    on_ranks(clean, "train")
+    alone = trainee("alone")
+    train(alone)
+    for ours, theirs in zip(metrics(clean), metrics(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    files = [load_file(i.stage("train") / "model" / "model.safetensors") for i in (clean, alone)]
+    assert files[0].keys() == files[1].keys()
+    assert all(np.abs(files[0][name] - files[1][name]).max() < 1e-4 for name in files[0])
+
+    killed = trainee("killed", parallel=parallel)
+    fail_at("train-step-of-rank-1:5")
+    with pytest.raises(Stopped, match=r"train of iteration 0 ended .* rank 1 ended with status 137.* same command"):
+        on_ranks(killed, "train")
+    fail_at(None)
+    work = killed.run.work(killed.stage("train"))
+    assert sorted(path.name for path in work.glob("step-*"))[-1] == "step-00000004"
+    assert not killed.run.ranks.exists()
+    on_ranks(killed, "train")
+    assert weights(killed) == weights(clean)
+    assert metrics(killed) == metrics(clean)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_three_ranks(parallel: str, trainee: Callable[..., Iteration], fail_at: Callable[[str | None], None]) -> None:
+    """AdamW, whose step depends on its number; sums of three ranks round in an order that must not change."""
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
+    settings = {**TRAIN, "epochs": 1, "optimizer": "adamw", "weight_decay": 0.01, "gradient_clipping": 0.5}
+    clean, killed = (trainee(name, parallel=parallel, processes=3, train=settings) for name in ("clean", "killed"))
+    on_ranks(clean, "train")
+    fail_at("train-step-of-rank-2:3")
+    with pytest.raises(Stopped, match=r"rank 2 ended with status 137"):
+        on_ranks(killed, "train")
+    fail_at(None)
+    on_ranks(killed, "train")
+    assert weights(killed) == weights(clean)
+    assert metrics(killed) == metrics(clean)
+    alone = trainee("alone", train=settings)
+    train(alone)
+    for ours, theirs in zip(metrics(clean), metrics(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert any(line["gradient_norm"] > 0.5 for line in metrics(alone)), "clipping takes part"
+
+
+def test_another_number_of_ranks_goes_on_only_when_told_so(
+    trainee: Callable[..., Iteration], fail_at: Callable[[str | None], None]
+) -> None:
+    begun = trainee("run", parallel="fsdp2")
+    fail_at("train-step-of-rank-0:5")
+    with pytest.raises(Stopped):
+        on_ranks(begun, "train")
+    fail_at(None)
+    with pytest.raises(Refused, match=r"by ranks 2 x fsdp2, and this start has 1: .* resume_with_other_ranks=true"):
+        train(trainee("run"))
+    train(trainee("run", resume_with_other_ranks=True))
+    alone = trainee("alone")
+    train(alone)
+    assert metrics(begun)[:4] != metrics(alone)[:4], "the first four steps are those of two ranks"
+    for ours, theirs in zip(metrics(begun), metrics(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_the_step_at_hand_is_kept(number: int, trainee: Callable[..., Iteration]) -> None:
+    asked = trainee("run", train={**TRAIN, "epochs": 60, "checkpoint_every": 1000})
+    file = asked.run.work(asked.stage("train")) / "metrics.jsonl"
+
+    def ask() -> None:
+        while not (file.is_file() and file.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with interrupt.listening(), pytest.raises(Interrupted, match="the same command continues"):
+        on_ranks(asked, "train")
+    (kept,) = file.parent.glob("step-*")
+    assert int(kept.name[5:]) == file.read_text().count("\n")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero2"])  # DeepSpeed would wait in a group of its own
+def test_a_rank_that_hangs_ends_the_stage(parallel: str, trainee: Callable[..., Iteration]) -> None:
+    if parallel == "zero2":
+        pytest.importorskip("deepspeed", reason="zero2 is DeepSpeed's, which is not installed")
+    hung = trainee("run", parallel=parallel, train={**TRAIN, "epochs": 200}, rank_timeout=3)
+    file = hung.run.work(hung.stage("train")) / "metrics.jsonl"
+    stopped: list[int] = []
+
+    def stop() -> None:
+        while not (file.is_file() and file.stat().st_size):
+            time.sleep(0.01)
+        stopped.extend(pid for pid, number in ranks_of(hung) if number == 1)
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Stopped, match=r"rank 0 lost another rank, which has died or did not answer in time"):
+        on_ranks(hung, "train")
+    deadline = time.monotonic() + 60
+    while (there := Path(f"/proc/{stopped[0]}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the kernel takes a moment to clear a killed process away
+    assert not there, "it is killed, since it cannot end by itself"
+
+
+def ranks_of(iteration: Iteration) -> Iterator[tuple[int, int]]:
+    """(process id, rank) of those that work in a run directory."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"sparring.stages.worker" in words and str(iteration.run.root).encode() in words and words[1] != b"-c":
+                environment = dict(e.split(b"=", 1) for e in (path / "environ").read_bytes().split(b"\0") if b"=" in e)
+                if b"RANK" in environment:
+                    yield int(path.name), int(environment[b"RANK"])
+        except OSError:
+            continue
+
+
+def test_memory_that_runs_out_on_one_rank_is_agreed_by_all(
+    trainee: Callable[..., Iteration],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The rank of number 1 runs out of memory above 150 tokens; sitecustomize puts that in."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1' and 'sparring.stages.worker' in sys.orig_argv:\n"
+        "    import torch, sparring.model.logprobs as l\n"
+        "    real = l.Scorer.forward\n"
+        "    def forward(self, layout):\n"
+        "        if layout.computed_tokens > 150:\n"
+        "            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
+        "        return real(self, layout)\n"
+        "    l.Scorer.forward = forward\n"
+    )
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{before}")
+    small = trainee("small", parallel="fsdp2")
+    on_ranks(small, "train")
+    assert "the ranks of train begin anew with less at a time" in " ".join(capfd.readouterr().err.split())
+    monkeypatch.setenv("PYTHONPATH", before)
+    alone = trainee("alone")
+    train(alone)
+    for ours, theirs in zip(metrics(small), metrics(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_a_step_is_told_once_though_its_file_begins_anew(
+    trainee: Callable[..., Iteration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps after a checkpoint are made again, with other clocks: where a line ends is another place then."""
+    iteration = trainee("run")
+    file = iteration.run.work(iteration.stage("train")) / "metrics.jsonl"
+    file.parent.mkdir()
+    told: list[int] = []
+    monkeypatch.setattr(launch, "track_step", lambda line, step, at: told.append(step))
+    steps = launch._Steps(iteration)
+
+    def write(*clocks: float) -> None:
+        file.write_text("".join(json.dumps({"step": n + 1, "seconds": clock}) + "\n" for n, clock in enumerate(clocks)))
+        steps.track()
+
+    write(0.1, 0.1, 0.1)
+    write(0.1, 0.123456789, 0.1, 0.1)
+    write(0.1)
+    write(0.1, 0.1, 0.1, 0.1, 0.1)
+    assert told == [1, 2, 3, 4, 5]
+
+
+def test_a_run_on_two_ranks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage, with an adapter, sharded; what a run alone leaves is near it; and nothing half done is left."""
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    settings = {"adapter": {"r": 4}, "evaluate": {"checker": "number"}}
+    shared = play(recipe_for(tiny, launch="torchrun", parallel="fsdp2", **settings), tmp_path / "shared")
+    alone = play(recipe_for(tiny, **settings), tmp_path / "alone")
+    for folder in ("start/evaluate", "iter-00/evaluate"):
+        ours, theirs = (json.loads((run.root / folder / "metrics.json").read_text()) for run in (shared, alone))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert is_committed(shared.stage(0, "train"))
+    assert (shared.root / "report.html").is_file()
+    names = {path.name for path in (shared.model(0)).iterdir()}
+    assert names == {path.name for path in (alone.model(0)).iterdir()}
+    assert not [*shared.root.rglob("*.partial"), *temporary.glob("torchelastic*")]
+    ours, theirs = ({path.relative_to(run.root) for path in run.root.rglob("*")} for run in (shared, alone))
+    assert ours - theirs == {Path(".ranks.lock")} and theirs <= ours

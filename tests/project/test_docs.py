@@ -1,0 +1,71 @@
+"""The documents say what is there."""
+
+from __future__ import annotations
+
+import math
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparring.objectives import Space
+from sparring.recipe.load import known_keys, make_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_s_recipe_is_the_default_recipe() -> None:
+    text = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    small = make_recipe({"model": "path-or-hub-id", "method": "tspin", "data": {"train": "rows.jsonl"}})
+    assert make_recipe(yaml.safe_load(text)) == small
+
+
+def test_the_readme_s_loss_runs() -> None:
+    code = next(
+        c for c in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "Space" in c
+    )
+    names: dict[str, object] = {}
+    exec(code, names)
+    expected = math.log1p(math.exp(-2)) + math.log(2)  # real 2 nats above the opponent, generated level with it
+    assert float(names["loss"]) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def test_every_key_is_documented() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    for key in known_keys():
+        if not key.startswith("method.") and key not in ("data", "generate", "train", "evaluate"):
+            assert f"`{key}`" in page, key
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "objectives").glob("*.md"))
+    for key in known_keys():
+        if key.startswith("method.") and key != "method.name":
+            assert f"`{key}`" in pages or f"`{key.removeprefix('method.')}" in pages, key
+
+
+def test_links_and_the_map_of_the_tree_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+    tree = (ROOT / "README.md").read_text().partition("src/sparring/ ")[2].partition("tests/ ")[0]
+    named = set(re.findall(r"(?<![\w/.])(\w+(?:\.py|/))", tree))
+    package = ROOT / "src" / "sparring"
+    there = {f"{p.name}/" if p.is_dir() else p.name for p in package.iterdir() if not p.name.startswith("__")}
+    assert named == there
+    rooms = (ROOT / "docs" / "architecture.md").read_text()
+    assert all(f"`{name}`" in rooms for name in there - {"progress.py"})
+
+
+def test_no_room_without_an_honest_name_and_none_too_large() -> None:
+    for path in (ROOT / "src").rglob("*.py"):
+        assert path.stem not in ("utils", "util", "common", "base", "helpers", "misc", "core")
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_figures_script_plays_the_shipped_games() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "draw_exact_games"))
+    assert script["distances"](lambda t: Space())[1] == pytest.approx(0, abs=1e-6)
+    for name in script["GAMES"]:
+        page = "README" if name == "games" else name
+        assert (ROOT / "docs" / "objectives" / f"{name}.svg").read_text().startswith("<?xml")
+        assert f"({name}.svg)" in (ROOT / "docs" / "objectives" / f"{page}.md").read_text()

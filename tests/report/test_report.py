@@ -1,0 +1,290 @@
+"""The report: renders at every moment, holds no foreign script or markup, asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparring.report
+from sparring.data.tables import read_table
+from sparring.errors import Refused
+from sparring.loop import play
+from sparring.recipe.schema import Recipe
+from sparring.report import write_report
+from sparring.report.alarms import alarms, shortcut, tell_apart
+from sparring.report.bars import time_bars
+from sparring.report.figures import running_mean
+from sparring.report.headline import tiles
+from sparring.report.samples import collect
+from sparring.report.samples import shown as visible
+from sparring.report.story import story
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.types import Generation, Rendered
+
+MakeRecipe = Callable[..., Recipe]
+
+TAGS = """
+    html head meta title style body header nav main section footer a h1 h2 h3 h4 p b i small div table thead tbody tr th
+    td figure figcaption details summary pre ul li span script label select option input
+    svg g path text defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title
+    dc:date
+"""
+ALLOWED = set(TAGS.split())
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "<iframe src=javascript:alert(1)></iframe>",
+    "</pre></td></table><form action=//evil.example><input name=x>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<style>@import url(//evil.example/x.css)</style>",
+    "<link rel=stylesheet href=//evil.example/x.css>",
+    "{{ 7*7 }}{% for x in y %}",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<!--<script>-->",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "\x1b]0;title\x07\x1b[31mred",
+    "\u202eright to left\u2066",
+    "<math><mtext></mtext><mglyph><style><img src=x onerror=alert(1)>",
+]
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(html: str) -> Elements:
+    elements = Elements()
+    elements.feed(html)
+    return elements
+
+
+def assert_inert(html: str) -> Elements:
+    elements = parse(html)
+    for tag, attributes in elements.tags:
+        assert tag in ALLOWED, tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value is not None and value.startswith("#"), (tag, name, value)
+    policy = next(a["content"] for t, a in elements.tags if t == "meta" and "http-equiv" in a)
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert [tag for tag, _ in elements.tags].count("script") == len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert scripts[0] == (Path(sparring.report.__file__).parent / "filter.js").read_text()
+    return elements
+
+
+def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    hostile = [{"question": p, "answer": p + " #### 1"} for p in PAYLOADS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hostile))
+    recipe = make_recipe(
+        "spin",
+        iterations=1,
+        data={"train": str(tmp_path / "rows.jsonl"), "held_out": str(tmp_path / "held.jsonl"), "max_rejected": 1.0},
+        generate={"max_new_tokens": 40},
+        train={"epochs": 1},
+    )
+    name = "run <b onmouseover=alert(1)>"
+    run = play(recipe, tmp_path / name)
+    html = run.report.read_text()
+    elements = assert_inert(html)
+    shown = "".join(elements.text)
+    for payload in PAYLOADS:
+        assert visible(payload) in shown, payload
+    assert name in shown
+    assert "49" not in re.findall(r"row \d+: .*?(49)", shown), "templates in data are not rendered"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+
+
+def test_nothing_is_fetched_and_it_is_small(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    html = run.report.read_text()
+    assert_inert(html)
+    namespaces = "http://www.w3.org|http://purl.org|http://creativecommons.org|https://matplotlib.org"
+    assert not re.findall(rf"https?://(?!{namespaces.replace('http://', '').replace('https://', '')})[^\"' ]*", html)
+    assert len(html) < 5_000_000
+
+
+def test_the_same_run_gives_the_same_bytes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+
+    def text() -> str:
+        return re.sub(r"Written by sparring .*", "", write_report(RunDir(run.root)).read_text())
+
+    assert text() == text()
+
+
+def test_it_renders_at_every_moment_and_says_what_is_missing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Stage by stage taken away again, from the end to the start."""
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    stages = Results(run.root).stages()
+    for count, stage in enumerate(reversed(stages), start=1):
+        folder = run.start if stage.iteration < 0 else run.iteration(stage.iteration)
+        shutil.rmtree(folder / stage.stage)
+        html = write_report(RunDir(run.root)).read_text()
+        assert_inert(html)
+        assert "Not there yet" in html
+        assert [s.state for s in Results(run.root).stages()].count("to do") == count
+    shutil.rmtree(run.data)
+    assert "has not read its data yet" in write_report(RunDir(run.root)).read_text()
+    run.recipe.unlink()
+    with pytest.raises(Refused, match="is not a run directory"):
+        write_report(RunDir(run.root))
+
+
+def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    shown = "".join(parse(run.report.read_text()).text)
+    for t in range(2):
+        metrics = json.loads((run.stage(t, "evaluate") / "metrics.json").read_text())
+        for name in ("held_out_nll", "sampled_accuracy", "rewards/margins", "length"):
+            assert f"{metrics[name]:.4g}" in shown
+
+
+def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    told = story(Results(run.root))
+    assert "No iteration beats the starting model" in told or "a change of -0.0000" in told
+    worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
+    assert "No iteration beats the starting model" in story(Results(worse.root))
+    assert {tile.verdict for tile in tiles(Results(worse.root))} <= {"worse", "no difference shown"}
+    assert tiles(Results(worse.root))[0].verdict == "worse", "held-out NLL"
+    assert tiles(Results(run.root))[0].verdict == "no difference shown"
+    told = "".join(parse(worse.report.read_text()).text)
+    assert "To worry about: the likelihood of real answers falls" in told
+
+
+def test_where_the_time_went_adds_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    results = Results(run.root)
+    stages, within = time_bars(results)
+    seconds = {(s.iteration, s.stage): s.seconds or 0 for s in results.stages()}
+    assert [label for label, _, _ in stages.rows] == ["start", "iteration 0", "iteration 1"]
+    assert sum(sum(parts) for _, parts, _ in stages.rows) == pytest.approx(sum(seconds.values()))
+    for index, (_, parts, _) in enumerate(within.rows):
+        steps = results.training(index)
+        assert sum(parts) == pytest.approx(seconds[index, "train"])
+        assert 0 < parts[1] == pytest.approx(sum(step["update_seconds"] for step in steps))
+        assert all(step["update_seconds"] < step["seconds"] for step in steps)
+    html = run.report.read_text()
+    assert "Where the time went" in html and "Within training" in html
+    old = [{name: value for name, value in step.items() if name != "update_seconds"} for step in results.training(0)]
+    results.training = lambda index: old  # type: ignore[method-assign]
+    assert [bars.title for bars in time_bars(results)] == ["By stage"], "a run of an older version"
+
+
+def test_running_means_stay_inside_and_keep_the_level() -> None:
+    assert running_mean(np.full(7, 3.0), 2) == pytest.approx([3.0] * 7)
+    assert running_mean(np.array([0.0, 3.0, 6.0]), 1) == pytest.approx([1.5, 3.0, 4.5])
+    assert running_mean(np.array([1.0, 2.0]), 0) == pytest.approx([1.0, 2.0])
+
+
+def test_alarms_are_raised_and_silent_where_they_should_be(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A random model that is pushed too hard, and one that is hardly touched."""
+    wild = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "wild")
+    found = alarms(Results(wild.root))
+    assert any(alarm.startswith("The likelihood of real answers falls: held-out NLL is ") for alarm in found)
+    assert "likelihood of real answers falls" in wild.report.read_text()
+    still = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    told = alarms(Results(still.root))
+    assert not any("likelihood" in alarm or "Lengths" in alarm or "stop" in alarm for alarm in told)
+    assert any(alarm.startswith("A shortcut is open in iteration 0") for alarm in told), "random answers never end"
+    assert (share := shortcut(Results(still.root), 0)) is not None and share > 0.9
+
+
+def test_the_shortcut_classifier_guesses_where_there_is_nothing_to_find() -> None:
+    """Answers of one distribution: half of them right. Longer ones on one side: nearly all."""
+    random = np.random.default_rng(0)
+
+    def pairs(factor: int) -> list[tuple[Rendered, Generation]]:
+        found = []
+        for row in range(400):
+            real, drawn = (random.integers(5, 9, size=random.integers(4, 9) * f).astype(np.int32) for f in (1, factor))
+            found.append((Rendered(str(row), row, real, real, "stop", "", ""), Generation(str(row), 0, drawn, "stop")))
+        return found
+
+    assert 0.42 < tell_apart(pairs(1)) < 0.58
+    assert tell_apart(pairs(3)) > 0.95
+
+
+def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for method in ("spin", "tspin"):
+        run = play(make_recipe(method, iterations=2, train={"epochs": 1}), tmp_path / method)
+        results = Results(run.root)
+        samples = collect(results)
+        metrics = results.evaluations()[1]
+        assert np.mean([s.margin for s in samples]) == pytest.approx(metrics["rewards/margins"], abs=1e-5)
+        assert np.mean([not s.is_misaligned for s in samples]) == pytest.approx(metrics["alignment"], abs=1e-6)
+        assert np.mean([not s.is_cut for s in samples]) == pytest.approx(metrics["end_rate"])
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_is_wcag_aa_in_light_and_dark() -> None:
+    """Of what the style names: words at 4.5 and what is drawn at 3. The browser's test looks at what is shown."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
+    style = (Path(sparring.report.__file__).parent / "style.css").read_text()
+    schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
+        for paper in ("paper", "card"):
+            for ink in ("ink", "soft", "good", "bad", "warn", "link"):
+                assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+        for drawn in ("real", "generated", "proto", "fifth", "other", "rest"):
+            assert contrast(colours[drawn], colours["paper"]) >= 3, drawn
+
+
+def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Against the plain formulas: the change is that of the metrics, its error that of the row-wise differences."""
+    run = play(make_recipe("sft", iterations=1, train={"learning_rate": 3e-3}), tmp_path / "run")
+    results = Results(run.root)
+    before, after = results.evaluations()[-1], results.evaluations()[0]
+    tables = [read_table(folder / "evaluate" / "answers.parquet") for folder in (run.start, run.iteration(0))]
+    change, error = results.paired_difference("sampled_accuracy", -1, 0)
+    assert change == pytest.approx(after["sampled_accuracy"] - before["sampled_accuracy"])
+    right = [np.array(table["is_correct"].to_pylist(), dtype=float) for table in tables]
+    assert error == pytest.approx((right[1] - right[0]).std() / len(right[0]) ** 0.5)
+    change, error = results.paired_difference("held_out_nll", -1, 0)
+    assert change == pytest.approx(after["held_out_nll"] - before["held_out_nll"], abs=1e-5)
+    assert 0 < error < after["held_out_nll_stderr"] + before["held_out_nll_stderr"]
+
+
+def test_long_texts_are_cut_and_controls_spelled_out() -> None:
+    assert visible("a\x1bb\u202ec") == "a\\u001bb\\u202ec"
+    assert visible("line\nnext\ttab") == "line\nnext\ttab"
+    assert visible("x" * 10_000).endswith("[...]") and len(visible("x" * 10_000)) < 5_000

@@ -1,0 +1,168 @@
+"""A Ray cluster of three nodes on this machine, for real: one of them is lost in the middle of generate."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
+from sparring.errors import Refused, Stopped
+from sparring.loop import settle
+from sparring.recipe.schema import Recipe
+from sparring.run.iteration import Iteration
+from sparring.run.rundir import RunDir
+from sparring.stages.generate import begin_parts, engine_of, generate, parts_of
+from sparring.stages.generate import ray_pool as on_ray
+from sparring.stages.generate.ray_pool import draw_on_cluster
+from sparring.stages.prepare import prepare
+from sparring.types import Backend, Generation, OpenBackend, Prompt
+
+# 48 rows: 3,840 answers, eight parts
+SETTINGS = {"samples": 80, "max_new_tokens": 2}
+
+
+class Stuck:
+    """An engine that hangs on one node, and says so in a file; on the others it waits for that and then works."""
+
+    def __init__(self, backend: Backend, doomed: str, note: Path) -> None:
+        self.backend = backend
+        self.is_doomed = ray.get_runtime_context().get_node_id() == doomed
+        self.note = note
+
+    def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
+        for place, answer in enumerate(self.backend.generate(prompts, greedy=greedy)):
+            if self.is_doomed and place == 100:
+                self.note.touch()
+            while (self.is_doomed and place == 100) or (not self.note.exists() and not self.is_doomed):
+                time.sleep(0.05)
+            yield answer
+
+
+@contextmanager
+def open_stuck(model: Path, opener: OpenBackend, doomed: str, note: Path) -> Iterator[Backend]:
+    with opener(model) as backend:
+        yield Stuck(backend, doomed, note)
+
+
+@contextmanager
+def open_deadly(model: Path) -> Iterator[Backend]:
+    class Deadly:
+        def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
+            import os
+
+            os._exit(1)
+
+    yield Deadly()  # type: ignore[misc]
+
+
+@contextmanager
+def open_refused(model: Path) -> Iterator[Backend]:
+    raise Refused("generate.backend: it is not installed on this node")
+    yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Its first node has no CPUs for engines: it is where we are."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def make_iteration(recipe: Recipe, folder: Path) -> Iteration:
+    run = RunDir(folder)
+    run.root.mkdir()
+    settle(run, recipe)
+    prepare(run, recipe)
+    return Iteration(run, recipe, 0)
+
+
+def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make_recipe("space", iterations=1, generate=SETTINGS, threads=1)
+    alone = make_iteration(recipe, tmp_path / "alone")
+    generate(alone, engine_of(alone))
+
+    doomed, _ = (cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2))
+    note = tmp_path / "stuck"
+    opener = partial(open_stuck, opener=engine_of(alone), doomed=doomed.node_id, note=note)
+    monkeypatch.setattr(on_ray, "engine_of", lambda _: opener)
+
+    on_cluster = recipe.model_copy(update={"launch": "ray", "address": cluster.address})
+    shared = make_iteration(on_cluster, tmp_path / "run")
+    playing = threading.Thread(target=draw_on_cluster, args=(shared,), daemon=True)
+    playing.start()  # elsewhere, since nodes are started from the main thread
+    run = shared.run
+    parts = run.work(run.stage(0, "generate"))
+    while not (note.exists() and any(parts.glob("part-*.parquet"))) and playing.is_alive():
+        time.sleep(0.05)
+    cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    cluster.remove_node(doomed, allow_graceful=False)
+    playing.join(timeout=180)
+    assert not playing.is_alive()
+
+    assert "an engine died" in capsys.readouterr().err
+
+    def nothing_left(model: Path) -> None:
+        raise AssertionError("everything is drawn already")
+
+    generate(shared, nothing_left)  # type: ignore[arg-type]
+    answers = shared.generations(0)
+    assert sorted(answers) == sorted(row.id for row in shared.train_rows())
+    assert all([a.sample for a in drawn] == list(range(80)) for drawn in answers.values())
+    names = sorted(path.name for path in alone.stage("generate").glob("part-*.parquet"))
+    assert len(names) == 8
+    assert all((shared.stage("generate") / n).read_bytes() == (alone.stage("generate") / n).read_bytes() for n in names)
+
+
+def test_what_an_engine_refuses_or_dies_of_ends_the_stage(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any
+) -> None:
+    monkeypatch.setattr(on_ray, "MAX_DEATHS", 2)
+    recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", address=cluster.address)
+    iteration = make_iteration(recipe, tmp_path / "run")
+    monkeypatch.setattr(on_ray, "engine_of", lambda _: open_refused)
+    with pytest.raises(Refused, match="not installed on this node"):
+        draw_on_cluster(iteration)
+    monkeypatch.setattr(on_ray, "engine_of", lambda _: open_deadly)
+    with pytest.raises(Stopped, match="2 engines died at part-0000"):
+        draw_on_cluster(iteration)
+    begin_parts(iteration)
+    assert not any(path.exists() for path in parts_of(iteration))
+
+
+def test_a_cluster_that_is_not_there_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("space", launch="ray", address="127.0.0.1:1")
+    with pytest.raises(Refused, match="no Ray cluster answers at 127.0.0.1:1:"):
+        draw_on_cluster(make_iteration(recipe, tmp_path / "run"))
+
+
+def test_an_address_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    iteration = make_iteration(make_recipe("space"), tmp_path / "run")
+    for address in ("head-node", "ray://head:10001"):
+        recipe = iteration.recipe.model_copy(update={"launch": "ray", "address": address})
+        with pytest.raises(Refused, match="write HOST:PORT"):
+            draw_on_cluster(replace(iteration, recipe=recipe))
+
+
+def test_an_address_without_ray_is_a_mistake(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ValueError, match="address is a setting of launch: ray"):
+        make_recipe("space", address="auto")

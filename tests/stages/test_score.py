@@ -1,0 +1,73 @@
+"""The engine's log-probs beside the scorer's: silent where they agree, said where another model has drawn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparring.data.tables import read_scores
+from sparring.loop import run_stage, settle
+from sparring.recipe.schema import Recipe
+from sparring.report.alarms import alarms
+from sparring.run.iteration import Iteration
+from sparring.run.manifest import read_manifest
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.stages.prepare import prepare
+from sparring.stages.score import ENGINE_AGREES, compare_engine
+from sparring.types import Generation
+
+
+@pytest.mark.parametrize(("shift", "is_wrong"), [(0.9, False), (1.1, True), (-1.1, True), (float("nan"), True)])
+def test_an_engine_with_another_model_is_told(
+    shift: float,
+    is_wrong: bool,
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The column of log-probs is made from the scorer's own, each `shift` times the tolerance per token away."""
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    recipe = make_recipe("spin", iterations=1)
+    settle(run, recipe)
+    prepare(run, recipe)
+    iteration = Iteration(run, recipe, 0)
+    for stage in ("generate", "score"):
+        run_stage(iteration, stage)
+    assert "engine_difference" not in read_manifest(run.stage(0, "score")).info, "hf reports none"
+    scored = read_scores(run.stage(0, "score") / "opponent.parquet")
+    shutil.rmtree(run.stage(0, "score"))
+    drawn, by = iteration.generations(0), shift * ENGINE_AGREES["float32"]
+
+    def reported(answer: Generation) -> Generation:
+        return replace(answer, logprob=scored[answer.id, "generated", 0, answer.sample] + by * len(answer.token_ids))
+
+    ids = list(drawn)[:5]
+    doctored = {id: [reported(a) if id in ids else a for a in answers] for id, answers in drawn.items()}
+    monkeypatch.setattr(Iteration, "generations", lambda self, index: doctored)
+    capsys.readouterr()
+    run_stage(iteration, "score")
+    info = read_manifest(run.stage(0, "score")).info
+    assert info["engine_answers"] == 5
+    assert info["engine_difference"] == pytest.approx(abs(by), rel=0.05, nan_ok=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("it has drawn from another model than is scored" in said) == is_wrong
+    told = [alarm for alarm in alarms(Results(run.root)) if "draws from another model in iteration 0" in alarm]
+    assert len(told) == is_wrong
+
+
+def test_only_answers_with_a_log_prob_count() -> None:
+    tokens = np.array([5, 6, 7, 8], dtype=np.int32)
+    answers = [
+        [Generation("a", 0, tokens, "stop", -8.0), Generation("a", 1, tokens[:2], "stop", None)],
+        [Generation("b", 0, tokens[:0], "failed", None), Generation("b", 1, tokens[:2], "length", -3.0)],
+    ]
+    found = compare_engine(answers, np.array([[-6.0, -1.0], [0.0, -4.0]], dtype=np.float32), "bfloat16")
+    assert found == {"engine_difference": 0.5, "engine_allowed": 1 / 16, "engine_answers": 2}

@@ -1,0 +1,304 @@
+"""The inner loop: what a step is, whatever the micro-batching; what it refuses to go on with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sparring.stages.score
+import sparring.stages.train.loop
+from sparring.data.tables import read_rendered, read_scores
+from sparring.errors import Stopped
+from sparring.loop import play
+from sparring.model.load import load_model, load_tokenizer
+from sparring.model.logprobs import Scorer, score_groups
+from sparring.objectives import OBJECTIVES, Sft, Space, Spin, Tspin
+from sparring.recipe.schema import Recipe, Train
+from sparring.run.iteration import Iteration
+from sparring.run.results import Results
+from sparring.run.rundir import RunDir
+from sparring.stages.train.loop import Play, forward_backward, learning_rate, load_plays, prove_same_model
+from sparring.types import Group, Objective
+
+MakeRecipe = Callable[..., Recipe]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plays() -> list[Play]:
+    random = np.random.default_rng(0)
+
+    def tokens() -> np.ndarray:
+        return random.integers(4, 40, random.integers(1, 12)).astype(np.int32)
+
+    return [
+        Play(
+            Group(str(i), tokens(), {"real": (tokens(),), "generated": (tokens(),), "proto": (tokens(),)}),
+            {
+                "real": np.array(-30.0 - i, dtype=np.float32),
+                "generated": np.array([-28.0], dtype=np.float32),
+                "proto": np.array(-29.0, dtype=np.float32),
+            },
+        )
+        for i in range(13)
+    ]
+
+
+@pytest.mark.parametrize("objective", [Spin(), Tspin(), Space(), Sft()], ids=lambda o: o.name)
+def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, plays: list[Play], tiny: Path) -> None:
+    """13 examples of unequal lengths, in one piece, in pieces of other sizes, one by one."""
+    results = []
+    for budget in (10_000, 150, 1):
+        model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+        metrics = forward_backward(Scorer(model), objective, plays, budget)
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for metrics, gradient in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(gradient, results[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[Play], tiny: Path) -> None:
+    model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+    together = forward_backward(Scorer(model), Spin(), plays, 100)["loss"]
+    alone = [forward_backward(Scorer(model), Spin(), [one], 100)["loss"] for one in plays]
+    assert together == pytest.approx(float(np.mean(alone)), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_step_zero_is_the_published_constant_in_every_iteration(
+    make_recipe: MakeRecipe, tmp_path: Path, method: str
+) -> None:
+    is_published = method in ("sft", "spin", "tspin", "space")
+    recipe = make_recipe(method, iterations=3 if is_published else 2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    for t in range(recipe.iterations):
+        lines = [json.loads(line) for line in (run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()]
+        first = lines[0]
+        expected = recipe.at(t).method.start_loss
+        if expected is not None:
+            assert first["loss"] == pytest.approx(expected, rel=1e-5)
+            assert first["rewards/real"] == pytest.approx(0, abs=1e-5)
+            assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("budget", [64, 8192])
+def test_the_proof_holds_in_bfloat16_whatever_the_batches(make_recipe: MakeRecipe, tmp_path: Path, budget: int) -> None:
+    recipe = make_recipe("space", iterations=2, train={"dtype": "bfloat16", "micro_batch_tokens": budget, "epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    for t in range(2):
+        first = json.loads((run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(2 * math.log(2), abs=2e-2)
+        assert first["log_ratio"] < 1e-3
+
+
+def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """SPIN: rounds t and t-1 from iteration 1 on. T-SPIN: this round, and the first one as proto. SPACE: this round."""
+    counts = {}
+    for method in ("spin", "tspin", "space", "sft"):
+        recipe = make_recipe(method, iterations=3, train={"epochs": 1})
+        run = play(recipe, tmp_path / method)
+        for t in range(3):
+            iteration = Iteration(run, recipe.at(t), t)
+            plays = load_plays(iteration)
+            counts[method, t] = len(plays)
+            rows = {row.id for row in iteration.train_rows()}
+            assert {p.group.id for p in plays} == rows
+            if method == "tspin":
+                assert ("proto" in plays[0].group.responses) == (t > 0)
+                for one in plays if t > 0 else []:
+                    first = iteration.generations(0)[one.group.id][0].token_ids
+                    assert np.array_equal(one.group.responses["proto"][0], first)
+            if method == "spin" and t > 0:
+                drawn = [iteration.generations(r) for r in (t, t - 1)]
+                halves = [plays[: len(rows)], plays[len(rows) :]]
+                for half, answers in zip(halves, drawn, strict=True):
+                    for one in half:
+                        expected = answers[one.group.id][0].token_ids
+                        assert np.array_equal(one.group.responses["generated"][0], expected)
+    assert counts == {
+        **{("spin", t): 48 * (1 + (t > 0)) for t in range(3)},
+        **{(method, t): 48 for method in ("tspin", "space", "sft") for t in range(3)},
+    }
+    run = RunDir(tmp_path / "spin")
+    assert not (tmp_path / "tspin" / "iter-00" / "score").exists(), "T-SPIN reads no opponent"
+    assert not (tmp_path / "sft" / "iter-00" / "generate").exists(), "SFT reads no generated answer"
+    reads = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["reads"]
+    assert set(reads) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
+    assert reads["iter-01/train/model"] == run.digest(run.model(1)), "iteration t's scores name the model of t-1"
+
+
+def test_the_anchor_mixes_the_starting_model_in(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """alpha-SPIN: from iteration 1 on what stands for the opponent's log-probs is a share of the first model's."""
+    method = {"name": "alpha-spin", "alpha": 0.25}
+    recipe = make_recipe(method, per_iteration={0: {"method": "sft"}}, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    iteration = Iteration(run, recipe.at(1), 1)
+    groups = [one.group for one in load_plays(iteration)]
+    mixed = {role: np.stack([one.opponent[role] for one in load_plays(iteration)]) for role in ("real", "generated")}
+    first, last = (
+        score_groups(Scorer(load_model(path, dtype=torch.float32, device=CPU)), groups, 256)
+        for path in (Path(iteration.data.model), iteration.opponent)
+    )
+    for role in ("real", "generated"):
+        assert np.abs(first[role] - last[role]).max() > 0.1
+        np.testing.assert_allclose(mixed[role], 0.25 * first[role] + 0.75 * last[role], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["spin", "tspin", "space"])
+def test_sft_then_a_game_on_rows_that_it_did_not_see(
+    method: str, make_recipe: MakeRecipe, tiny: Path, tmp_path: Path
+) -> None:
+    """data.game_rows: sft trains on the other rows, the game draws, scores and plays on these; proto is its first."""
+    data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "game_rows": 0.25}
+    recipe = make_recipe(method, iterations=3, data=data, per_iteration={0: {"method": "sft"}})
+    run = play(recipe, tmp_path / "run")
+    rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "game"))
+    assert (len(rows), len(kept)) == (36, 12) and not rows & kept
+    first, second, third = (Iteration(run, recipe.at(t), t) for t in range(3))
+    assert {one.group.id for one in load_plays(first)} == rows
+    assert not run.stage(0, "generate").exists()
+    for iteration in (second, third):
+        assert {one.group.id for one in load_plays(iteration)} == kept == set(iteration.generations(iteration.index))
+    assert (second.rounds(), third.rounds()) == ([1], [2, 1] if method == "spin" else [2])
+    if method == "tspin":
+        drawn = second.generations(1)
+        for one in load_plays(third):
+            assert np.array_equal(one.group.responses["proto"][0], drawn[one.group.id][0].token_ids)
+    assert Results(run.root).data.num_train == 48  # type: ignore[union-attr]
+
+
+def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(plays: list[Play], tiny: Path) -> None:
+    def gradient(objective: Objective, weight: float = 0.0) -> tuple[float, torch.Tensor]:
+        model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+        metrics = forward_backward(Scorer(model), objective, plays, 1000, weight)
+        return metrics["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (alone, game), (_, sft), (loss, both) = gradient(Space()), gradient(Sft()), gradient(Space(), 10.0)
+    assert loss == pytest.approx(alone)
+    torch.testing.assert_close(both, game + 10 * sft, atol=1e-5, rtol=1e-4)
+
+
+def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
+    """On preference data: SPIN reads the chosen answers, then DPO the pairs; the reference is SPIN's last model."""
+    recipe = make_recipe("spin", data={"train": str(tiny / "pairs.jsonl")}, per_iteration={1: {"method": "dpo"}})
+    run = play(recipe, tmp_path / "run")
+    assert not run.stage(1, "generate").exists()
+    roles = {role for _, role, _, _ in read_scores(run.stage(1, "score") / "opponent.parquet")}
+    assert roles == {"real", "rejected"}
+    lines = Results(run.root).training(1)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["rewards/margins"] > 0 and lines[-1]["rewards/rejected"] < lines[-1]["rewards/real"]
+    plays = load_plays(Iteration(run, recipe.at(1), 1))
+    pairs = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(tiny / "model")
+    worse = {tokenizer.decode(p.group.responses["rejected"][0], skip_special_tokens=True) for p in plays}
+    assert worse <= {pair["rejected"] for pair in pairs}
+
+
+def test_both_rounds_are_scored_by_the_current_opponent(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    iteration = Iteration(run, recipe.at(1), 1)
+    plays = load_plays(iteration)
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    metrics = forward_backward(Scorer(model), recipe.method, plays, 256)
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["log_ratio"] < 1e-5
+
+
+def test_another_model_than_the_opponent_is_found_before_the_first_update(plays: list[Play], tiny: Path) -> None:
+    model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
+    for objective in (Spin(), Space()):
+        metrics = forward_backward(Scorer(model), objective, plays, 1000)
+        with pytest.raises(Stopped, match="the policy should be its opponent, but it is not"):
+            prove_same_model(objective, metrics, "float32")
+    for objective in (Tspin(), Sft()):
+        prove_same_model(objective, {}, "float32")  # they read no opponent
+
+
+def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """In float32 it tells models apart that one update at a usual rate made different."""
+    recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
+    run = play(recipe, tmp_path / "run")
+    plays = load_plays(Iteration(run, recipe, 0))
+    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
+    metrics = forward_backward(Scorer(model), Space(), plays, 256)
+    with pytest.raises(Stopped):
+        prove_same_model(Space(), metrics, "float32")
+
+
+def test_a_non_finite_loss_stops_before_the_update(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    real, calls = sparring.stages.train.loop.forward_backward, []
+
+    def poisoned(*args: object) -> dict[str, float]:
+        calls.append(1)
+        metrics = real(*args)  # type: ignore[arg-type]
+        return {**metrics, "loss": math.nan} if len(calls) == 3 else metrics
+
+    monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", poisoned)
+    recipe = make_recipe("space", iterations=1, train={"checkpoint_every": 1})
+    with pytest.raises(Stopped, match=r"iteration 0, step 3: the loss is nan.*Nothing was updated"):
+        play(recipe, tmp_path / "run")
+    work = tmp_path / "run" / "iter-00" / ".train.partial"
+    assert sorted(p.name for p in work.glob("step-*")) == ["step-00000001", "step-00000002"]
+    monkeypatch.undo()
+    clean = play(recipe, tmp_path / "clean")
+    continued = play(recipe, tmp_path / "run")
+    assert clean.digest(clean.model(0)) == continued.digest(continued.model(0))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules(schedule: str) -> None:
+    settings = Train.model_validate({"learning_rate": 1.0, "schedule": schedule, "warmup": 0.1})
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(rates) == 1.0 and min(rates) > 0, "no step is wasted on a rate of 0"
+    after = rates[10:]
+    if schedule == "constant":
+        assert set(after) == {1.0}
+    else:
+        assert after == sorted(after, reverse=True)
+        assert rates[55] == pytest.approx(0.5)
+    assert learning_rate(0, 1, settings) == 1.0
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"optimizer": "adamw"}])
+def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, object]) -> None:
+    recipe = make_recipe("space", iterations=1, train={"epochs": 4, "learning_rate": 3e-3, **change})
+    run = play(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+
+
+def test_gradient_checkpointing_changes_no_number(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    plain = play(make_recipe("spin", iterations=1), tmp_path / "plain")
+    saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved")
+    for name in ("loss", "gradient_norm"):
+        values = [
+            [json.loads(line)[name] for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
+            for run in (plain, saved)
+        ]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_dropout_is_off(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "dropout"
+    shutil.copytree(tiny / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    model = load_model(folder, dtype=torch.float32, device=CPU).train()
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

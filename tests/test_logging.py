@@ -1,0 +1,132 @@
+"""What is said while a run works: bars for people, JSON lines for a job's log."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sparring import logging as progress
+from sparring.loop import play
+from sparring.recipe.schema import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def events(text: str) -> list[dict]:
+    """Every line must be a JSON object with a time and a kind."""
+    found = [json.loads(line) for line in text.splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", e["time"]) and e["event"] for e in found)
+    return found
+
+
+def test_a_log_has_one_json_object_per_line(
+    make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a whole run, every line; each stage begins and ends once, and the numbers are those of the evaluation."""
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    said = capfd.readouterr()
+    assert said.out == "", "results go to stdout, progress to stderr"
+    found = events(said.err)
+    stages = [(-1, "evaluate"), *((0, stage) for stage in ("generate", "score", "train", "evaluate"))]
+    for kind in ("stage begins", "stage"):
+        assert [(e["iteration"], e["stage"]) for e in found if e["event"] == kind] == stages
+    begun, ended = (next(e for e in found if e["event"] == kind) for kind in ("run", "done"))
+    assert (begun["method"], begun["iterations"], begun["training_rows"], begun["held_out_rows"]) == (
+        "space",
+        1,
+        48,
+        12,
+    )
+    assert ended["report"] == str(run.report)
+    last = [e for e in found if e["event"] == "stage"][-1]
+    assert last["metrics"] == json.loads((run.stage(0, "evaluate") / "metrics.json").read_text())
+    assert last["message"].startswith("iteration 0: evaluate ") and last["seconds"] > 0
+
+
+def test_words_of_others_stay_inside_their_line(capfd: pytest.CaptureFixture[str]) -> None:
+    progress.say('a "quoted"\nline \x1b[31m {"event": "forged"}\n')
+    progress.say("")
+    (only,) = events(capfd.readouterr().err)
+    assert only["event"] == "message" and only["message"].startswith('a "quoted"\nline \\u001b[31m')
+
+
+def test_progress_lines_have_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One per half minute; what an earlier start had done is not counted as speed."""
+    clock = iter([0.0, 1.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.track("train 0", 100) as advance:
+        advance(40, 0)  # an earlier start's
+        for _ in range(4):
+            advance(10, 310)
+    found = events(capfd.readouterr().err)
+    assert [(e["event"], e["what"], e["done"], e["total"]) for e in found] == [
+        ("progress", "train 0", 60, 100),
+        ("progress", "train 0", 80, 100),
+    ]
+    assert [e["tokens_per_second"] for e in found] == [20.0, 20.0]
+    assert [e["seconds_left"] for e in found] == [62.0, 31.0], "20 of 40 in 31 s, 40 of 40 in 62 s"
+
+
+def test_no_time_left_where_the_end_is_not_known(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 31.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.track("read rows.jsonl", None) as advance:
+        advance(5, 50)
+    (only,) = events(capfd.readouterr().err)
+    assert only["total"] is None and "seconds_left" not in only
+
+
+def test_people_see_a_bar_and_plain_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
+    progress.say("a sentence", "stage", seconds=1.0)
+    progress.tell("stage begins", stage="train")
+    with progress.track("train 0", 4) as advance:
+        advance(2, 1000)
+    shown = screen.getvalue()
+    assert "a sentence\n" in shown and "{" not in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown)
+    assert "train 0" in shown and "2/4" in shown and "50%" in shown and "tokens/s" in shown
+
+
+def test_init_asks_for_what_is_not_given_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
+    """On a real pseudo-terminal: three questions, the default of the last taken."""
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "sparring", "init", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
+    os.close(terminal)
+    said = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal said
+        while words not in said:
+            try:
+                said += os.read(screen, 4096)
+            except OSError:  # the other side is closed
+                break
+        assert words in said, said
+
+    for question, answer in ((b"model", tiny / "model"), (b"rows", tiny / "rows.jsonl"), (b"method", "")):
+        read_until(question)
+        os.write(screen, f"{answer}\n".encode())
+    read_until(b"next: sparring doctor")
+    assert process.wait(timeout=60) == 0
+    os.close(screen)
+    assert b"[tspin]" in said, "the default is shown"
+    written = (tmp_path / "r.yaml").read_text()
+    assert f"model: {tiny / 'model'}" in written and "name: tspin" in written
+    assert f"train: {tiny / 'rows.jsonl'}" in written and "checker: number" in written
