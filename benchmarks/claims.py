@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 from demo_seeds import cpu_name
 
-from sparring.commands.compare import take_over, take_rows
+from sparring.commands.compare import reuse_stages, copy_rows
 from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
 from sparring.data.tables import read_rendered
-from sparring.loop import begin, play, run_stage, settle
+from sparring.loop import begin, play, run_stage, check_settings
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
 from sparring.run.iteration import Iteration
@@ -153,20 +153,20 @@ class Place:
     def tasks(self) -> list[Task]:
         return [task for task in TASKS if task.name != "stories" or (self.stories and self.model)]
 
-    def result(self, one: Play) -> dict[str, object] | None:
+    def result(self, one: TrainingExample) -> dict[str, object] | None:
         path = one.folder(self.root) / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def sweep(task: Task) -> list[Play]:
-    return [Play(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
+def remove_leftovers(task: Task) -> list[TrainingExample]:
+    return [TrainingExample(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
 
 
 def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
     """The rate with the lowest held-out NLL at its best iteration; None: not known yet."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
-    for one in sweep(task):
+    for one in remove_leftovers(task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
@@ -175,18 +175,18 @@ def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
     return min(found, key=lambda rate: found[rate])
 
 
-def to_play(place: Place) -> Iterator[Play]:
+def to_play(place: Place) -> Iterator[TrainingExample]:
     """What can be played now: sweeps, then what is reported, in the order in which the page needs it."""
     for task in place.tasks:
-        yield from (one for one in sweep(task) if one.arm in task.swept)
+        yield from (one for one in remove_leftovers(task) if one.arm in task.swept)
     wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
     for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
             for arm in arms:
                 rate = chosen_rate(place, task, arm)
                 if rate is not None:
-                    yield Play(task, arm, rate, seed)
-    yield from sweep(PROBLEMS)
+                    yield TrainingExample(task, arm, rate, seed)
+    yield from remove_leftovers(PROBLEMS)
 
 
 @contextmanager
@@ -255,7 +255,7 @@ def recipe_of(
     )
 
 
-def play_one(place: Place, one: Play) -> None:
+def play_one(place: Place, one: TrainingExample) -> None:
     with only_one(place.root / f"start-{one.seed}.lock", patient=True):
         model, rows = start_of(place, one.task, one.seed)
     is_story = one.task.name == "stories"
@@ -273,11 +273,11 @@ def play_one(place: Place, one: Play) -> None:
         if json.loads(path.read_text(encoding="utf-8"))["data"] == [one.arm.share, one.arm.samples]
     ]
     with run.own():
-        settle(run, recipe)
+        check_settings(run, recipe)
         if donors:
-            take_rows(donors[0], run, 1.0, one.seed)  # prepared already
+            copy_rows(donors[0], run, 1.0, one.seed)  # prepared already
         begin(run, recipe)
-        take_over(Iteration(run, recipe.at(0), 0), donors)
+        reuse_stages(Iteration(run, recipe.at(0), 0), donors)
         for index in range(-1, one.iterations):
             iteration = Iteration(run, recipe.at(index), index)
             for stage in iteration.stages:
@@ -331,8 +331,8 @@ def gather(place: Place) -> None:
     plays: list[dict[str, object]] = []
     tasks: dict[str, object] = {}
     for task in TASKS:
-        wanted = sweep(task) + [
-            Play(task, arm, rate, seed)
+        wanted = remove_leftovers(task) + [
+            TrainingExample(task, arm, rate, seed)
             for arm in task.arms()
             for seed in range(task.seeds)
             if (rate := chosen_rate(place, task, arm)) is not None

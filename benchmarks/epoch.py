@@ -51,7 +51,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparring.model.load import load_model, save_model
-from sparring.model.packing import padded_rows
+from sparring.model.packing import pack_padded
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
@@ -59,7 +59,7 @@ from sparring.run.seeds import permutation
 from sparring.stages.generate import generate
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
-from sparring.stages.train.loop import Play, load_plays, train
+from sparring.stages.train.loop import TrainingExample, load_training_examples, train
 from sparring.types import Backend, Generation, Prompt
 
 VOCAB, BATCH = 32_000, 16
@@ -150,9 +150,9 @@ def draw(iteration: Iteration) -> None:
     score(iteration)
 
 
-def in_order(iteration: Iteration) -> list[Play]:
+def in_order(iteration: Iteration) -> list[TrainingExample]:
     """As the train stage takes them."""
-    plays = load_plays(iteration)
+    plays = load_training_examples(iteration)
     return [plays[i] for i in permutation(len(plays), iteration.seed("order", 0))]
 
 
@@ -220,14 +220,14 @@ def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
 def by_plain(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
     plays, settings, objective = in_order(iteration), iteration.recipe.train, iteration.recipe.method
 
-    def loss_of(model: PreTrainedModel, some: list[Play]) -> torch.Tensor:
+    def loss_of(model: PreTrainedModel, some: list[TrainingExample]) -> torch.Tensor:
         groups = [play.group for play in some]
         opponent: Any = {
             role: torch.from_numpy(np.stack([play.opponent[role] for play in some])) for role in some[0].opponent
         }
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             policy = plain_scores(model, groups)
-        return objective(policy, opponent, padded_rows(groups).lengths()).per_example.sum()
+        return objective(policy, opponent, pack_padded(groups).lengths()).per_example.sum()
 
     yield []
     model = load_model(iteration.opponent, dtype=torch.float32, device=CPU).train()
@@ -239,7 +239,7 @@ def by_cpo(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
     model = load_model(iteration.opponent, dtype=torch.float32, device=CPU).train()
     terms_of = cpo_terms(model)
 
-    def loss_of(model: PreTrainedModel, some: list[Play]) -> torch.Tensor:
+    def loss_of(model: PreTrainedModel, some: list[TrainingExample]) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             terms = terms_of([play.group for play in some])
             return len(some) * sum(weight * trainer.compute_loss(model, batch) for weight, trainer, batch in terms)
@@ -250,10 +250,10 @@ def by_cpo(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
 
 def loop(
     iteration: Iteration,
-    plays: list[Play],
+    plays: list[TrainingExample],
     pairs: int,
     model: PreTrainedModel,
-    loss_of: Callable[[PreTrainedModel, list[Play]], torch.Tensor],
+    loss_of: Callable[[PreTrainedModel, list[TrainingExample]], torch.Tensor],
     folder: Path,
 ) -> list[float]:
     """The loop that people write."""
@@ -316,7 +316,7 @@ def main() -> None:
     torch.set_num_threads(1)
     iteration = prepare_run(arguments)
     plays = in_order(iteration)
-    row_tokens = sum(padded_rows([play.group]).computed_tokens for play in plays)
+    row_tokens = sum(pack_padded([play.group]).computed_tokens for play in plays)
     rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in PLAYED[arguments.method]}
     result: dict[str, Any] = {}
     for number in range(arguments.rounds):

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparring.model.kernels import chunked, linear_logprob, reference, rows
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import arrange, micro_batches
+from sparring.model.packing import pack, micro_batches
 from sparring.types import Group
 
 MODELS = {  # width, inner width, layers, heads, key-value heads, vocabulary
@@ -170,7 +170,7 @@ def step(scorer: Scorer, groups: list[Group], budget: int) -> None:
     """Forward and backward of the groups, and no optimizer."""
     scorer.zero_grad()
     for batch in micro_batches(scorer.kind, groups, budget):
-        layout = arrange(scorer.kind, [groups[i] for i in batch]).to(scorer.device)
+        layout = pack(scorer.kind, [groups[i] for i in batch]).to(scorer.device)
         scores = layout.scores(scorer(layout))
         margin = scores["real"] - scores["generated"][:, 0]
         F.softplus(-0.1 * margin).sum().div(len(groups)).backward()
@@ -190,7 +190,7 @@ def layouts(device: torch.device, is_tiny: bool) -> dict[str, Any]:
         is_at_hand, scorer.is_flex = scorer.is_flex, is_flex
         assert is_at_hand or not is_flex, "FlexAttention was tried at loading and given up"
         model.zero_grad()
-        values = scorer(arrange(scorer.kind, groups).to(device))
+        values = scorer(pack(scorer.kind, groups).to(device))
         (values * torch.linspace(-1, 2, len(values), device=device)).sum().backward()
         found[name] = [values.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
     return {
@@ -207,7 +207,7 @@ def training(device: torch.device, size: str, peak: float, count: int, budget: i
         model.gradient_checkpointing_enable({"use_reentrant": False})
     groups = make_groups(count, *((15, 25) if size == "tiny" else (150, 250)), vocab)
     body = depth * (2 * width * width + 2 * width * kv_heads * (width // heads) + 3 * width * inner)
-    shared = arrange("shared", groups)
+    shared = pack("shared", groups)
     visible = sum(p**2 // 2 + sum(r * p + r**2 // 2 for r in rest) for p, *rest in shared.shared_prompts.sizes)  # type: ignore[union-attr]
     flops = 6 * body * shared.computed_tokens + 6 * width * vocab * len(shared.targets) + 12 * depth * width * visible
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "least_tflops": flops / 1e12}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scale import MISTRAL_7B
 
-from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, plan, speed_of_gpu
+from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, plan, gpu_speed
 from sparring.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def compare(folder: Path) -> dict[str, object]:
     def hours(batch_size: int) -> dict[str, float]:
         engine = recipe.generate.model_copy(update={"batch_size": batch_size})
         wanted = recipe.model_copy(update={"generate": engine})
-        speed = speed_of_gpu(gpu, wanted, shape, lengths)
+        speed = gpu_speed(gpu, wanted, shape, lengths)
         first = plan(wanted, folder, lengths, GPUS_USED, speed, gpu, parallel="fsdp2").iterations[0]
         return {name: getattr(first, name) / 3600 for name in ("generate", "score", "train")}
 

@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from sparring.commands.plan import GPUS, Lengths, Shape, Speed, score_flops, speed_of_gpu, train_flops
+from sparring.commands.plan import GPUS, Lengths, Shape, Speed, score_flops, gpu_speed, train_flops
 from sparring.data.tables import read_generations, write_generations, write_rows
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary, Iteration
 from sparring.run.manifest import begin_work, commit, commit_folder, commit_part, has_part, verify
 from sparring.run.rundir import RunDir
-from sparring.stages.generate import parts_of
+from sparring.stages.generate import plan_parts
 from sparring.types import Generation, Rendered
 
 PROMPTS = 10_000_000
@@ -94,7 +94,7 @@ def main() -> None:
         costs = measure(Path(folder), arguments.rows)
         Path(folder, "config.json").write_text(json.dumps(MISTRAL_7B))
         work = make_recipe(folder), Shape.of(Path(folder), "bfloat16"), LENGTHS
-        speed = speed_of_gpu(GPUS[GPU], *work)
+        speed = gpu_speed(GPUS[GPU], *work)
         found = {
             f"failures_every_{hours:g}_hours_of_a_node": simulate_all(costs, speed, Path(folder), Assumptions(hours))
             for hours in (1000.0, 20.0)
@@ -138,7 +138,7 @@ def measure(folder: Path, num_rows: int) -> Costs:
     with cpu_seconds(found, "read", num_rows):
         rows = iteration.train_rows()
     with cpu_seconds(found, "cut", num_rows):
-        parts = parts_of(iteration)
+        parts = plan_parts(iteration)
     found["cut"] -= found["read"]  # it reads the rows itself
     del rows
     work = begin_work(iteration.run.work(iteration.stage("generate")), {"data": "0" * 32})
@@ -308,7 +308,7 @@ def generate(
     for node in range(nodes):
         heapq.heappush(events, (draw.exponential(3600 * assumed.hours_between_failures), FAIL, node, 0))
 
-    def hand_out(now: float, engine: int) -> None:
+    def assign_parts(now: float, engine: int) -> None:
         nonlocal todo
         count = min(todo, -(-todo // (2 * engines)))
         todo -= count
@@ -337,7 +337,7 @@ def generate(
         if life != alive[which // GPUS_PER_NODE]:
             continue
         if kind == START:
-            hand_out(now, which)
+            assign_parts(now, which)
             continue
         # the owner takes parts one by one; an engine that has more to draw does not wait for it
         owner_free = max(owner_free, now) + serve
@@ -348,7 +348,7 @@ def generate(
         if leases[which]:
             begin(now, which)
         else:
-            hand_out(owner_free, which)
+            assign_parts(owner_free, which)
     end = max(now, owner_free)
     return {
         "seconds": end,

@@ -50,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from step_arms import MODELS, PROFILES, Case, all_cases, make_groups, make_step
 from transformers import PreTrainedModel
 
-from sparring.model.packing import padded_rows, shared_row
+from sparring.model.packing import pack_padded, pack_shared
 from sparring.recipe.hardware import has_bfloat16_products
 
 
@@ -106,14 +106,14 @@ def limits(case: Case) -> dict[str, float]:
     kv = kv_heads * width // heads
     body = layers * (2 * width * width + 2 * width * kv + 3 * width * inner)
     groups = make_groups(case)
-    shared = shared_row(groups)
+    shared = pack_shared(groups)
     visible = 0
     for prompt, *rest in shared.shared_prompts.sizes:  # type: ignore[union-attr]
         visible += prompt**2 // 2 + sum(r * prompt + r**2 // 2 for r in rest)
     tokens, size = shared.computed_tokens, 4 if case.dtype == "float32" else 2
     flops = 6 * body * tokens + 6 * width * case.vocab * int(shared.num_tokens.sum()) + 12 * layers * width * visible
     return {
-        "tokens_of_rows": padded_rows(groups).computed_tokens,
+        "tokens_of_rows": pack_padded(groups).computed_tokens,
         "tokens_shared": tokens,
         "least_gflops": round(flops / 1e9, 1),
         "least_mib": round(

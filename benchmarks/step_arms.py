@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparring.model.logprobs import Scorer, model_inputs, sequence_logprobs
-from sparring.model.packing import arrange, padded_rows
+from sparring.model.packing import pack, pack_padded
 from sparring.objectives import Spin, Tspin
 from sparring.types import Group, Scores
 
@@ -108,7 +108,7 @@ def make_groups(case: Case) -> list[Group]:
 
 
 def plain_scores(model: PreTrainedModel, groups: list[Group]) -> Scores:
-    layout = padded_rows(groups)
+    layout = pack_padded(groups)
     column = torch.arange(layout.input_ids.shape[1])
     prompts = torch.tensor([len(g.prompt_ids) for g in groups for rs in g.responses.values() for _ in rs])
     is_response = (column >= prompts[:, None]) & layout.attention_mask.bool()
@@ -127,7 +127,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
     opponent: dict[Any, torch.Tensor] = {}
     if not case.is_triplet:  # near a random model's, so that no gradient is nothing
         nats = math.log(case.vocab)
-        lengths = padded_rows(groups).lengths()
+        lengths = pack_padded(groups).lengths()
         opponent = {role: -nats * lengths[role].float() for role in ("real", "generated")}
     dtype = getattr(torch, case.dtype)
 
@@ -135,7 +135,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
         return objective(policy, opponent, lengths).per_example.mean()  # type: ignore[arg-type]
 
     if arm in ("plain", "two-models"):
-        lengths = padded_rows(groups).lengths()
+        lengths = pack_padded(groups).lengths()
         frozen = make_model(case.model, case.vocab, seed=1) if arm == "two-models" else None
 
         def step() -> torch.Tensor:
@@ -149,7 +149,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
         scorer = Scorer(model, dtype, arm)  # type: ignore[arg-type]
 
         def step() -> torch.Tensor:
-            layout = arrange(scorer.kind, groups)
+            layout = pack(scorer.kind, groups)
             return mean_loss(layout.scores(scorer(layout)), layout.lengths())
 
     else:
@@ -198,7 +198,7 @@ def cpo_terms(model: PreTrainedModel) -> Callable[[list[Group]], Terms]:
     def batch(groups: list[Group], first: str, second: str) -> dict[str, torch.Tensor]:
         found = {}
         for name, role in (("chosen", first), ("rejected", second)):
-            rows = padded_rows([Group(g.id, g.prompt_ids, {"real": g.responses[role]}) for g in groups])  # type: ignore[index]
+            rows = pack_padded([Group(g.id, g.prompt_ids, {"real": g.responses[role]}) for g in groups])  # type: ignore[index]
             prompts = torch.tensor([len(g.prompt_ids) for g in groups])
             hidden = (torch.arange(rows.input_ids.shape[1]) < prompts[:, None]) | (rows.attention_mask == 0)
             found |= {
