@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from page import interval
 
 from sparring.commands.demo import GAME, ITERATIONS, METHODS, START, demo_recipe, write_task
 from sparring.loop import play
@@ -22,8 +23,6 @@ from sparring.run.results import Results
 
 METRICS = ("held_out_nll", "greedy_accuracy", "sampled_accuracy")
 RATES = (3e-5, 1e-4, 3e-4)
-# quantiles of Student's t at 97.5 %, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Found = dict[tuple[str, float], dict[int, list[dict[str, float]]]]
 """(method, rate) -> iteration -> metrics of each seed."""
@@ -40,15 +39,6 @@ def play_seed(folder: Path, seed: int, found: Found) -> None:
             run = play(recipe, folder / f"{method}-{rate:g}")
             for iteration, metrics in Results(run.root).evaluations().items():
                 found.setdefault((method, rate), {}).setdefault(iteration, []).append(metrics)
-
-
-def interval(values: np.ndarray) -> dict[str, object]:
-    half = T[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
-    return {
-        "mean": round(float(values.mean()), 4),
-        "half_width_95": round(float(half), 4),
-        "seeds": values.round(4).tolist(),
-    }
 
 
 def summarise(found: Found) -> dict[str, object]:

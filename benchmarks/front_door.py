@@ -100,7 +100,7 @@ def measure(arguments: Sequence[str], rounds: int, folder: Path) -> dict[str, fl
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         start = time.monotonic()
         ended = subprocess.run(
-            [sys.executable, "-m", "sparring", *command], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "sparring.cli", *command], capture_output=True, text=True, check=False
         )
         wall = time.monotonic() - start
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

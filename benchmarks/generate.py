@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_seeds import cpu_name, interval
+from demo_seeds import cpu_name
+from page import interval
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparring.stages.generate.vllm

@@ -1,19 +1,486 @@
-"""Tables that scripts put into pages of docs/, each between `<!-- MARK: NAME -->` and `<!-- end -->`."""
+"""Writes the tables and the figure of README.md and docs/ from benchmarks/results/*.json.
+
+    python benchmarks/page.py
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`, and is replaced there. A test keeps the pages
+equal to the numbers. The sentences around the tables are written by hand.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+FIGURE = ROOT / "docs" / "claims.svg"
+MARK = re.compile(r"(<!-- results: ([^>]+?) -->)\n.*?<!-- end -->", re.DOTALL)
+
+Table = list[list[str]]
+"""Rows of cells, the header first."""
 
 
-def filled(page: str, mark: str, table: Callable[[str], Sequence[str]]) -> str:
-    """The page with the lines that `table` has for each name in place of what stands there."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n" + "\n".join(table(match[2])) + "\n<!-- end -->"
-
-    return re.sub(rf"(<!-- {mark}: ([^>]+?) -->)\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+@cache
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def filled(page: str) -> str:
+    """The page with each marked table replaced by the table of that name."""
+    return MARK.sub(lambda match: f"{match[1]}\n{markdown(TABLES[match[2]]())}\n<!-- end -->", page)
+
+
+def interval(values: np.ndarray) -> dict[str, object]:
+    """Mean and 95 % interval over seeds, Student's t."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return {
+        "mean": round(float(values.mean()), 4),
+        "half_width_95": round(float(half), 4),
+        "seeds": values.round(4).tolist(),
+    }
+
+
+def markdown(table: Table) -> str:
+    rule = ["---"] + ["--:"] * (len(table[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:]))
+
+
+# The demo over six seeds: README.md, docs/results.md.
+
+
+def demo() -> Table:
+    arms = results("demo_seeds")["arms"]
+
+    def values(method: str, metric: str, *iterations: str) -> str:
+        found = arms[f"{method}, 0.0003"]["by_iteration"][metric]
+        return ", ".join(f"{found[i]['mean']:.3f}" for i in iterations)
+
+    rows = [["", "held-out NLL: start, iterations 0-2", "greedy accuracy: start, last"]]
+    labels = {"sft": "continued SFT", "space": "SPACE", "tspin": "T-SPIN", "spin": "SPIN, lambda 0.1"}
+    for method, label in labels.items():
+        nll = values(method, "held_out_nll", "start", "0", "1", "2")
+        rows.append([label, nll, values(method, "greedy_accuracy", "start", "2")])
+    return rows
+
+
+def six_seeds() -> Table:
+    arms = results("demo_seeds")["arms"]
+    rows = [["", "rate", "held-out NLL: start, then iterations", "last - best", "greedy accuracy", "last - best"]]
+    for method, label in (("sft", "sft"), ("spin", "spin 0.1"), ("tspin", "tspin 1"), ("space", "space 1")):
+        for rate in ("3e-05", "0.0001", "0.0003"):
+            cells: list[str] = []
+            for metric, sign, digits in (("held_out_nll", 1, 4), ("greedy_accuracy", -1, 3)):
+                by_iteration = arms[f"{method}, {rate}"]["by_iteration"][metric]
+                values = np.array([one["seeds"] for one in by_iteration.values()])  # [iteration, seed]
+                means = values.mean(axis=1)
+                best = int((sign * means).argmin())
+                cells.append(in_bold(means, best, 3))
+                cells.append(plus_minus((values[-1] - values[best]).tolist(), digits) if best < len(means) - 1 else "0")
+            rows.append([arm_name(label), rate, *cells])
+    return rows
+
+
+# One training step and one epoch: docs/performance.md.
+
+STEP_ARMS = {
+    "plain": "plain loop",
+    "two-models": "two models",
+    "trl": "TRL default",
+    "trl-cached": "TRL cached",
+    "trl-tuned": "TRL tuned",
+    "trl-cpo": "TRL CPO twice",
+    "padded": "padded rows",
+    "shared-pair": "pair",
+}
+DTYPES = ("fp32", "bf16")
+PAIRS = tuple(f"{profile} pair {dtype}" for profile in ("chat", "long-prompt", "long-answer") for dtype in DTYPES)
+SHAPES = ("256/64 pair", "128/128 pair", "64/192 pair")
+STEP_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # arms beside ours, and cases
+    "headline": (("plain", "trl", "trl-tuned"), PAIRS),
+    "pairs": (("two-models", "plain", "trl", "trl-cached", "trl-tuned", "padded"), PAIRS),
+    "triplets": (
+        ("plain", "trl-cpo", "padded", "shared-pair"),
+        tuple(case.replace("pair", "triplet") for case in PAIRS),
+    ),
+    "shapes": (
+        ("plain", "trl-tuned"),
+        (
+            *(f"{shape} {dtype}" for shape in SHAPES for dtype in DTYPES),
+            *(f"chat pair {dtype} {size}" for size in ("150k", "160m") for dtype in DTYPES),
+        ),
+    ),
+    "answers": (("plain",), tuple(f"chat k={k} {dtype}" for dtype in DTYPES for k in (1, 3, 7))),
+    "rows": (("padded",), tuple(f"row-{k}k {dtype}" for dtype in DTYPES for k in (2, 4, 8))),
+}
+
+
+def step(name: str) -> Table:
+    """Our median seconds, and the other arms' as multiples of ours."""
+    arms, cases = STEP_CASES[name]
+    details = [] if name == "headline" else ["range", "of peak"]
+    rows = [["", "sparring, s", *details, *(STEP_ARMS[arm] for arm in arms)]]
+    for case in cases:
+        found = results("step")["results"][case]["summary"]["arms"]
+        ours = found["shared"]
+        seconds = ours["seconds"]
+        cells = [f"{seconds['min']:.2f}-{seconds['max']:.2f}", f"{ours['share_of_matrix_peak']:.0%}"]
+        times = [f"{found[arm]['times_ours']:.2f}x" if arm in found else "" for arm in arms]
+        rows.append([short(case), f"{seconds['median']:.2f}", *(cells if details else []), *times])
+    return rows
+
+
+def step_memory() -> Table:
+    """MiB over the weights at the peak of a step."""
+    arms = ("plain", "trl", "trl-tuned", "padded")
+    rows = [["", "sparring", *(STEP_ARMS[arm] for arm in arms)]]
+    for case in PAIRS:
+        found = results("step")["results"][case]["summary"]["arms"]
+        rows.append([short(case), *(f"{found[arm]['mib_over_weights']:,}" for arm in ("shared", *arms))])
+    return rows
+
+
+def short(case: str) -> str:
+    return case.replace(" pair", "").replace(" triplet", "")
+
+
+def epoch() -> Table:
+    labels = {
+        "epoch": "SPIN, GSM8K, fp32",
+        "epoch_bf16": "SPIN, GSM8K, bf16",
+        "epoch_triplets": "T-SPIN, GSM8K, fp32",
+        "epoch_long_prompt_triplets_bf16": "T-SPIN, long prompts, bf16",
+    }
+    rows = [["", "rounds", "sparring, s", "plain loop", "TRL", "peak MiB: sparring, plain loop, TRL"]]
+    for name, label in labels.items():
+        arms = results(name)["arms"]
+        order = [arms["sparring"], arms["plain"], arms.get("trl") or arms["trl-cpo"]]
+        seconds = order[0]["cpu_seconds"]
+        times = [f"{arm['times_the_first_arm']:.1f}x" for arm in order[1:]]
+        peaks = ", ".join(f"{arm['peak_mib']:,}" for arm in order)
+        rows.append([label, str(len(seconds)), f"{np.median(seconds):.1f}", *times, peaks])
+    return rows
+
+
+# Engines, scale, first commands, memory of an adapter: docs/engines.md, clusters.md, performance.md, adapters.md.
+
+
+def engines() -> Table:
+    found = results("generate")
+    labels = {
+        "bare vllm": "vLLM alone",
+        "vllm": "`vllm`",
+        "vllm, no log-probs": "`vllm`, without the 64 checked log-probs",
+        "hf": "`hf`",
+    }
+    rows = [["", "tokens/s", "over vLLM alone"]]
+    for arm, label in labels.items():
+        over = found["overhead_over_bare_vllm"].get(arm)
+        rows.append([label, around(found["tokens_per_second"][arm], 1, ",.0f"), percent(over["wall"]) if over else ""])
+    return rows
+
+
+def around(found: dict, scale: float, form: str) -> str:
+    return f"{scale * found['mean']:{form}} ± {scale * found['half_width_95']:{form}}"
+
+
+def percent(found: dict) -> str:
+    return around(found, 100, ".1f") + " %"
+
+
+def scale() -> Table:
+    rows = [["nodes", "generate", "engines busy", "score", "train, batch 64", "train, batch 1,024"]]
+    for row in results("scale")["failures_every_1000_hours_of_a_node"]:
+        if row["nodes"] in (1, 2, 8, 16, 32, 64, 512):
+            hours = [row["generate_hours"], row["score_hours"], row["train_hours_batch_64"]]
+            generate, score, train = (f"{value:.2f}" for value in hours)
+            busy, large = f"{row['engines_busy']:.0%}", f"{row['train_hours_batch_1024']:.1f}"
+            rows.append([f"{row['nodes']:.0f}", generate, busy, score, train, large])
+    return rows
+
+
+def first_commands() -> Table:
+    labels = {
+        "--help": "`sparring --help`",
+        "run --help": "`sparring run --help`",
+        "a misspelt key": "`doctor`, a misspelled key",
+        "init, the demo's rows": "`init`, 1,000 rows",
+        "doctor, the demo's rows": "`doctor`, 1,000 rows",
+        "doctor, 7B, 2,000 chats": "`doctor`, a 7B model's config, 2,000 chats",
+        "doctor, stories": "`doctor`, a pretrained model, real stories",
+        "preview, the demo's rows": "`preview`, 1,000 rows",
+    }
+    found = results("front_door")["commands"]
+    rows = [["command", "median, s", "slowest, s"]]
+    for what, label in labels.items():
+        digits = 2 if found[what]["wall_seconds"] < 1 else 1
+        rows.append([label, *(f"{found[what][key]:.{digits}f}" for key in ("wall_seconds", "slowest"))])
+    return rows
+
+
+def adapter_memory() -> Table:
+    rows = [["`micro_batch_tokens`", "with gradient checkpointing", "without"]]
+    by_tokens: dict[int, list[str]] = {}
+    for found in results("front_door")["adapter_7b"]:  # with checkpointing first
+        gib = f"{found['state_gib'] + found['work_gib']:.1f} GiB"
+        by_tokens.setdefault(found["micro_batch_tokens"], []).append(gib)
+    return [*rows, *([f"{tokens:,}", *gib] for tokens, gib in by_tokens.items())]
+
+
+# The claims of the papers: docs/results.md.
+
+ARM_NAMES = {
+    "sft": "SFT",
+    "spin 0.1": "SPIN, lambda 0.1",
+    "spin 1": "SPIN, lambda 1",
+    "tspin 1": "T-SPIN, alpha 1",
+    "tspin 0.1": "T-SPIN, alpha 0.1",
+    "tspin 1, beta 0": "T-SPIN, alpha 1, beta 0",
+    "space 1": "SPACE, mu 1",
+    "space 3": "SPACE, mu 3",
+    "space 7": "SPACE, mu 7",
+}
+LARGER_MU = ("space 3", "space 7")
+TITLES = {"nll": ("NLL", 4), "greedy": ("greedy accuracy", 3), "sampled": ("sampled accuracy", 3)}
+COLOURS = {"sft": "#555555", "spin 0.1": "#D55E00", "tspin 1": "#009E73", "space 1": "#0072B2"}
+
+
+def tasks() -> dict[str, dict]:
+    return results("claims")["tasks"]
+
+
+def arms_of(task: str) -> list[str]:
+    return [arm["label"] for arm in tasks()[task]["arms"]]
+
+
+def chosen_rate(task: str, arm: str) -> float:
+    return next(a["chosen_rate"] for a in tasks()[task]["arms"] if a["label"] == arm)
+
+
+def reported(task: str, arm: str) -> dict[int, dict]:
+    """The plays of an arm by seed, without those of the sweep that chose its learning rate."""
+    rate, sweep_seed = chosen_rate(task, arm), results("claims")["sweep_seed"]
+    plays = (p for p in results("claims")["plays"] if p["seed"] != sweep_seed)
+    return {p["seed"]: p for p in plays if (p["task"], p["arm"], p["rate"]) == (task, arm, rate)}
+
+
+def metrics_of(task: str) -> list[str]:
+    return ["nll"] if task == "stories" else ["nll", "greedy", "sampled"]
+
+
+def arm_name(arm: str) -> str:
+    whole, comma, _ = arm.partition(", 25")
+    return ARM_NAMES[whole] + (", 25 %" if comma else "")
+
+
+def chosen(play: dict, metric: str) -> float:
+    """The metric on one half of the held-out rows, at the evaluation that is best on the other half."""
+    values = play["metrics"][f"{metric}_dev"]
+    best = int(np.argmin(values) if metric == "nll" else np.argmax(values))
+    return play["metrics"][f"{metric}_test"][best]
+
+
+def mean(values: Sequence[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f}"
+
+
+def plus_minus(values: Sequence[float], digits: int, *, signed: bool = True) -> str:
+    """Mean and 95 % interval over seeds."""
+    found = interval(np.array(values))
+    return f"{found['mean']:{'+' if signed else ''}.{digits}f} ± {found['half_width_95']:.{digits}f}"
+
+
+def in_bold(values: np.ndarray, best: int, digits: int) -> str:
+    return ", ".join(f"**{v:.{digits}f}**" if t == best else f"{v:.{digits}f}" for t, v in enumerate(values))
+
+
+def tokens(plays: Sequence[dict]) -> str:
+    """Tokens through the optimizer, per iteration."""
+    counts = [p["budget"]["optimizer_tokens"] / (len(p["metrics"]["nll"]) - 1) for p in plays]
+    return f"{np.mean(counts) / 1000:.0f}k"
+
+
+def sweep(task: str) -> Table:
+    """Best and last NLL at each rate on the seed of the sweep; the chosen rate in bold."""
+    sweep_seed = results("claims")["sweep_seed"]
+    found = {
+        (p["arm"], p["rate"]): p["metrics"]
+        for p in results("claims")["plays"]
+        if p["task"] == task and p["seed"] == sweep_seed
+    }
+    rows = [["", *(f"{rate:g}" for rate in tasks()[task]["rates"])]]
+    for arm in (*tasks()[task]["arms"], *tasks()[task]["only_swept"]):
+        if arm["rate_of"]:
+            continue
+        cells = []
+        for rate in tasks()[task]["rates"]:
+            metrics = found[arm["label"], rate]
+            text = f"{min(metrics['nll']):.4f}"
+            text = f"**{text}**" if arm.get("chosen_rate") == rate else text
+            text += f", then {metrics['nll'][-1]:.4f}" if metrics["nll"][-1] != min(metrics["nll"]) else ""
+            text += f" ({max(metrics['greedy']):.3f})" if "greedy" in metrics_of(task) else ""
+            cells.append(text)
+        rows.append([arm_name(arm["label"]), *cells])
+    return rows
+
+
+def curves(task: str) -> Table:
+    """Claim (a): NLL and accuracy by iteration, and how far the last iteration is behind the chosen one."""
+    metrics = [metric for metric in metrics_of(task) if metric != "sampled"]
+    titles = {"nll": "held-out NLL: start, then iterations", "greedy": "greedy accuracy"}
+    rows = [["", "rate", *(title for metric in metrics for title in (titles[metric], "last - best"))]]
+    for arm in arms_of(task):
+        plays = list(reported(task, arm).values())
+        if not plays or "25 %" in arm:
+            continue
+        cells = []
+        for metric in metrics:
+            means = np.mean([p["metrics"][metric] for p in plays], axis=0)
+            best = int(means.argmin() if metric == "nll" else means.argmax())
+            fall = [p["metrics"][f"{metric}_test"][-1] - chosen(p, metric) for p in plays]
+            cells += [in_bold(means, best, 3), plus_minus(fall, TITLES[metric][1])]
+        rows.append([arm_name(arm), f"{chosen_rate(task, arm):g}", *cells])
+    return rows
+
+
+def quadrants(task: str) -> Table:
+    """Claim (b): held-out rows by iteration whose real answer has the higher reward but the lower likelihood."""
+    rows = [["", "won by reward", "of these, lower likelihood", "of all rows", "log p(y) - log p(y'), nats"]]
+    for arm in COLOURS:
+        metrics = [play["metrics"] for play in reported(task, arm).values()]
+
+        def share(m: dict) -> list[float]:
+            crossed = np.array(m["higher_reward_lower_likelihood"][1:])
+            won = crossed + np.array(m["higher_reward_higher_likelihood"][1:])
+            return [0.0, *(c / w if w else 0.0 for c, w in zip(crossed, won, strict=True))]
+
+        columns = (
+            ([m["reward_accuracy"] for m in metrics], 2),
+            ([share(m) for m in metrics], 2),
+            ([m["higher_reward_lower_likelihood"] for m in metrics], 2),
+            ([m["likelihood_gap"] for m in metrics], 1),
+        )
+        cells = [", ".join(f"{v:.{d}f}" for v in np.mean([one[1:] for one in column], axis=0)) for column, d in columns]
+        rows.append([arm_name(arm), *cells])
+    return rows
+
+
+def history(task: str) -> Table:
+    """Claim (c): T-SPIN with and without its historical term, at the rate chosen with it."""
+    rows = [["", "mean step of the NLL", "last NLL", "with the term - without", "KL from start", "entropy"]]
+    ours, theirs = (reported(task, arm) for arm in ("tspin 1", "tspin 1, beta 0"))
+    gap = [ours[s]["metrics"]["nll"][-1] - theirs[s]["metrics"]["nll"][-1] for s in sorted(ours.keys() & theirs.keys())]
+    for arm, plays in (("tspin 1", ours), ("tspin 1, beta 0", theirs)):
+        metrics = [play["metrics"] for play in plays.values()]
+        swing = [float(np.abs(np.diff(m["nll"][1:])).mean()) for m in metrics]
+        last = [mean([m[key][-1] for m in metrics], digits) for key, digits in (("kl_from_start", 2), ("entropy", 3))]
+        cells = [plus_minus(swing, 4, signed=False), mean([m["nll"][-1] for m in metrics], 4)]
+        cells += [plus_minus(gap, 4) if arm == "tspin 1" else "", *last]
+        rows.append([f"{arm_name(arm)}, {chosen_rate(task, arm):g}", *cells])
+    return rows
+
+
+def mu(task: str) -> Table:
+    """Claim (d): SPACE with as many answers per prompt as mu, paired by seed with mu 1."""
+    metrics = [metric for metric in metrics_of(task) if metric != "sampled"]
+    titles = [title for m in metrics for title in (f"{TITLES[m][0]} after iterations", "last, against mu 1")]
+    rows = [["", *titles, "tokens trained on, per iteration"]]
+    first = reported(task, "space 1")
+    for arm in ("space 1", *(arm for arm in LARGER_MU if arm in arms_of(task))):
+        plays = reported(task, arm)
+        seeds = sorted(plays.keys() & first.keys())
+        cells: list[str] = []
+        for metric in metrics:
+            digits = TITLES[metric][1]
+            values = [plays[seed]["metrics"][metric][1:3] for seed in seeds]
+            cells.append(", ".join(f"{v:.{digits}f}" for v in np.mean(values, axis=0)))
+            against = [plays[seed]["metrics"][metric][2] - first[seed]["metrics"][metric][2] for seed in seeds]
+            cells.append("" if arm == "space 1" else plus_minus(against, digits))
+        rows.append([arm_name(arm), *cells, tokens([plays[seed] for seed in seeds])])
+    return rows
+
+
+def against(task: str, control: str, compared: Sequence[str]) -> Table:
+    """Claims (e) and (f): each arm at its chosen iteration, paired by seed with the control at its own."""
+    metrics = metrics_of(task)
+    titles = [title for m in metrics for title in (TITLES[m][0], f"against {arm_name(control)}")]
+    rows = [["", *titles, "tokens trained on, per iteration"]]
+    theirs = reported(task, control)
+    for arm in (control, *(a for a in compared if a != control)):
+        ours = reported(task, arm)
+        if not ours:
+            continue
+        cells: list[str] = []
+        for metric in metrics:
+            digits = TITLES[metric][1]
+            cells.append(mean([chosen(play, metric) for play in ours.values()], digits))
+            seeds = sorted(ours.keys() & theirs.keys())
+            gap = [chosen(ours[seed], metric) - chosen(theirs[seed], metric) for seed in seeds]
+            cells.append("" if arm == control else plus_minus(gap, digits))
+        rows.append([arm_name(arm), *cells, tokens(list(ours.values()))])
+    return rows
+
+
+def gain(task: str) -> Table:
+    return against(task, "sft", [arm for arm in arms_of(task) if "25 %" not in arm and arm not in LARGER_MU])
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "demo": demo,
+    "six seeds": six_seeds,
+    **{f"step, {name}": partial(step, name) for name in STEP_CASES},
+    "step, memory": step_memory,
+    "epoch": epoch,
+    "engines": engines,
+    "scale": scale,
+    "first commands": first_commands,
+    "adapter memory": adapter_memory,
+    "quarter, fresh rows": lambda: against("fresh rows", "sft", arms_of("fresh rows")),
+    "quarter against quarter, fresh rows": lambda: against("fresh rows", "sft, 25 %", arms_of("fresh rows")[1:]),
+    **{f"sweep, {task}": partial(sweep, task) for task in ("problems", "stories", "fresh rows")},
+    **{
+        f"{table.__name__}, {task}": partial(table, task)
+        for table in (curves, quadrants, history, mu, gain)
+        for task in ("problems", "stories")
+    },
+}
+
+
+def draw() -> None:
+    """The curves of claim (a) as SVG. The same software gives the same bytes."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {"svg.hashsalt": "sparring", "svg.fonttype": "none", "font.size": 9}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    panels = (("problems", "nll"), ("problems", "greedy"), ("stories", "nll"))
+    with mpl.rc_context(style):
+        canvas = Figure(figsize=(9, 2.9), layout="constrained")
+        FigureCanvasSVG(canvas)
+        for number, (task, metric) in enumerate(panels, start=1):
+            axes = canvas.add_subplot(1, 3, number)
+            for arm, colour in COLOURS.items():
+                values = np.array([p["metrics"][metric] for p in reported(task, arm).values()])
+                x = range(-1, values.shape[1] - 1)
+                for one in values:
+                    axes.plot(x, one, color=colour, linewidth=0.6, alpha=0.35)
+                line = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": arm_name(arm)}
+                axes.plot(x, values.mean(axis=0), color=colour, **line)
+            axes.set_title(f"{task}: {'held-out NLL' if metric == 'nll' else 'greedy accuracy'}", fontsize=9)
+            axes.set_xlabel("iteration; -1 is the start")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        canvas.savefig(FIGURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            path.write_text(new, encoding="utf-8")
+    draw()
