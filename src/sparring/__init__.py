@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from sparring.errors import Refused, RunMismatch, Stopped
+    from sparring.errors import RunError, RunMismatch, UserError
     from sparring.loop import play
     from sparring.objectives import OBJECTIVES
     from sparring.recipe.load import load_recipe
     from sparring.recipe.schema import Recipe
     from sparring.run.results import Results
 
-__all__ = ["OBJECTIVES", "Recipe", "Refused", "Results", "RunMismatch", "Stopped", "load_recipe", "play"]
+__all__ = ["OBJECTIVES", "Recipe", "Results", "RunError", "RunMismatch", "UserError", "load_recipe", "play"]
 
 _HOMES = {
     "OBJECTIVES": "sparring.objectives",
     "Recipe": "sparring.recipe.schema",
-    "Refused": "sparring.errors",
+    "UserError": "sparring.errors",
     "Results": "sparring.run.results",
     "RunMismatch": "sparring.errors",
-    "Stopped": "sparring.errors",
+    "RunError": "sparring.errors",
     "load_recipe": "sparring.recipe.load",
     "play": "sparring.loop",
 }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from sparring.errors import Interrupted, Refused, Stopped
-from sparring.visible import visible
+from sparring.errors import Interrupted, RunError, UserError
 
 if TYPE_CHECKING:
     from sparring.recipe.schema import Recipe
@@ -28,51 +26,74 @@ app = typer.Typer(
 )
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the recipe, such as train.epochs=1."),
+]
+LogFormat = Annotated[str | None, typer.Option(help="text (the default) or json: one object per line.")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
+    recipe: RecipeFile,
     run_dir: RunDirectory,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's, e.g. train.epochs=1"),
+    overrides: Overrides = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Run one stage only: generate, score, train, evaluate or benchmarks/NAME.")
     ] = None,
+    iteration: Annotated[int, typer.Option(help="With --stage: from 0; -1 is the starting model.")] = 0,
+    log_format: LogFormat = None,
 ) -> None:
-    """Play a recipe. The same command again continues where it stopped, or says that all is done."""
-    read = _read(recipe, overrides)
-    from sparring.loop import play
+    """Play a recipe. The same command continues a run that was stopped."""
+    settings = _read(recipe, overrides, log_format)
+    from sparring.loop import play, run_one_stage
 
-    play(read, run_dir)
+    if stage is None:
+        from sparring.commands.forecast import check_disk
+
+        check_disk(settings, run_dir)
+        play(settings, run_dir)
+    elif not run_one_stage(settings, run_dir, stage, iteration):
+        typer.echo(f"{stage} of iteration {iteration} is done already")
 
 
 @app.command()
 def init(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")],
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="The file to write.")] = None,
     model: Annotated[str | None, typer.Option(help="A folder or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="A file of rows or a hub id.")] = None,
     method: Annotated[str | None, typer.Option(help="spin, tspin (the default), space or sft.")] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter.")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a low-rank adapter.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
-    """Look at the rows and write a commented recipe for them. On a terminal it asks for what is not given."""
+    """Write a commented recipe for your model and rows. On a terminal it asks for what is missing."""
+    if schema:
+        from sparring.recipe.load import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=1))
+        return
+    if recipe is None:
+        raise UserError("Give the recipe file to write, for example: sparring init recipe.yaml")
     if recipe.exists():
-        raise Refused(f"{recipe} is there already; give another name")
+        raise UserError(f"{recipe} exists already. Choose another name.")
     if sys.stdin.isatty():
         model = model or typer.prompt("model, a folder or a hub id")
         data = data or typer.prompt("rows, a file or a hub id")
         method = method or typer.prompt("method", default="tspin")
     if model is None or data is None:
-        raise Refused(f"{'--model' if model is None else '--data'} is not given, and there is no terminal to ask on")
+        missing = "--model" if model is None else "--data"
+        raise UserError(f"{missing} is missing, and there is no terminal to ask on.")
     from sparring.commands.init import write_recipe
 
     write_recipe(recipe, model=model, data=data, method=method or "tspin", lora=lora)
-    typer.echo(f"{recipe}; next: sparring doctor {recipe}")
+    typer.echo(f"Wrote {recipe}. Next: sparring doctor {recipe}")
 
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
 ) -> None:
     """Say within seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
     read = _read(recipe, overrides)
@@ -84,8 +105,8 @@ def doctor(
 
 @app.command()
 def preview(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
 ) -> None:
     """Show rows token by token, what is scored and what is not, and an answer of the model beside the real one."""
@@ -97,8 +118,8 @@ def preview(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many devices, over all machines.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="a100-40, a100, l40s, h100, h200 or b200.")] = None,
     measured: Annotated[Path | None, typer.Option(help="A run of the same model: take the rates that it had.")] = None,
@@ -129,16 +150,8 @@ def launch(
     from sparring.commands.jobs import job_file
 
     if scheduler not in ("slurm", "kubernetes"):
-        raise Refused(f"--print {scheduler}: slurm and kubernetes are known")
+        raise UserError(f"--print {scheduler}: slurm and kubernetes are known")
     typer.echo(job_file(scheduler, recipe, run_dir, nodes=nodes, gpus=gpus, image=image, claim=claim), nl=False)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from sparring.recipe.load import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=1))
 
 
 @app.command()
@@ -158,33 +171,6 @@ def status(
 
 
 @app.command()
-def stage(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="generate, score, train or evaluate.")],
-    run_dir: RunDirectory,
-    iteration: Annotated[int, typer.Option("--iteration", help="From 0; -1 is the starting model.")],
-) -> None:
-    """Run one stage of a run by hand. The stages before it must be done."""
-    from sparring.loop import run_one_stage
-
-    if not run_one_stage(run_dir, name, iteration):
-        typer.echo(f"{name} of iteration {iteration} is done already")
-
-
-@app.command()
-def restore(
-    mirror: Annotated[str, typer.Argument(metavar="URI", help="The recipe's 'mirror'.")], run_dir: RunDirectory
-) -> None:
-    """Bring a run back from its mirror: every finished stage that is missing here, verified."""
-    from sparring.run.mirror import Mirror
-    from sparring.run.rundir import RunDir
-
-    run, source = RunDir(run_dir), Mirror(mirror)
-    with run.own():
-        for folder in source.fetch(run):
-            typer.echo(folder)
-
-
-@app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write report.html from whatever the run has by now."""
     from sparring.report import write_report
@@ -194,29 +180,18 @@ def report(run_dir: RunDirectory) -> None:
 
 
 @app.command()
-def watch(
-    run_dir: RunDirectory, port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8707
-) -> None:
-    """Serve the report of a run that goes on, on this machine only, until interrupted. Writes nothing."""
-    from sparring.commands.watch import make_server
-    from sparring.run.rundir import RunDir
-
-    with make_server(RunDir(run_dir), port) as server:
-        typer.echo(f"http://127.0.0.1:{server.server_port}/ (interrupt to stop)")
-        server.serve_forever()
-
-
-@app.command()
 def export(
     run_dir: RunDirectory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     iteration: Annotated[str, typer.Option(help="best, or a number from 0.")] = "best",
-    merge: Annotated[bool, typer.Option("--merge", help="Of an adapter: add it to its base.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Default: the one that the run computed in.")] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Instead of a model: every round as preference data.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Default: the dtype that the run computed in.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Export preference pairs instead of a model.")] = False,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also upload to the hub, private.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a public repository.")] = False,
 ) -> None:
-    """Write a model that transformers and vLLM load, with its card, or the rounds as preference data."""
-    from sparring.commands.export import export_model, export_pairs
+    """Write a model that transformers and vLLM load, with its card; or the iterations as preference pairs."""
+    from sparring.commands.export import export_model, export_pairs, push_folder
     from sparring.run.results import Results
 
     if pairs:
@@ -224,23 +199,10 @@ def export(
     else:
         index = export_model(Results(run_dir), out, iteration=iteration, merge=merge, dtype=dtype)
         typer.echo(f"iteration {index}: {out}")
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'sparring export' wrote.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, only say what would be uploaded.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="For everybody; otherwise private.")] = False,
-) -> None:
-    """Upload an exported folder to the hub: a dry run unless --yes, private unless --public."""
-    from sparring.commands.export import push
-
-    files = push(folder, repo, is_public=public, is_dry=not yes)
-    for file in files:
-        typer.echo(f"{file.stat().st_size:>14,}  {file.name}")
-    kind = "public" if public else "private"
-    typer.echo(f"{'uploaded to' if yes else 'with --yes, to'} the {kind} repository {repo}")
+    if push is not None:
+        for file in push_folder(out, push, is_public=public):
+            typer.echo(f"{file.stat().st_size:>14,}  {file.name}")
+        typer.echo(f"Uploaded to the {'public' if public else 'private'} repository {push}.")
 
 
 @app.command()
@@ -273,71 +235,81 @@ def judge(
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML: data, model, settings.")],
+    recipe: RecipeFile,
     run_dir: RunDirectory,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's.")
-    ] = None,
+    overrides: Overrides = None,
     methods: Annotated[
-        str, typer.Option(help="With commas between; settings of one after colons: space:mu=3:train.learning_rate=1e-4")
+        str, typer.Option(help="Comma-separated; settings of one method after colons, such as space:mu=3.")
     ] = "sft,spin,tspin,space",
-    seeds: Annotated[int, typer.Option(help="How many.")] = 3,
-    fractions: Annotated[str, typer.Option(help="Shares of the training rows, with commas between.")] = "1.0",
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    fractions: Annotated[str, typer.Option(help="Comma-separated fractions of the training rows.")] = "1.0",
+    log_format: LogFormat = None,
 ) -> None:
-    """Compare methods: one data set, one split, one starting model, several seeds. The same command continues."""
-    read = _read(recipe, overrides)
+    """Compare methods on one data set, split and starting model, over several seeds. The same command continues."""
+    settings = _read(recipe, overrides, log_format)
     from sparring.commands.compare import compare as play_all
 
     try:
         shares = [float(share) for share in fractions.split(",")]
     except ValueError as error:
-        raise Refused(f"--fractions {fractions}: write numbers with commas between, such as 0.25,1.0") from error
-    comparison = play_all(read, run_dir, methods.split(","), seeds=seeds, fractions=shares)
+        raise UserError(f"--fractions {fractions}: write comma-separated numbers, such as 0.25,1.0") from error
+    comparison = play_all(settings, run_dir, methods.split(","), seeds=seeds, fractions=shares)
     typer.echo(comparison.root / "report.html")
 
 
 @app.command()
 def demo(
     run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
-    method: Annotated[str, typer.Option(help="tspin, space, spin, sft, or all of them.")] = "all",
+    method: Annotated[str, typer.Option(help="tspin, space, spin, sft or all.")] = "all",
+    log_format: LogFormat = None,
 ) -> None:
-    """Train a tiny model on small reasoning problems, then let it play. No GPU, no network, a few minutes."""
+    """Train a tiny model on small reasoning problems, then play. No GPU and no network; a few minutes."""
+    _set_log_format(log_format)
     from sparring.commands.demo import play_demo
 
     play_demo(run_dir, method)
 
 
-def _read(recipe: Path, overrides: Sequence[str] | None) -> Recipe:
-    """Before a command imports what it works with, which takes seconds: a slip in the recipe is told at once."""
+def _read(recipe: Path, overrides: Sequence[str] | None, log_format: str | None = None) -> Recipe:
+    """Reads the recipe before heavy imports, which take seconds: a mistake in it is reported at once."""
+    _set_log_format(log_format)
     from sparring.recipe.load import load_recipe
 
     return load_recipe(recipe, overrides or ())
 
 
+def _set_log_format(log_format: str | None) -> None:
+    """In the environment, which ranks and engines inherit."""
+    if log_format not in (None, "text", "json"):
+        raise UserError(f"--log-format {log_format}: text or json")
+    if log_format is not None:
+        os.environ["SPARRING_LOG_FORMAT"] = log_format
+
+
 def main() -> None:
-    """The entry point: our own refusals as one message, everything else as a bug."""
+    """The entry point: refusals as one message, everything else as a bug."""
     os.umask(0o077)  # a run directory holds the user's data
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # accelerate imports DeepSpeed wherever it is installed, and that would say on stdout that it finds no GPU
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         app()
-    except Refused as refusal:
-        typer.secho(f"error: {visible(str(refusal))}", fg="red", err=True)
-        sys.exit(2)
+    except UserError as refusal:
+        _fail(f"error: {refusal}", 2)
     except Interrupted as stop:
-        typer.secho(str(stop), err=True)
-        sys.exit(128 + stop.number)
-    except Stopped as stop:
-        typer.secho(f"stopped: {visible(str(stop))}", fg="red", err=True)
-        sys.exit(1)
+        _fail(str(stop), 128 + stop.number)
+    except RunError as stop:
+        _fail(f"stopped: {stop}", 1)
     except KeyboardInterrupt:
-        typer.secho("interrupted; the same command continues", err=True)
-        sys.exit(130)
+        _fail("Interrupted. The same command continues.", 130)
     except OSError as error:
-        typer.secho(
-            f"stopped: {visible(str(error))}. What was committed is intact; the same command continues",
-            fg="red",
-            err=True,
-        )
-        sys.exit(1)
+        _fail(f"stopped: {error}. Everything committed is intact; the same command continues.", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from sparring.logging import escape_control
+
+    typer.secho(escape_control(message), fg="red", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

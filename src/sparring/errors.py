@@ -1,19 +1,19 @@
 """What can go wrong by intent. Anything else that is raised is a bug of ours."""
 
 
-class Refused(Exception):
+class UserError(Exception):
     """The user's input cannot be used. The message says what, where, and how to mend it. Exit code 2."""
 
 
-class RunMismatch(Refused):
+class RunMismatch(UserError):
     """The run directory was started with other settings, or from other files."""
 
 
-class Stopped(Exception):
+class RunError(Exception):
     """The run stopped to protect what it has: nothing that was committed is lost. Exit code 1."""
 
 
-class Interrupted(Stopped):
+class Interrupted(RunError):
     """The user, or who runs the machine, asked to stop. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
@@ -21,13 +21,13 @@ class Interrupted(Stopped):
         self.number = number
 
 
-class RankLost(Stopped):
+class RankLost(RunError):
     """Another rank of the stage has died, or does not answer."""
 
 
-class OutOfMemory(Stopped):
+class OutOfMemory(RunError):
     """Memory ran out on a rank; what it allows is noted, and the stage begins anew from its last checkpoint."""
 
 
-class Damaged(Stopped):
+class CorruptedError(RunError):
     """Bytes on disk are not those that were written. `play` makes again what can be made again."""

@@ -1,11 +1,16 @@
-"""What a person sees while a stage works: a bar on a terminal; elsewhere, one JSON object per line for a job's log."""
+"""What people see while a run works: a progress bar on a terminal, one live line per stage in a notebook, plain lines
+in a log. JSON lines, for programs, when SPARRING_LOG_FORMAT=json asks for them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -21,66 +26,147 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from sparring.visible import visible
-
 console = Console(stderr=True)
 
-LINE_EVERY_SECONDS = 30.0
+LOG_FORMAT = "SPARRING_LOG_FORMAT"
+"""Environment variable, which ranks inherit: "json" for one JSON object per line; otherwise text."""
+LINE_SECONDS = 30.0
+"""At most one progress line in this time where there is no terminal."""
+NOTEBOOK_SECONDS = 0.5
+"""At most one update of a notebook's live line in this time."""
 
-
-def is_for_people() -> bool:
-    """Whether somebody looks on: at a terminal or in a notebook. Otherwise it is a log, and lines are JSON."""
-    return console.is_terminal or console.is_jupyter
-
-
-def say(message: str, event: str = "message", **fields: object) -> None:
-    """One line. Words of a model or a data file in it are neither markup nor orders to the terminal.
-
-    `event` and `fields` are for a log that programs read; a person sees the message alone.
-    """
-    if is_for_people():
-        console.print(escape(visible(message)), highlight=False, soft_wrap=True)
-    elif message:
-        _log(event, {**fields, "message": visible(message.strip())})
-
-
-def tell(event: str, **fields: object) -> None:
-    """For a log only: what a person sees by a bar."""
-    if not is_for_people():
-        _log(event, fields)
-
-
-def _log(event: str, fields: dict[str, object]) -> None:
-    """One JSON object on one line of stderr, written at once, so that lines of several processes do not mix."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
-    console.file.write(line + "\n")
-    console.file.flush()
-
-
-class Rate(TextColumn):
-    """Tokens per second since the start."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['tokens'] / max(task.elapsed or 0.0, 1e-9):,.0f} tokens/s")
-
+# C0 and C1 controls except line feed and tab, and the characters that reorder or hide text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 Advance = Callable[[int, int], None]
-"""Told how many units are done, and how many tokens they had."""
+"""Takes how many units are done, and how many tokens they had."""
+
+
+def escape_control(text: str) -> str:
+    """The text with control characters spelled out, so that a terminal shows an escape sequence and does not obey it."""
+    return CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def info(message: str, event: str = "message", **fields: object) -> None:
+    """Prints one line. Text of a model or a data file in it is neither markup nor an escape sequence.
+
+    `event` and `fields` are for JSON lines only.
+    """
+    if is_json():
+        if message:
+            _write_json(event, {**fields, "message": escape_control(message.strip())})
+    elif console.is_jupyter:
+        print(escape_control(message))
+    else:
+        console.print(escape(escape_control(message)), highlight=False, soft_wrap=True)
+
+
+def log_event(event: str, **fields: object) -> None:
+    """Writes a JSON line, if those are asked for: what a person sees from a progress bar."""
+    if is_json():
+        _write_json(event, fields)
 
 
 @contextmanager
 def track(what: str, total: int | None) -> Iterator[Advance]:
-    """Progress of `total` units, with tokens per second and the time left. None: nobody knows how many."""
-    if not is_for_people():
-        yield _lines(what, total)
-        return
+    """Shows the progress of `total` units, with tokens per second and the time left. None: the total is unknown."""
+    if is_json() or not (console.is_terminal or console.is_jupyter):
+        yield _log_progress(_Meter(what, total))
+    elif console.is_jupyter:
+        with _live_line(_Meter(what, total)) as advance:
+            yield advance
+    else:
+        with _progress_bar(what, total) as advance:
+            yield advance
+
+
+def is_json() -> bool:
+    return os.environ.get(LOG_FORMAT) == "json"
+
+
+@dataclass
+class _Meter:
+    """Counts units and tokens. The first units may be those of an earlier start, reported with 0 tokens: they are not
+    part of the rate."""
+
+    what: str
+    total: int | None
+    start: float = field(default_factory=time.monotonic)
+    done: int = 0
+    tokens: int = 0
+    resumed: int = 0
+
+    def add(self, units: int, tokens: int) -> None:
+        self.resumed += units if not tokens and not self.tokens else 0
+        self.done += units
+        self.tokens += tokens
+
+    def fields(self) -> dict[str, object]:
+        elapsed = max(time.monotonic() - self.start, 1e-9)
+        fields: dict[str, object] = {"what": self.what, "done": self.done, "total": self.total}
+        fields["tokens_per_second"] = round(self.tokens / elapsed, 1)
+        if self.total is not None:
+            remaining = elapsed / max(self.done - self.resumed, 1) * (self.total - self.done)
+            fields["seconds_left"] = round(remaining, 1)
+        return fields
+
+    def line(self) -> str:
+        fields = self.fields()
+        total = "" if self.total is None else f" of {self.total:,}"
+        left = f", {fields['seconds_left']:,.0f} s left" if fields.get("seconds_left") else ""
+        return f"  {self.what}: {self.done:,}{total}, {fields['tokens_per_second']:,.0f} tokens/s{left}"
+
+
+def _log_progress(meter: _Meter) -> Advance:
+    """Lines of text or JSON, at most one per LINE_SECONDS."""
+    last = meter.start
+
+    def advance(units: int, tokens: int) -> None:
+        nonlocal last
+        meter.add(units, tokens)
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            if is_json():
+                _write_json("progress", meter.fields())
+            else:
+                info(meter.line())
+
+    return advance
+
+
+@contextmanager
+def _live_line(meter: _Meter) -> Iterator[Advance]:
+    """One line of a notebook's output, which stays with its last state."""
+    from IPython.display import display
+
+    def content() -> dict[str, str]:
+        return {"text/plain": escape_control(meter.line())}
+
+    handle = display(content(), raw=True, display_id=True)
+    last = meter.start
+
+    def advance(units: int, tokens: int) -> None:
+        nonlocal last
+        meter.add(units, tokens)
+        if handle is not None and time.monotonic() - last >= NOTEBOOK_SECONDS:
+            last = time.monotonic()
+            handle.update(content(), raw=True)
+
+    try:
+        yield advance
+    finally:
+        if handle is not None:
+            handle.update(content(), raw=True)
+
+
+@contextmanager
+def _progress_bar(what: str, total: int | None) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TaskProgressColumn(),
-        Rate(""),
+        _Rate(""),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
@@ -92,22 +178,17 @@ def track(what: str, total: int | None) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(what: str, total: int | None) -> Advance:
-    """The first units may be those of an earlier start, told with 0 tokens; they are not counted in the rate."""
-    start = spoken = time.monotonic()
-    done = seen = kept = 0
+class _Rate(TextColumn):
+    """Tokens per second since the start."""
 
-    def advance(units: int, tokens: int) -> None:
-        nonlocal done, seen, kept, spoken
-        kept += units if not tokens and not seen else 0
-        done, seen, now = done + units, seen + tokens, time.monotonic()
-        if now - spoken < LINE_EVERY_SECONDS:
-            return
-        spoken, elapsed = now, now - start
-        fields: dict[str, object] = {"what": what, "done": done, "total": total}
-        fields["tokens_per_second"] = round(seen / elapsed, 1)
-        if total is not None:
-            fields["seconds_left"] = round(elapsed / max(done - kept, 1) * (total - done), 1)
-        _log("progress", fields)
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['tokens'] / max(task.elapsed or 0.0, 1e-9):,.0f} tokens/s")
 
-    return advance
+
+def _write_json(event: str, fields: dict[str, object]) -> None:
+    """One JSON object on one line of stderr, written in one call, so that lines of several processes do not mix."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False)
+    if not console.quiet:
+        console.file.write(line + "\n")
+        console.file.flush()

@@ -99,6 +99,14 @@ class Group:
 
 
 @dataclass(frozen=True)
+class TrainingExample:
+    """A group, and the opponent's log-probs of its responses: {} if the objective reads none."""
+
+    group: Group
+    opponent: Mapping[Role, Float[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
 class Loss:
     """Loss and metrics of each example; nothing is reduced yet."""
 
@@ -112,7 +120,6 @@ class Needs(NamedTuple):
     roles: tuple[Role, ...]
     opponent: bool  # the opponent's log-probs
     rounds: int  # how many rounds of generated answers enter an iteration (SPIN: t and t-1)
-    anchor: float = 0.0  # the starting model's share, in log-probs, of what stands for the opponent's
 
 
 @runtime_checkable

@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparring.data.tables import read_rendered, write_rows
-from sparring.errors import Refused, RunMismatch
-from sparring.logging import say
-from sparring.loop import is_done, play, settle
+from sparring.errors import RunMismatch, UserError
+from sparring.logging import info
+from sparring.loop import check_settings, is_done, play
 from sparring.objectives import OBJECTIVES
-from sparring.recipe import yaml as strict_yaml
-from sparring.recipe.load import differences, load_own_recipe, load_recipe, make_recipe, own_recipe
+from sparring.recipe import yaml
+from sparring.recipe.load import differences, load_recipe, make_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm, Comparison, write_comparison
-from sparring.run.iteration import DataSummary, Iteration
+from sparring.run.iteration import DataSummary, Iteration, seed_of
 from sparring.run.manifest import commit, copy_committed, is_committed, make_folder, read_manifest, replace_file
 from sparring.run.rundir import RunDir
-from sparring.run.seeds import seed_of
+from sparring.run.session import load_sealed_recipe, seal_recipe
 from sparring.stages.prepare import prepare
 
 FREE = frozenset(
@@ -62,24 +62,24 @@ class Method:
             if not raw["per_iteration"]:
                 del raw["per_iteration"]  # T-SPIN then has its own
         for path, value in self.settings:
-            strict_yaml.set_key(raw, path, value)
+            yaml.set_key(raw, path, value)
         return make_recipe(raw, source=f"--methods {self.label}: ")
 
 
 def parse_method(label: str) -> Method:
     name, *parts = label.split(":")
     if name not in OBJECTIVES or not re.fullmatch(r"[\w.:=+-]+", label):
-        raise Refused(f"--methods: '{name}' is none of {', '.join(OBJECTIVES)}")
+        raise UserError(f"--methods: '{name}' is none of {', '.join(OBJECTIVES)}")
     settings = []
     for part in parts:
         key, equals, text = part.partition("=")
         section, dot, setting = key.partition(".")
         if not equals or (dot and (section != "train" or setting not in FREE)):
-            raise Refused(
+            raise UserError(
                 f"--methods: '{part}' of '{label}' is no setting of one method: a coefficient (lambda=1) or one of "
                 f"{', '.join(f'train.{name}' for name in sorted(FREE))}"
             )
-        value, _ = strict_yaml.parse(text, f"--methods {label}")
+        value, _ = yaml.parse(text, f"--methods {label}")
         settings.append(((section, setting) if dot else ("method", key), value))
     return Method(label, name, tuple(settings))
 
@@ -95,21 +95,19 @@ def compare(
 ) -> Comparison:
     """Plays every method with every seed on every fraction of the training rows, and writes the comparison.
 
-    The same call again continues it; more methods, seeds and fractions are added to what is there. Raises `Refused`
+    The same call again continues it; more methods, seeds and fractions are added to what is there. Raises `UserError`
     where the arms would not be comparable.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides)
     chosen = [parse_method(label) for label in methods]
     if seeds < 1 or len({m.folder for m in chosen}) < len(chosen) or not all(0 < share <= 1 for share in fractions):
-        raise Refused("--methods must differ, --seeds be 1 or more, --fractions lie above 0 and up to 1")
-    if recipe.data.game_rows is not None:
-        raise Refused(
-            "data.game_rows is for one run with an sft phase; to compare games on rows that sft did not see, run the "
+        raise UserError("--methods must differ, --seeds be 1 or more, --fractions lie above 0 and up to 1")
+    if recipe.data.self_play_rows is not None:
+        raise UserError(
+            "data.self_play_rows is for one run with an sft phase; to compare games on rows that sft did not see, run the "
             "sft phase by itself and compare from its model, with data.train the other rows"
         )
-    if not recipe.evaluate.held_out:
-        raise Refused("evaluate.held_out is false, so there is nothing to compare by")
     plans = [
         (method, seed, share, method.recipe(recipe, recipe.seed + seed))
         for share in sorted(fractions, reverse=True)
@@ -118,41 +116,41 @@ def compare(
     ]
     whole = RunDir(root)
     with whole.own():
-        keep_settings(whole, recipe)
+        check_comparison_settings(whole, recipe)
         if not is_done(whole, whole.data):
             prepare(whole, recipe)
         summary = DataSummary.read(whole.data / "summary.json")
         if not summary.num_held_out:
-            raise Refused("data.held_out leaves no row to compare by")
+            raise UserError("data.held_out leaves no row to compare by")
         arms: list[Arm] = []
         for number, (method, seed, share, settings) in enumerate(plans, start=1):
             place = RunDir(
                 whole.root / f"seed-{seed}" / (method.folder if share == 1 else f"{method.folder}-{share:g}")
             )
-            say(f"\n{number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
+            info(f"\n{number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
             make_folder(place.root)
-            settle(place, settings)
-            take_rows(whole, place, share, settings.seed)
+            check_settings(place, settings)
+            copy_rows(whole, place, share, settings.seed)
             donors = [arm.run for arm in arms if (arm.seed, arm.share) == (seed, share)]
-            take_over(Iteration(place, settings.at(0), 0), donors)
+            reuse_stages(Iteration(place, settings.at(0), 0), donors)
             arms.append(Arm(method.label, seed, share, play(settings, place.root)))
         comparison = Comparison(whole.root, recipe, arms)
         write_comparison(comparison)
     return comparison
 
 
-def keep_settings(whole: RunDir, recipe: Recipe) -> None:
+def check_comparison_settings(whole: RunDir, recipe: Recipe) -> None:
     """Keeps the recipe that all arms share as comparison.yaml, or refuses another one."""
     path = whole.root / "comparison.yaml"
     if path.is_file():
-        if changed := differences(load_own_recipe(path), recipe):
+        if changed := differences(load_sealed_recipe(path), recipe):
             raise RunMismatch(f"{whole.root} holds a comparison with other settings:\n  " + "\n  ".join(changed))
     elif any(whole.root.glob("*.yaml")):
         raise RunMismatch(f"{whole.root} holds a run of its own; use another directory")
-    replace_file(path, own_recipe(recipe))
+    replace_file(path, seal_recipe(recipe))
 
 
-def take_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
+def copy_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
     """Gives a run the prepared rows, or a share of them: by hash, so that a smaller share lies inside a larger one."""
     if is_done(place, place.data):
         return
@@ -160,18 +158,18 @@ def take_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
     order = sorted(rows, key=lambda row: seed_of(seed, "share", row.id))
     kept = {row.id for row in order[: max(1, round(share * len(rows)))]}
     summary = DataSummary.read(whole.data / "summary.json")
-    with commit(place.data, reads=read_manifest(whole.data).reads) as folder:
+    with commit(place.data, input_digests=read_manifest(whole.data).input_digests) as folder:
         write_rows(folder / "train.parquet", [row for row in rows if row.id in kept])
         replace(summary, num_train=len(kept)).write(folder / "summary.json")
         for name in ("held_out.parquet", "rejected.jsonl"):
             shutil.copyfile(whole.data / name, folder / name)
 
 
-def take_over(first: Iteration, donors: Sequence[RunDir]) -> None:
+def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
     """Copies what another arm of the same seed and rows has already made of the starting model."""
     method = first.recipe.method
     for donor in donors:
-        other = load_own_recipe(donor.recipe).at(0).method
+        other = load_sealed_recipe(donor.recipe).at(0).method
         stages = [(first.run.start / "evaluate", donor.start / "evaluate")]
         if method.needs.rounds and other.needs.rounds:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))

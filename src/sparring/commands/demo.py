@@ -19,8 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparring.errors import Refused
-from sparring.logging import say
+from sparring.errors import UserError
+from sparring.logging import info
 from sparring.loop import play
 from sparring.model.load import save_model
 from sparring.recipe.schema import Recipe
@@ -117,14 +117,14 @@ def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
     The same call again continues what was interrupted. `seed` makes other problems and another model.
     """
     if method not in (*METHODS, "all"):
-        raise Refused(f"--method {method}: one of all, {', '.join(METHODS)}")
+        raise UserError(f"--method {method}: one of all, {', '.join(METHODS)}")
     chosen = METHODS if method == "all" else (method,)
     write_task(root / "task", seed)
-    say("the starting model: supervised fine-tuning from random weights")
+    info("the starting model: supervised fine-tuning from random weights")
     start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start")
     runs = []
     for name in chosen:
-        say("")
+        info("")
         recipe = demo_recipe(root, start.model(0), name, seed, iterations=ITERATIONS, train=GAME)
         runs.append(play(recipe, root / name).root)
     print_comparison(runs)

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.text import Text
 
 from sparring.commands.forecast import forecast, num_training
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import context_length, declared_end_ids, load_tokenizer, resolve_model
-from sparring.model.memory import tokens_at_a_time
-from sparring.parallel import distributed
+from sparring.model.memory import inference_micro_batch_tokens
+from sparring.parallel import local_device, num_local_devices
 from sparring.recipe.schema import Recipe
-from sparring.stages.optional_dependencies import checks, optional_packages
-from sparring.stages.prepare import Intake, Keyed, make_renderer
+from sparring.stages.prepare import DataReader, Keyed, dependency_checks, make_renderer, optional_packages
 
 MAX_ROWS = 2000
 """Rows that are rendered; a sample is enough to know the rest."""
@@ -43,20 +42,20 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     """Findings in the order in which a run would meet them. After a bad one that the rest rests on, it ends."""
     optional = [package for package in optional_packages(recipe) if find_spec(package)]
     versions = ", ".join(f"{package} {version(package)}" for package in (*PACKAGES, *optional))
-    engine = f"{recipe.generate.backend} on {distributed.device()}"
+    engine = f"{recipe.generate.backend} on {local_device()}"
     count = torch.get_num_threads()
     yield Finding("good", f"{engine}, {count} thread{'' if count == 1 else 's'}; {versions}")
     try:
         folder = resolve_model(recipe.model)
         tokenizer = load_tokenizer(folder)
         renderer = make_renderer(recipe, folder, tokenizer)
-    except Refused as refusal:
+    except UserError as refusal:
         yield Finding("bad", str(refusal))
         return
-    for check in checks(recipe):
+    for check in dependency_checks(recipe):
         try:
             check()
-        except Refused as refusal:
+        except UserError as refusal:
             yield Finding("bad", str(refusal))
     ends = sorted({renderer.end.id} | declared_end_ids(folder, tokenizer))
     where = "in the template" if renderer.end.is_in_template else "added by sparring, since the template has none"
@@ -71,47 +70,47 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("note", f"the model's context is {context} tokens, so train.max_length is that")
 
     try:
-        intake = Intake(recipe, renderer)
-        rows = intake.take(recipe.data.train, min(recipe.data.limit or MAX_ROWS, MAX_ROWS))
-    except Refused as refusal:
+        reader = DataReader(recipe, renderer)
+        rows = reader.read(recipe.data.train, min(recipe.data.limit or MAX_ROWS, MAX_ROWS))
+    except UserError as refusal:
         yield Finding("bad", str(refusal))
         return
-    yield from examine_rows(recipe, intake, rows)
-    for what, file in (("held-out", recipe.data.held_out), ("game", recipe.data.game_rows)):
+    yield from examine_rows(recipe, reader, rows)
+    for what, file in (("held-out", recipe.data.held_out), ("game", recipe.data.self_play_rows)):
         if not isinstance(file, str):
             continue
         try:
-            found = intake.take(file, 100)
-            yield Finding("good", f"{what} file: rows of the form {intake.shape}; {len(found)} looked at")
-        except Refused as refusal:
+            found = reader.read(file, 100)
+            yield Finding("good", f"{what} file: rows of the form {reader.format}; {len(found)} looked at")
+        except UserError as refusal:
             yield Finding("bad", str(refusal))
     yield from examine_needs(recipe, folder, len(rows))
 
 
-def examine_rows(recipe: Recipe, intake: Intake, rows: Sequence[Keyed]) -> Iterator[Finding]:
-    rejected = intake.rejected.total()
+def examine_rows(recipe: Recipe, reader: DataReader, rows: Sequence[Keyed]) -> Iterator[Finding]:
+    skipped = reader.skipped.total()
     more = " (the first of more)" if len(rows) == MAX_ROWS else ""
-    yield Finding("good", f"{len(rows):,} usable rows of the form {intake.shape}{more}")
-    if rejected:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in intake.rejected.most_common(3))
-        yield Finding("note", f"{rejected:,} rows cannot be used: {reasons}. First: {intake.first}")
+    yield Finding("good", f"{len(rows):,} usable rows of the form {reader.format}{more}")
+    if skipped:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in reader.skipped.most_common(3))
+        yield Finding("note", f"{skipped:,} rows cannot be used: {reasons}. First: {reader.first}")
     prompts, answers = (
         np.array([len(ids) for ids in lists])
         for lists in zip(*((row.prompt_ids, row.real_ids) for _, row in rows), strict=True)
     )
     yield Finding("good", f"prompts {spread(prompts)}, real answers {spread(answers)} tokens (median, 95 %, longest)")
-    if num_cut := sum(row.real_finish == "length" for _, row in rows):
+    if num_truncated := sum(row.real_finish == "length" for _, row in rows):
         yield Finding(
             "note",
-            f"{num_cut / len(rows):.1%} of the real answers are cut at generate.max_new_tokens "
+            f"{num_truncated / len(rows):.1%} of the real answers are cut at generate.max_new_tokens "
             f"({recipe.generate.max_new_tokens}) or train.max_length and get no end token",
         )
     longest = int((prompts + answers).max())
-    at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
-    if longest > at_a_time:
+    micro_batch_tokens = inference_micro_batch_tokens(recipe.train.micro_batch_tokens, local_device())
+    if longest > micro_batch_tokens:
         yield Finding(
             "note",
-            f"the longest row has {longest} tokens, more than train.micro_batch_tokens ({at_a_time}): it stands alone "
+            f"the longest row has {longest} tokens, more than train.micro_batch_tokens ({micro_batch_tokens}): it stands alone "
             "in its micro-batch",
         )
     generate = recipe.generate
@@ -131,18 +130,16 @@ def examine_needs(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[Findi
     steps = f"{needs.steps_per_iteration:,} optimizer steps per iteration, {recipe.iterations} iterations"
     at_least = f"at least, from the first {MAX_ROWS:,} rows: " if is_sample and not recipe.data.limit else ""
     yield Finding("good", f"{needs.num_parameters:,} parameters{trained}; {at_least}{steps}")
-    ranks = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
+    ranks = num_local_devices() if recipe.num_processes == "auto" else recipe.num_processes
     ranks = ranks if recipe.launch == "torchrun" else 1
     state = needs.state_on_each(recipe.parallel, ranks)
     disk = shutil.disk_usage(Path.cwd()).free
-    memory = available_memory() / (1 if distributed.device().type == "cuda" else ranks)  # on a CPU ranks share it
+    memory = available_memory() / (1 if local_device().type == "cuda" else ranks)  # on a CPU ranks share it
     each = f"on each of {ranks} devices " if ranks > 1 else ""
     words = (
         f"training needs {each}about {(state + needs.work_bytes) / GIB:.2f} GiB: {state / GIB:.2f} for weights, "
         f"gradients and moments, and roughly {needs.work_bytes / GIB:.2f} for activations; there are {memory / GIB:.1f}"
     )
-    if needs.paged_bytes:
-        words += f". Moments of {needs.paged_bytes / GIB:.2f} GiB beside those may lie in the machine's memory"
     share = ", parallel: fsdp2" if ranks > 1 and recipe.parallel == "ddp" else ""
     tokens = "max_length" if recipe.train.micro_batch_tokens == "auto" else "micro_batch_tokens"
     remedy = f"; lower train.{tokens}, set train.gradient_checkpointing{share}, or use an adapter"
@@ -158,7 +155,7 @@ def spread(lengths: np.ndarray) -> str:
 
 def available_memory() -> int:
     """Bytes of the device that trains."""
-    if distributed.device().type == "cuda":
+    if local_device().type == "cuda":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -11,14 +11,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparring.errors import UserError
+from sparring.logging import info
 from sparring.model.kernels.chunked import BLOCK, KEPT
-from sparring.model.load import load_config
+from sparring.model.load import load_config, num_parameters, resolve_model
 from sparring.model.memory import activation_bytes
 from sparring.model.quantization import BYTES_PER_WEIGHT
-from sparring.recipe.optimizer_specs import moment_bytes
 from sparring.recipe.schema import Adapter, Recipe
-from sparring.stages.train.checkpoint import KEEP
-from sparring.stages.train.optimizers import trained_sizes
+from sparring.run.disk import format_bytes, free_bytes
+from sparring.run.manifest import is_committed
+from sparring.run.rundir import RunDir
+from sparring.stages.train.checkpoint import NUM_KEPT
+from sparring.stages.train.optimizers import optimizer_state_bytes, trained_sizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -41,7 +45,6 @@ class Forecast:
     num_trained: int
     frozen_bytes: int  # weights that are not trained
     state_bytes: int  # weights, gradients, moments: exact
-    paged_bytes: int  # moments that may lie in the machine's memory, beside those
     work_bytes: int  # activations and the block of logits of a micro-batch: a rule of thumb
     disk_bytes: int  # at the most, at the end of the last training
     steps_per_iteration: int
@@ -51,27 +54,18 @@ class Forecast:
         return self.state_bytes + self.work_bytes
 
     def state_on_each(self, parallel: str, devices: int) -> float:
-        """Bytes of weights, gradients and moments on each device. DeepSpeed has a second copy of what is trained."""
-        weights = 4 * self.num_trained
-        match parallel:
-            case "fsdp2":
-                return self.state_bytes / devices
-            case "zero2" if devices > 1:
-                return self.frozen_bytes + weights + (self.state_bytes - self.frozen_bytes) / devices
-            case "zero3" if devices > 1:
-                return (self.state_bytes + weights) / devices
-            case _:
-                return self.state_bytes
+        """Bytes of weights, gradients and optimizer state on each device."""
+        return self.state_bytes / devices if parallel == "fsdp2" else self.state_bytes
 
 
 def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     """For `num_rows` training rows; SPIN's second round doubles the steps from iteration 1 on, which is counted."""
     model = empty_model(folder)
     train, adapter = recipe.train, recipe.adapter
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_weights = sum(p.numel() for p in model.parameters())
     trained = trained_tensors(model, adapter)
     frozen = 0 if adapter is None else frozen_bytes(model, BYTES[recipe.weights_dtype], recipe.in_4bit)
-    moments, paged = moment_bytes(train.optimizer, trained.sizes, trained.embedding)
+    moments = optimizer_state_bytes(train.optimizer, trained.sizes, trained.embedding)
     config = model.config.get_text_config()
     per_token = activation_bytes(model.config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
     asked = train.micro_batch_tokens
@@ -79,14 +73,36 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     logits = 0 if train.gradient_checkpointing else KEPT
     rows = num_rows * (min(2, recipe.method.needs.rounds) if recipe.iterations > 1 else 1)
     return Forecast(
-        num_parameters=num_parameters,
+        num_parameters=num_weights,
         num_trained=trained.total,
         frozen_bytes=frozen,
         state_bytes=frozen + trained.total * 4 * 2 + moments,
-        paged_bytes=paged,
         work_bytes=tokens * per_token + logits + BLOCK * config.vocab_size * BYTES[train.dtype],
-        disk_bytes=disk_bytes(recipe, num_parameters, trained, recipe.iterations),
+        disk_bytes=disk_bytes(recipe, num_weights, trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
+    )
+
+
+def check_disk(recipe: Recipe, run_dir: Path) -> None:
+    """Says how much disk the remaining iterations need, and refuses a run for which there cannot be enough."""
+    run = RunDir(run_dir)
+    remaining = sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
+    if not remaining:
+        return
+    folder = resolve_model(recipe.model)
+    num_weights = num_parameters(folder)
+    # torch's optimizers take the same bytes for every number, whatever its tensor
+    is_simple = recipe.adapter is None and recipe.train.optimizer != "adamw_8bit"
+    trained = Trained((num_weights,)) if is_simple else trained_tensors(empty_model(folder), recipe.adapter)
+    required, free = disk_bytes(recipe, num_weights, trained, remaining), free_bytes(run.root)
+    if required > free:
+        raise UserError(
+            f"{run.root}: {remaining} more iterations need about {format_bytes(required)}, and {format_bytes(free)} "
+            f"are free. Free {format_bytes(required - free)}, or choose a run directory on another disk."
+        )
+    info(
+        f"Disk: about {format_bytes(required)} for {remaining} more iterations and their checkpoints; "
+        f"{format_bytes(free)} free."
     )
 
 
@@ -98,12 +114,12 @@ def num_training(recipe: Recipe, num_rows: int) -> int:
     return max(1, num_rows - (round(held_out * num_rows) if isinstance(held_out, float) else held_out))
 
 
-def disk_bytes(recipe: Recipe, num_parameters: int, trained: Trained, iterations: int) -> int:
+def disk_bytes(recipe: Recipe, num_weights: int, trained: Trained, iterations: int) -> int:
     """What training keeps: a model or an adapter per iteration, in float32, and the checkpoints of one iteration."""
     is_whole = recipe.adapter is None or recipe.adapter.merge is not None
-    checkpoint = 4 * trained.total + sum(moment_bytes(recipe.train.optimizer, trained.sizes, trained.embedding))
+    checkpoint = 4 * trained.total + optimizer_state_bytes(recipe.train.optimizer, trained.sizes, trained.embedding)
     # a new checkpoint is whole before the oldest goes
-    return iterations * 4 * (num_parameters if is_whole else trained.total) + (KEEP + 1) * checkpoint
+    return iterations * 4 * (num_weights if is_whole else trained.total) + (NUM_KEPT + 1) * checkpoint
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

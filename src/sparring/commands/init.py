@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from sparring.data.formats import detect_shape, examples
+from sparring.data.formats import detect_format, examples
 from sparring.data.read import BadRow, Row, read_rows
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_tokenizer, resolve_model
 from sparring.objectives import OBJECTIVES
-from sparring.recipe import yaml as strict_yaml
+from sparring.recipe import yaml
 from sparring.recipe.load import make_recipe
 from sparring.run.manifest import replace_file
 from sparring.stages.evaluate.checkers import number
@@ -68,14 +68,14 @@ evaluate:
 def write_recipe(path: Path, *, model: str, data: str, method: str, lora: bool) -> None:
     """Writes a recipe that is valid for these rows; refuses what a run would refuse."""
     if path.exists():
-        raise Refused(f"{path} is there already; give another name")
+        raise UserError(f"{path} is there already; give another name")
     if method not in OBJECTIVES:
-        raise Refused(f"--method {method}: one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"--method {method}: one of {', '.join(OBJECTIVES)}")
     rows = [row for _, row in islice(read_rows(data), LOOK_AT) if not isinstance(row, BadRow)]
     if not rows:
-        raise Refused(f"data: {data} has no row that can be read")
+        raise UserError(f"data: {data} has no row that can be read")
     is_text = "text" in rows[0] and not set(rows[0]) & {"messages", "conversations", "prompt", "instruction"}
-    shape = detect_shape(rows[0], {}, "sentence" if is_text else None, data).name
+    shape = detect_format(rows[0], {}, "sentence" if is_text else None, data).name
     tokenizer = load_tokenizer(resolve_model(model))
     lines = {}
     if shape == "text":
@@ -95,7 +95,7 @@ def write_recipe(path: Path, *, model: str, data: str, method: str, lora: bool) 
         rate_note="ten times that of full fine-tuning" if lora else "the papers' rate at 7B; small models want more",
         evaluate=EVALUATE if is_checkable(rows, shape) else "",
     )
-    raw, known_lines = strict_yaml.parse(text, str(path))
+    raw, known_lines = yaml.parse(text, str(path))
     make_recipe(raw, known_lines, str(path))
     replace_file(path, text)
 
@@ -107,6 +107,6 @@ def is_checkable(rows: list[Row], shape: str) -> bool:
 
 def answer_of(row: Mapping[str, object], shape: str) -> str:
     try:
-        return examples(row, 1, detect_shape(row, {}, "sentence", ""), "last")[0].answer if shape else ""
+        return examples(row, 1, detect_format(row, {}, "sentence", ""), "last")[0].answer if shape else ""
     except BadRow:
         return ""

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     InferenceTimeoutError,
 )
 
-from sparring.errors import Refused, Stopped
+from sparring.errors import RunError, UserError
 from sparring.logging import track
 from sparring.run.disk import writing
 from sparring.run.iteration import Iteration
@@ -64,25 +64,26 @@ def judge(
     references: Path | None = None,
 ) -> Json:
     """Writes judged/...: verdicts.jsonl and metrics.json, which is returned. Continues where it was stopped."""
-    run, settings = results.run, results.recipe.evaluate.mt_bench
-    if settings is None:
-        raise Refused("judge: this run has no evaluate.mt_bench, which says where the questions are")
+    run, questions_path = results.run, results.recipe.evaluate.mt_bench
+    if questions_path is None:
+        raise UserError("judge: this run has no evaluate.mt_bench, which says where the questions are")
     if index == against:
-        raise Refused(f"judge: iteration {index} against itself; give another --against")
-    file = Path(settings.questions).resolve()
-    folders = [answered(results, t, settings.label) for t in (index, against)]
+        raise UserError(f"judge: iteration {index} against itself; give another --against")
+    file = Path(questions_path).resolve()
+    label = f"mt_bench-{file.stem}"
+    folders = [answered(results, t, label) for t in (index, against)]
     slug = re.sub(r"[^\w.-]+", "-", model)
-    final = run.root / JUDGED / f"{settings.label}-{index}-against-{against}-by-{slug}"
+    final = run.root / JUDGED / f"{label}-{index}-against-{against}-by-{slug}"
     if is_committed(final):
         return json.loads(verified(final, "metrics.json").read_text(encoding="utf-8"))
     begun = time.monotonic()
     extra = [path.resolve() for path in (prompts, references) if path is not None]
-    reads = run.reads(file, *folders, *extra)
+    input_digests = run.input_digests(file, *folders, *extra)
     ours, theirs = (read_answers(verified(folder, "answers.jsonl")) for folder in folders)
     questions = read_questions(file)
     templates = read_prompts(prompts) if prompts else {}
     known = read_answers(references) if references else {}
-    work = begin_work(run.work(final), reads)
+    work = begin_work(run.work(final), input_digests)
     log = work / "verdicts.jsonl"
     found = {(v.question_id, v.turn, v.is_swapped): v for v in read_verdicts(log)}
     token = os.environ.get("OPENAI_API_KEY") or "none"  # with no word at all it would hand over the hub's token
@@ -114,16 +115,18 @@ def judge(
     metrics = {"iteration": index, "against": against, "judge": model, **summary(questions, found)}
     with writing(final):
         write_json(work / "metrics.json", metrics)
-    commit_folder(work, final, reads=reads, info={"seconds": time.monotonic() - begun, "rows": len(wanted)})
+    commit_folder(
+        work, final, input_digests=input_digests, info={"seconds": time.monotonic() - begun, "rows": len(wanted)}
+    )
     return metrics
 
 
 def answered(results: Results, index: int, label: str) -> Path:
     if not -1 <= index < results.recipe.iterations:
-        raise Refused(f"judge: there is no iteration {index}; -1 is the model that the run starts from")
+        raise UserError(f"judge: there is no iteration {index}; -1 is the model that the run starts from")
     folder = Iteration(results.run, results.recipe.at(index), index).stage(f"{BENCHMARKS}/{label}")
     if not is_committed(folder):
-        raise Refused(f"judge: iteration {index} has no answers yet ({folder}); the run's own command draws them")
+        raise UserError(f"judge: iteration {index} has no answers yet ({folder}); the run's own command draws them")
     return folder
 
 
@@ -133,7 +136,7 @@ def read_answers(file: Path) -> dict[int, list[str]]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {int(row["question_id"]): [str(turn) for turn in row["choices"][0]["turns"]] for row in rows}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise Refused(f"judge: {file} holds no answers in FastChat's form: {type(error).__name__} {error}") from error
+        raise UserError(f"judge: {file} holds no answers in FastChat's form: {type(error).__name__} {error}") from error
 
 
 def read_prompts(file: Path) -> dict[str, dict[str, str]]:
@@ -142,9 +145,9 @@ def read_prompts(file: Path) -> dict[str, dict[str, str]]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         found = {str(row["name"]): {key: str(row[key]) for key in ("system_prompt", "prompt_template")} for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"judge: {file} holds no judge prompts: {type(error).__name__} {error}") from error
+        raise UserError(f"judge: {file} holds no judge prompts: {type(error).__name__} {error}") from error
     if lacking := {"pair-v2", "pair-v2-multi-turn"} - set(found):
-        raise Refused(f"judge: {file} has no prompt named {min(lacking)}")
+        raise UserError(f"judge: {file} has no prompt named {min(lacking)}")
     return found
 
 
@@ -170,7 +173,7 @@ def conversation(
     if templates:
         name = ("pair-math-v1" if reference else "pair-v2") + ("-multi-turn" if turn else "")
         if name not in templates:
-            raise Refused(f"judge: the judge prompts have none named {name}, which references need")
+            raise UserError(f"judge: the judge prompts have none named {name}, which references need")
         places = {"question": question.turns[0], "answer_a": first[0], "answer_b": second[0]}
         for number in range(turn + 1):
             places |= {
@@ -215,7 +218,7 @@ def reply(client: InferenceClient, model: str, messages: list[dict[str, str]]) -
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status != 429 and status < 500:
-                raise Refused(
+                raise UserError(
                     f"judge: the server answers {status}: {error}. Its token is read from OPENAI_API_KEY, and --model "
                     "must be a name that it serves"
                 ) from error
@@ -224,7 +227,7 @@ def reply(client: InferenceClient, model: str, messages: list[dict[str, str]]) -
             problem = f"{type(error).__name__}: {error}"
         if pause is not None:
             time.sleep(pause)
-    raise Stopped(
+    raise RunError(
         f"the judge did not answer in {len(WAITS_SECONDS) + 1} tries: {problem}. What it said so far is kept; the same "
         "command continues"
     )
@@ -260,5 +263,5 @@ def summary(questions: Sequence[Question], found: Mapping[tuple[int, int, bool],
         "score": float(np.mean(scores)) if scores else nothing,
         "score_stderr": float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else nothing,
         **{name: every.count(cast(Outcome, name)) / len(every) for name in ("win", "tie", "loss", "unclear")},
-        "prefers_a_place": float(np.mean(changed)) if changed else nothing,
+        "position_bias": float(np.mean(changed)) if changed else nothing,
     }

@@ -16,15 +16,15 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from sparring.commands.forecast import BYTES, Forecast, empty_model, forecast, num_training
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_tokenizer, resolve_model
-from sparring.recipe.load import load_own_recipe
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, read_manifest
 from sparring.run.rundir import RunDir
+from sparring.run.session import load_sealed_recipe
 from sparring.stages.generate.hf import BATCH_SIZE
-from sparring.stages.prepare import Intake, make_renderer
+from sparring.stages.prepare import DataReader, make_renderer
 
 MAX_ROWS = 2000
 """Rows whose lengths are looked at."""
@@ -61,7 +61,7 @@ MAX_NUM_SEQS = 256
 
 
 @dataclass(frozen=True)
-class Lengths:
+class RowTokens:
     rows: int
     prompt: float  # mean, tokens
     real: float
@@ -69,7 +69,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """A model as work: counts of weights, sizes, taken from its config."""
 
     body: int  # weights that every position goes through
@@ -80,7 +80,7 @@ class Shape:
     weight_bytes: float
 
     @staticmethod
-    def of(folder: Path, dtype: str) -> Shape:
+    def of(folder: Path, dtype: str) -> ModelSize:
         model = empty_model(folder)
         config = model.config.get_text_config()
         embedding = model.get_input_embeddings().weight.numel()  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ class Shape:
         kv_width = getattr(config, "num_key_value_heads", heads) * (
             getattr(config, "head_dim", None) or config.hidden_size // heads
         )
-        return Shape(
+        return ModelSize(
             body=parameters - embedding * (1 if is_tied else 2),
             head=embedding,
             layers=config.num_hidden_layers,
@@ -143,55 +143,57 @@ class Speed:
     train: float
 
 
-def speed_of_gpu(gpu: Gpu, recipe: Recipe, shape: Shape, lengths: Lengths) -> Speed:
+def gpu_speed(gpu: Gpu, recipe: Recipe, size: ModelSize, lengths: RowTokens) -> Speed:
     """A decode step reads the weights and the keys and values of all answers that are drawn at a time.
 
     `hf` waits for Python, and draws a batch until its longest answer ends, taken for max_new_tokens steps; the others
     refill as answers end.
     """
-    settings, at_a_time = recipe.generate, answers_at_a_time(recipe, shape, lengths, gpu)
+    settings, micro_batch_tokens = recipe.generate, sampling_batch_size(recipe, size, lengths, gpu)
     tp = settings.tensor_parallel_size
-    read = shape.weight_bytes / tp + at_a_time * (lengths.prompt + lengths.generated / 2) * shape.kv_bytes / tp
+    read = size.weight_bytes / tp + batch_size * (lengths.prompt + lengths.generated / 2) * size.kv_bytes / tp
     step = read / (gpu.bandwidth * BANDWIDTH)
     steps = lengths.generated
     if settings.backend == "hf":
-        step, steps = max(step, shape.layers * LAYER_SECONDS), settings.max_new_tokens
-    prefill = shape.forward_flops(lengths.prompt, []) / (gpu.flops * SCORE * tp)
+        step, steps = max(step, size.layers * LAYER_SECONDS), settings.max_new_tokens
+    prefill = size.forward_flops(lengths.prompt, []) / (gpu.flops * SCORE * tp)
     return Speed(
-        generate=lengths.generated / (steps * step / at_a_time + prefill) / tp,
+        generate=lengths.generated / (steps * step / batch_size + prefill) / tp,
         score=gpu.flops * SCORE,
         train=gpu.flops * TRAIN,
     )
 
 
-def speed_of_run(run_dir: Path, shape: Shape) -> Speed:
+def measured_speed(run_dir: Path, size: ModelSize) -> Speed:
     """What a device reached in iteration 0 of a run with the same model: its manifests' seconds, its rows' work."""
     run = RunDir(run_dir)
     if not run.recipe.is_file() or not is_committed(run.stage(0, "train")):
-        raise Refused(f"--measured {run_dir}: it is no run that has finished its iteration 0")
-    iteration = Iteration(run, load_own_recipe(run.recipe).at(0), 0)
+        raise UserError(f"--measured {run_dir}: it is no run that has finished its iteration 0")
+    iteration = Iteration(run, load_sealed_recipe(run.recipe).at(0), 0)
     recipe, data = iteration.recipe, iteration.data
-    theirs = Shape.of(Path(data.model), recipe.train.dtype)
-    if theirs != shape:
-        raise Refused(f"--measured {run_dir}: its model has other sizes than the recipe's, and rates are of one model")
+    theirs = ModelSize.of(Path(data.model), recipe.train.dtype)
+    if theirs != size:
+        raise UserError(
+            f"--measured {run_dir}: its model has other sizes than the recipe's, and rates are of one model"
+        )
     done = [name for name in iteration.stages if is_committed(iteration.stage(name))]
     infos: dict[str, Any] = {name: read_manifest(iteration.stage(name)).info for name in done}
     drawn = infos.get("generate")
     generated = drawn["tokens"] / drawn["answers"] if drawn else data.mean_real_tokens
-    lengths = Lengths(data.num_train, data.mean_prompt_tokens, data.mean_real_tokens, generated)
-    train = train_flops(recipe, 0, shape, lengths) / infos["train"]["seconds"]
+    lengths = RowTokens(data.num_train, data.mean_prompt_tokens, data.mean_real_tokens, generated)
+    train = train_flops(recipe, 0, size, lengths) / infos["train"]["seconds"]
     return Speed(
         generate=drawn["tokens"] / drawn["seconds"] if drawn else math.inf,
-        score=score_flops(recipe, 0, shape, lengths) / infos["score"]["seconds"] if "score" in infos else train,
+        score=score_flops(recipe, 0, size, lengths) / infos["score"]["seconds"] if "score" in infos else train,
         train=train,
     )
 
 
 def plan(
-    recipe: Recipe, folder: Path, lengths: Lengths, gpus: int, speed: Speed, gpu: Gpu | None, *, parallel: str
+    recipe: Recipe, folder: Path, lengths: RowTokens, gpus: int, speed: Speed, gpu: Gpu | None, *, parallel: str
 ) -> Plan:
     """`parallel`: as in the recipe, for devices that train together, however they are started."""
-    shape = Shape.of(folder, recipe.train.dtype)
+    size = ModelSize.of(folder, recipe.train.dtype)
     needs = forecast(recipe, folder, lengths.rows)
     iterations = []
     for index in range(recipe.iterations):
@@ -201,25 +203,25 @@ def plan(
         iterations.append(
             Stages(
                 generate=tokens / (gpus * speed.generate),
-                score=score_flops(now, index, shape, lengths) / (gpus * speed.score),
-                train=train_flops(now, index, shape, lengths) / (trainers * speed.train),
+                score=score_flops(now, index, size, lengths) / (gpus * speed.score),
+                train=train_flops(now, index, size, lengths) / (trainers * speed.train),
             )
         )
-    at_a_time = answers_at_a_time(recipe, shape, lengths, gpu)
+    batch_size = sampling_batch_size(recipe, size, lengths, gpu)
     # ids of 4 bytes, and text of about that size
     answers = lengths.rows * recipe.generate.samples * (lengths.generated * 8 + 64) if recipe.method.needs.rounds else 0
-    kept = at_a_time * (lengths.prompt + recipe.generate.max_new_tokens) * shape.kv_bytes
+    kept = batch_size * (lengths.prompt + recipe.generate.max_new_tokens) * size.kv_bytes
     return Plan(
         needs=needs,
         train_bytes=needs.state_on_each(parallel, gpus) + needs.work_bytes,
-        generate_bytes=(shape.weight_bytes + kept) / recipe.generate.tensor_parallel_size,
+        generate_bytes=(size.weight_bytes + kept) / recipe.generate.tensor_parallel_size,
         iterations=tuple(iterations),
         disk_bytes=needs.disk_bytes + recipe.iterations * answers,
         gpus=gpus,
     )
 
 
-def answers_at_a_time(recipe: Recipe, shape: Shape, lengths: Lengths, gpu: Gpu | None) -> int:
+def sampling_batch_size(recipe: Recipe, size: ModelSize, lengths: RowTokens, gpu: Gpu | None) -> int:
     """The recipe's batch; with vLLM and a server it is limited by the memory that the weights leave, too."""
     settings = recipe.generate
     if settings.backend == "hf":
@@ -227,27 +229,22 @@ def answers_at_a_time(recipe: Recipe, shape: Shape, lengths: Lengths, gpu: Gpu |
     wanted = settings.batch_size or MAX_NUM_SEQS
     if gpu is None:
         return wanted
-    room = settings.tensor_parallel_size * gpu.memory_bytes * settings.gpu_memory_utilization - shape.weight_bytes
-    return max(1, min(wanted, int(room / ((lengths.prompt + lengths.generated) * shape.kv_bytes))))
+    room = settings.tensor_parallel_size * gpu.memory_bytes * settings.gpu_memory_utilization - size.weight_bytes
+    return max(1, min(wanted, int(room / ((lengths.prompt + lengths.generated) * size.kv_bytes))))
 
 
-def score_flops(recipe: Recipe, index: int, shape: Shape, lengths: Lengths) -> float:
+def score_flops(recipe: Recipe, index: int, size: ModelSize, lengths: RowTokens) -> float:
     needs = recipe.method.needs
     if not needs.opponent:
         return 0.0
-    models = 2 if needs.anchor > 0 and index > 0 else 1
-    return (
-        models
-        * lengths.rows
-        * rounds_of(recipe, index)
-        * shape.forward_flops(lengths.prompt, responses(recipe, lengths))
-    )
+    group = size.forward_flops(lengths.prompt, responses(recipe, lengths))
+    return lengths.rows * rounds_of(recipe, index) * group
 
 
-def train_flops(recipe: Recipe, index: int, shape: Shape, lengths: Lengths) -> float:
+def train_flops(recipe: Recipe, index: int, size: ModelSize, lengths: RowTokens) -> float:
     """Backward is twice forward, and checkpointing computes forward once more."""
     passes = 4 if recipe.train.gradient_checkpointing else 3
-    group = shape.forward_flops(lengths.prompt, responses(recipe, lengths))
+    group = size.forward_flops(lengths.prompt, responses(recipe, lengths))
     return passes * recipe.train.epochs * lengths.rows * rounds_of(recipe, index) * group
 
 
@@ -256,7 +253,7 @@ def rounds_of(recipe: Recipe, index: int) -> int:
     return max(1, min(recipe.method.needs.rounds, index + 1))
 
 
-def responses(recipe: Recipe, lengths: Lengths) -> list[float]:
+def responses(recipe: Recipe, lengths: RowTokens) -> list[float]:
     tokens = {
         "real": [lengths.real],
         "generated": recipe.generate.samples * [lengths.generated],
@@ -266,24 +263,24 @@ def responses(recipe: Recipe, lengths: Lengths) -> list[float]:
     return [count for role in recipe.method.needs.roles for count in tokens[role]]
 
 
-def look_at(recipe: Recipe, rows: int | None, tokens: tuple[float, float] | None) -> tuple[Path, Lengths]:
+def measure_rows(recipe: Recipe, rows: int | None, tokens: tuple[float, float] | None) -> tuple[Path, RowTokens]:
     """The model's folder and the rows' lengths. Reads the rows unless both are given: then a config is enough."""
     if tokens is not None and (rows or recipe.data.limit):
         prompt, answer = tokens
         generated = min(answer, recipe.generate.max_new_tokens)
-        real = generated if recipe.data.cap_real else answer
-        return config_folder(recipe.model), Lengths(
+        real = generated if recipe.data.truncate_real else answer
+        return config_folder(recipe.model), RowTokens(
             num_training(recipe, rows or recipe.data.limit or 0), prompt, real, generated
         )
     folder = resolve_model(recipe.model)
-    found = Intake(recipe, make_renderer(recipe, folder, load_tokenizer(folder))).take(recipe.data.train, MAX_ROWS)
+    found = DataReader(recipe, make_renderer(recipe, folder, load_tokenizer(folder))).read(recipe.data.train, MAX_ROWS)
     prompt, real = (
         sum(lengths) / len(found)
         for lengths in zip(*((len(r.prompt_ids), len(r.real_ids)) for _, r in found), strict=True)
     )
     count = rows or recipe.data.limit or len(found)
     generated = min(real, recipe.generate.max_new_tokens)
-    return folder, Lengths(num_training(recipe, count), prompt, real, generated)
+    return folder, RowTokens(num_training(recipe, count), prompt, real, generated)
 
 
 def config_folder(name: str) -> Path:
@@ -292,16 +289,16 @@ def config_folder(name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or name.count("/") != 1:
-        raise Refused(f"model: {folder} has no config.json")
+        raise UserError(f"model: {folder} has no config.json")
     repo, _, revision = name.partition("@")
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise Refused(f"model: the hub did not give the config of '{name}': {error}. Pass model=FOLDER") from error
+        raise UserError(f"model: the hub did not give the config of '{name}': {error}. Pass model=FOLDER") from error
 
 
 def lines(
-    recipe: Recipe, found: Plan, lengths: Lengths, speed: Speed, name: str, gpu: Gpu | None, price: float | None
+    recipe: Recipe, found: Plan, lengths: RowTokens, speed: Speed, name: str, gpu: Gpu | None, price: float | None
 ) -> Iterator[str]:
     """The plan, and what it rests on, for people."""
     needs, gpus = found.needs, found.gpus
@@ -339,19 +336,19 @@ def print_plan(
 ) -> None:
     """The command: either --gpu or --measured says how fast a device is."""
     if (name is None) == (measured is None):
-        raise Refused(f"say how fast a device is: --gpu {' | '.join(GPUS)}, or --measured RUN_DIR")
+        raise UserError(f"say how fast a device is: --gpu {' | '.join(GPUS)}, or --measured RUN_DIR")
     if name is not None and name not in GPUS:
-        raise Refused(f"--gpu {name} is not known; known are {', '.join(GPUS)}; --measured RUN_DIR takes any device")
+        raise UserError(f"--gpu {name} is not known; known are {', '.join(GPUS)}; --measured RUN_DIR takes any device")
     try:
         means = tuple(float(part) for part in tokens.split(",")) if tokens is not None else None
         wanted = None if means is None else (means[0], means[1])
     except (ValueError, IndexError) as error:
-        raise Refused(f"--tokens {tokens}: write two numbers with a comma between, such as 150,250") from error
-    folder, lengths = look_at(recipe, rows, wanted)
-    shape = Shape.of(folder, recipe.train.dtype)
+        raise UserError(f"--tokens {tokens}: write two numbers with a comma between, such as 150,250") from error
+    folder, lengths = measure_rows(recipe, rows, wanted)
+    size = ModelSize.of(folder, recipe.train.dtype)
     gpu = None if name is None else GPUS[name]
     speed = (
-        speed_of_run(measured, shape) if measured is not None else speed_of_gpu(GPUS[str(name)], recipe, shape, lengths)
+        measured_speed(measured, size) if measured is not None else gpu_speed(GPUS[str(name)], recipe, size, lengths)
     )
     found = plan(recipe, folder, lengths, gpus, speed, gpu, parallel=recipe.parallel)
     for line in lines(recipe, found, lengths, speed, name or f"device of {measured}", gpu, price):

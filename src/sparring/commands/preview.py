@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from sparring.logging import escape_control
 from sparring.model.load import declared_end_ids, load_model, load_tokenizer, resolve_model
 from sparring.model.logprobs import Scorer, score_groups
-from sparring.model.memory import tokens_at_a_time
-from sparring.parallel import distributed
+from sparring.model.memory import inference_micro_batch_tokens
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
-from sparring.run.seeds import seed_of
+from sparring.run.iteration import seed_of
 from sparring.stages.generate import open_backend
-from sparring.stages.prepare import Intake, make_renderer
+from sparring.stages.prepare import DataReader, make_renderer
 from sparring.types import Group, Prompt, Rendered, TokenIds
-from sparring.visible import visible
 
 # two shades each, so that one token can be told from the next
 PROMPT, ANSWER = ("white on grey23", "white on grey30"), ("black on green3", "black on green1")
@@ -31,7 +31,7 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     folder = resolve_model(recipe.model)
     tokenizer = load_tokenizer(folder)
     renderer = make_renderer(recipe, folder, tokenizer)
-    rows = [row for _, row in Intake(recipe, renderer).take(recipe.data.train, num_rows)]
+    rows = [row for _, row in DataReader(recipe, renderer).read(recipe.data.train, num_rows)]
     console = Console()
     legend = ("prompt, not scored", PROMPT[0]), " ", ("answer, scored", ANSWER[0]), " ", ("end", END)
     console.print(Text.assemble(*legend))
@@ -48,11 +48,11 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     computed_in, in_4bit = recipe.train.dtype, recipe.in_4bit
     with open_backend(folder, recipe.generate, computed_in, ends, renderer.max_length, in_4bit) as engine:
         (drawn,) = engine.generate([prompt])
-    weights = getattr(torch, recipe.weights_dtype)
-    model = load_model(folder, dtype=weights, device=distributed.device(), in_4bit=in_4bit)
+    parallel, weights = SingleProcess(), getattr(torch, recipe.weights_dtype)
+    model = load_model(folder, dtype=weights, device=parallel.device, in_4bit=in_4bit)
     group = Group(row.id, row.prompt_ids, {"real": (row.real_ids,), "generated": (drawn.token_ids,)})
-    at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
-    scores = score_groups(Scorer(model, getattr(torch, computed_in)), [group], at_a_time)
+    micro_batch_tokens = inference_micro_batch_tokens(recipe.train.micro_batch_tokens, parallel.device)
+    scores = score_groups(Scorer(model, getattr(torch, computed_in)), [group], micro_batch_tokens, parallel)
     answers = (
         ("real", row.real_ids, row.real_finish, scores["real"][0]),
         ("generated", drawn.token_ids, drawn.finish, scores["generated"][0, 0]),
@@ -91,5 +91,5 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[s
     for token in ids:
         head, both = decoded(*before), decoded(*before, token)
         # half a character reads otherwise once the other half is there
-        yield visible(both[len(head) :] if both.startswith(head) else decoded(token)).replace("\n", "⏎\n")
+        yield escape_control(both[len(head) :] if both.startswith(head) else decoded(token)).replace("\n", "⏎\n")
         before = [token]

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparring.logging import escape_control
 from sparring.run.results import Results
-from sparring.visible import visible
 
 MARKS = {"done": "✓", "running": "▶", "to do": "·"}
 SHORT = {
@@ -26,7 +26,7 @@ def print_status(results: Results) -> None:
     console = Console()
     owner = results.run.owner()
     state = f"running as process {owner['pid']} on {owner['host']}" if owner else "not running"
-    console.print(Text(visible(f"{results.run.root}: {results.recipe.method.name}, {state}")), soft_wrap=True)
+    console.print(Text(escape_control(f"{results.run.root}: {results.recipe.method.name}, {state}")), soft_wrap=True)
     if results.data is None:
         console.print("data: to do")
         return

@@ -30,11 +30,11 @@ LONGEST = 2**26
 Functions = Mapping[str, Callable[..., Any]]
 
 
-class Refuses(ValueError):
+class CallFailed(ValueError):
     """What a program says to these arguments."""
 
 
-class UsedUp(Exception):
+class LimitExceeded(Exception):
     """The program needed more than it is given, and was ended."""
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ class BoundedProcess:
         self.close = weakref.finalize(self, _end, os.getpid(), self.child, ours)
 
     def __call__(self, name: str, *arguments: object) -> Any:
-        """What the function gives. Raises `Refuses` for these arguments, `UsedUp` when the child had to be ended."""
+        """What the function gives. Raises `CallFailed` for these arguments, `LimitExceeded` when the child had to be ended."""
         try:
             self.pipe.send_bytes(json.dumps([name, arguments]).encode())
             answer = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError) as error:
             self.close()
-            raise UsedUp from error
+            raise LimitExceeded from error
         if "refuses" in answer:
-            raise Refuses(answer["refuses"])
+            raise CallFailed(answer["refuses"])
         return answer["gives"]
 
 

@@ -1,4 +1,4 @@
-"""The shapes that supervised data come in, each turned into conversations."""
+"""The formats of supervised data, each turned into conversations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import xxhash
 
 from sparring.data.read import BadRow, Row
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.types import Example, Message
 
 Turns = Literal["last", "first", "all"]
@@ -32,8 +32,8 @@ SENTENCE = r"(?<=[.!?])[\"”']?(?=\s)"  # a sentence ends before the white spac
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Which columns make a row of this shape, and how it becomes a conversation."""
+class RowFormat:
+    """Which columns make a row of this format, and how it becomes a conversation."""
 
     name: str
     columns: tuple[str, ...]
@@ -84,38 +84,38 @@ def _question_answer(row: Row) -> list[Message]:
     return [*_system(row), _message("user", row["question"]), _message("assistant", row["answer"])]
 
 
-SHAPES = (
-    Shape("messages", ("messages",), _messages),
-    Shape("conversations", ("conversations",), _conversations, ("system",)),
-    Shape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("system",)),
-    Shape("prompt/chosen", ("prompt", "chosen"), _chosen, ("system", "rejected")),
-    Shape("real", ("real",), _real),
-    Shape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
-    Shape("question/answer", ("question", "answer"), _question_answer, ("system",)),
+FORMATS = (
+    RowFormat("messages", ("messages",), _messages),
+    RowFormat("conversations", ("conversations",), _conversations, ("system",)),
+    RowFormat("prompt/completion", ("prompt", "completion"), _prompt_completion, ("system",)),
+    RowFormat("prompt/chosen", ("prompt", "chosen"), _chosen, ("system", "rejected")),
+    RowFormat("real", ("real",), _real),
+    RowFormat("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    RowFormat("question/answer", ("question", "answer"), _question_answer, ("system",)),
 )
 
 
-def detect_shape(row: Row, columns: Mapping[str, str], split_on: str | None, source: str) -> Shape:
-    """The first shape whose columns the row has; `columns` maps our names to the user's."""
-    known = {name for shape in SHAPES for name in (*shape.columns, *shape.optional)} | {"text"}
+def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, source: str) -> RowFormat:
+    """The first format whose columns the row has; `columns` maps our names to the user's."""
+    known = {name for row_format in FORMATS for name in (*row_format.columns, *row_format.optional)} | {"text"}
     for ours, theirs in columns.items():
         if ours not in known:
-            raise Refused(f"data.columns: '{ours}' is none of {', '.join(sorted(known))}")
+            raise UserError(f"data.columns: '{ours}' is none of {', '.join(sorted(known))}")
         if theirs not in row:
-            raise Refused(f"data.columns: {source} has no column '{theirs}'; it has {', '.join(map(str, row))}")
+            raise UserError(f"data.columns: {source} has no column '{theirs}'; it has {', '.join(map(str, row))}")
     available = renamed(row, columns)
-    shapes = (*SHAPES, Shape("text", ("text",), _splitter(split_on)))
-    for shape in shapes:
-        uses = {*shape.columns, *shape.optional}
-        if all(name in available for name in shape.columns) and set(columns) <= uses:
-            if shape.name == "text" and split_on is None:
-                raise Refused(
+    formats = (*FORMATS, RowFormat("text", ("text",), _splitter(split_on)))
+    for row_format in formats:
+        uses = {*row_format.columns, *row_format.optional}
+        if all(name in available for name in row_format.columns) and set(columns) <= uses:
+            if row_format.name == "text" and split_on is None:
+                raise UserError(
                     f"data: {source} has rows of plain text; set data.split_on to 'sentence' or to a regular "
                     "expression, so that the prompt ends where its first match begins"
                 )
-            return shape
-    wanted = "; ".join(" + ".join(shape.columns) for shape in shapes)
-    raise Refused(
+            return row_format
+    wanted = "; ".join(" + ".join(row_format.columns) for row_format in formats)
+    raise UserError(
         f"data: the columns of {source} ({', '.join(map(str, row))}) are none of: {wanted}. "
         "Map them with data.columns, for example {question: your_column, answer: another}"
     )
@@ -125,12 +125,12 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
-def examples(row: Row, number: int, shape: Shape, turns: Turns) -> list[Example]:
+def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list[Example]:
     """The examples of one row: a conversation up to each assistant turn that `turns` selects."""
-    missing = [name for name in shape.columns if row.get(name) is None]
+    missing = [name for name in row_format.columns if row.get(name) is None]
     if missing:
         raise BadRow(f"no '{missing[0]}'")
-    conversation = shape.conversation(row)
+    conversation = row_format.conversation(row)
     seen_user, targets = False, []
     for index, message in enumerate(conversation):
         seen_user = seen_user or message["role"] == "user"
@@ -140,7 +140,7 @@ def examples(row: Row, number: int, shape: Shape, turns: Turns) -> list[Example]
         raise BadRow("no assistant turn after a user turn")
     chosen = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
     found = [Example(_id(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in chosen]
-    if shape.name == "prompt/chosen" and row.get("rejected") is not None:
+    if row_format.name == "prompt/chosen" and row.get("rejected") is not None:
         found = [replace(example, rejected=_rejected(row, example)) for example in found]
     for example in found:
         if BLANK.fullmatch(example.answer):
@@ -164,7 +164,7 @@ def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
     try:
         boundary = re.compile(SENTENCE if split_on == "sentence" else split_on or "")
     except re.error as error:
-        raise Refused(f"data.split_on: '{split_on}' is not a regular expression: {error}") from error
+        raise UserError(f"data.split_on: '{split_on}' is not a regular expression: {error}") from error
 
     def split(row: Row) -> list[Message]:
         text = _text(row["text"])

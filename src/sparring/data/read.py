@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 
 Row = Mapping[str, object]
 
@@ -26,14 +26,14 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[int, Row | Ba
         return _dataset(path, split)
     if not path.is_file():
         if path.suffix in READERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise Refused(f"data: there is no file {path.absolute()}; relative paths start at the working directory")
+            raise UserError(f"data: there is no file {path.absolute()}; relative paths start at the working directory")
         return _hub(source, split)
     if path.suffix not in READERS:
-        raise Refused(f"data: {path} ends in '{path.suffix}'; known are {', '.join(READERS)} and data set folders")
+        raise UserError(f"data: {path} ends in '{path.suffix}'; known are {', '.join(READERS)} and data set folders")
     try:
         return READERS[path.suffix](path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise Refused(f"data: {path} cannot be read: {error}. Mend the file, or write it again") from error
+        raise UserError(f"data: {path} cannot be read: {error}. Mend the file, or write it again") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
@@ -53,9 +53,9 @@ def _json(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     try:
         rows = _loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError, BadRow) as error:
-        raise Refused(f"data: {path} is not JSON: {error}. One object per line? Then name it .jsonl") from error
+        raise UserError(f"data: {path} is not JSON: {error}. One object per line? Then name it .jsonl") from error
     if not isinstance(rows, list):
-        raise Refused(f"data: {path} holds a {type(rows).__name__}; a list of rows is needed")
+        raise UserError(f"data: {path} holds a {type(rows).__name__}; a list of rows is needed")
     return _numbered(rows)
 
 
@@ -71,7 +71,7 @@ def _parquet_rows(path: Path, file: pq.ParquetFile) -> Iterator[object]:
                 number += 1
                 yield row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise Refused(f"data: {path} cannot be read after row {number}: {error}") from error
+        raise UserError(f"data: {path} cannot be read after row {number}: {error}") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
@@ -89,10 +89,10 @@ def _dataset(folder: Path, split: str) -> Iterator[tuple[int, Row | BadRow]]:
     try:
         dataset = load_from_disk(folder)
     except (OSError, ValueError) as error:
-        raise Refused(f"data: {folder} is not a folder saved by datasets.save_to_disk: {error}") from error
+        raise UserError(f"data: {folder} is not a folder saved by datasets.save_to_disk: {error}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise Refused(
+            raise UserError(
                 f"data: {folder} has the splits {', '.join(map(str, dataset))}, not '{split}'; set data.split"
             )
         dataset = dataset[split]
@@ -107,7 +107,7 @@ def _hub(name: str, split: str) -> Iterator[tuple[int, Row | BadRow]]:
     try:
         dataset = load_dataset(repo, split=split, revision=revision or None)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise Refused(
+        raise UserError(
             f"data: there is no file {Path(name).absolute()}, and the hub did not give '{name}' ({split}): {error}"
         ) from error
     return _numbered(dataset)

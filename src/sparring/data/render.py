@@ -17,9 +17,9 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from sparring.data.bounded import BoundedProcess, Refuses, UsedUp
+from sparring.data.bounded import BoundedProcess, CallFailed, LimitExceeded
 from sparring.data.read import BadRow
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.types import Example, Message, Rendered
 
 SENTINEL = "sparring"
@@ -53,9 +53,9 @@ class Renderer:
         self.text_template = None if is_jinja else template
         self.chat_template = template if is_jinja else None
         if self.text_template is not None and "{prompt}" not in self.text_template:
-            raise Refused(f"data.template: {template!r} does not say where the {{prompt}} goes")
+            raise UserError(f"data.template: {template!r} does not say where the {{prompt}} goes")
         if template is None and not tokenizer.chat_template:
-            raise Refused(
+            raise UserError(
                 "data.template: the tokenizer has no chat template, so give a text, for example "
                 r'"### Instruction: {prompt}\n\n### Response: "'
             )
@@ -135,10 +135,10 @@ class Renderer:
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._bounded("render", list(map(dict, messages)), add_generation_prompt)
-        except Refuses as refusal:
+        except CallFailed as refusal:
             raise BadRow(f"the chat template refuses it: {refusal}") from refusal
-        except UsedUp as problem:
-            raise Refused(
+        except LimitExceeded as problem:
+            raise UserError(
                 f"data.template: the chat template {problem} on one conversation and was ended. Do not trust the "
                 "folder that it came from; give data.template one of your own"
             ) from problem
@@ -158,8 +158,8 @@ class Renderer:
     def _tokens(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         try:
             return self._bounded("encode", text, add_special_tokens)
-        except (Refuses, UsedUp) as problem:
-            raise Refused(
+        except (CallFailed, LimitExceeded) as problem:
+            raise UserError(
                 f"model: the tokenizer in {self.tokenizer.name_or_path} {_said(problem)} on a text of {len(text):,} "
                 "characters. Do not trust its tokenizer.json; download it again from where you know it"
             ) from problem
@@ -177,13 +177,13 @@ class Renderer:
         if end_token is not None:
             wanted = self.tokenizer.get_vocab().get(end_token)
             if wanted is None:
-                raise Refused(f"data.end_token: the tokenizer has no token {end_token!r}")
+                raise UserError(f"data.end_token: the tokenizer has no token {end_token!r}")
         if self.text_template is None:
             turns = [Message(role="user", content="?"), Message(role="assistant", content=SENTINEL)]
             try:
                 tail = self._tokens(self._apply(turns).rpartition(SENTINEL)[2])
             except BadRow as problem:
-                raise Refused(f"data.template: {problem}") from problem
+                raise UserError(f"data.template: {problem}") from problem
             special = set(self.tokenizer.all_special_ids)
             special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             for index, token in enumerate(tail):
@@ -191,7 +191,7 @@ class Renderer:
                     return EndOfTurn(token, is_in_template=True, num_after=len(tail) - index - 1)
         end = wanted if wanted is not None else self.tokenizer.eos_token_id
         if end is None:
-            raise Refused("data.end_token: neither the template nor the tokenizer has an end token; name one")
+            raise UserError("data.end_token: neither the template nor the tokenizer has an end token; name one")
         return EndOfTurn(cast(int, end), is_in_template=False, num_after=0)
 
     def _first_difference(self, prompt_ids: list[int], all_ids: list[int]) -> str:
@@ -207,8 +207,8 @@ class Renderer:
         return f"{self.tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"
 
 
-def _said(problem: Refuses | UsedUp) -> str:
-    return f"{problem} and was ended" if isinstance(problem, UsedUp) else f"broke down ({problem})"
+def _said(problem: CallFailed | LimitExceeded) -> str:
+    return f"{problem} and was ended" if isinstance(problem, LimitExceeded) else f"broke down ({problem})"
 
 
 def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:

@@ -39,11 +39,11 @@ GENERATIONS = pa.schema(
 )
 
 SCORES = pa.schema(
-    {"id": pa.string(), "role": pa.string(), "round": pa.int16(), "sample": pa.int16(), "logprob": pa.float32()}
+    {"id": pa.string(), "role": pa.string(), "iteration": pa.int16(), "sample": pa.int16(), "logprob": pa.float32()}
 )
 
 OpponentScores = Mapping[tuple[str, str, int, int], float]
-"""(row id, role, round, sample) -> log-prob. A real answer has round and sample 0."""
+"""(row id, role, iteration, sample) -> log-prob. A real answer has iteration and sample 0."""
 
 
 def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
@@ -97,5 +97,5 @@ def read_generations(paths: Iterable[Path]) -> list[Generation]:
 
 def read_scores(path: Path) -> OpponentScores:
     table = read_table(path)
-    columns = [table[name].to_pylist() for name in ("id", "role", "round", "sample", "logprob")]
-    return {(id, role, round, sample): value for id, role, round, sample, value in zip(*columns, strict=True)}
+    columns = [table[name].to_pylist() for name in ("id", "role", "iteration", "sample", "logprob")]
+    return {(id, role, iteration, sample): value for id, role, iteration, sample, value in zip(*columns, strict=True)}

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.lora import base_of, has_adapter, is_adapter, load_adapter, merge_adapter, save_adapter
-from sparring.model.quantization import compute_alike, dequantize, nf4, refuse_without_4bit
+from sparring.model.quantization import compute_as_in_training, dequantize, nf4, require_4bit
 from sparring.run.manifest import hash_path
 from sparring.types import Generation
 
@@ -74,7 +74,7 @@ def resolve_model(name: str) -> Path:
     if folder.exists():
         return check_model_folder(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise Refused(f"model: there is no folder {folder}; relative paths start at the working directory")
+        raise UserError(f"model: there is no folder {folder}; relative paths start at the working directory")
     repo, _, revision = name.partition("@")
     try:
         snapshot = Path(
@@ -85,7 +85,7 @@ def resolve_model(name: str) -> Path:
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise Refused(
+        raise UserError(
             f"model: there is no folder {folder}, and the hub did not give '{name}': {error}. "
             "Without a network, pass the folder of a downloaded model; for a gated model accept its licence on "
             "its page and run 'hf auth login'."
@@ -95,13 +95,13 @@ def resolve_model(name: str) -> Path:
 
 def check_model_folder(folder: Path) -> Path:
     if is_adapter(folder):
-        raise Refused(f"model: {folder} is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it")
+        raise UserError(f"model: {folder} is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it")
     if not (folder / "config.json").is_file():
-        raise Refused(f"model: {folder} has no config.json, so it is not a transformers model folder")
+        raise UserError(f"model: {folder} has no config.json, so it is not a transformers model folder")
     if not list(folder.glob("*.safetensors")):
         unsafe = sorted(f.name for pattern in WEIGHTS_THAT_RUN_CODE for f in folder.glob(pattern))
         found = f"; {unsafe[0]} can run code when it is read: convert it to safetensors first" if unsafe else ""
-        raise Refused(f"model: {folder} has no *.safetensors{found}")
+        raise UserError(f"model: {folder} has no *.safetensors{found}")
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             try:
@@ -109,36 +109,36 @@ def check_model_folder(folder: Path) -> Path:
                 if not isinstance(content, dict):
                     raise ValueError("it is not a mapping")
             except (OSError, ValueError, RecursionError) as error:
-                raise Refused(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
-            refuse_orders(folder / name, content)
+                raise UserError(f"model: {folder / name} cannot be read: {error}. {DOWNLOAD_AGAIN}") from error
+            refuse_unsafe_settings(folder / name, content)
             if name == "config.json" and content.get("quantization_config"):
-                raise Refused(
+                raise UserError(
                     f"model: the weights in {folder} are stored quantized; give the original weights, and "
                     "adapter.load_in_4bit: true to train an adapter on them in 4 bits"
                 )
     return folder
 
 
-def refuse_orders(file: Path, content: object) -> None:
-    """Refuses settings that would have a loader run code from elsewhere, or read files beside the model's own.
+def refuse_unsafe_settings(file: Path, content: object) -> None:
+    """CallFailed settings that would have a loader run code from elsewhere, or read files beside the model's own.
 
     `trust_remote_code=False` alone has not been enough: CVE-2026-4372 and CVE-2026-5241 were such keys. `auto_map`
     may stay: nothing of ours follows it, and a model that needs it is refused by transformers.
     """
     if isinstance(content, list):
         for inner in content:
-            refuse_orders(file, inner)
+            refuse_unsafe_settings(file, inner)
     if not isinstance(content, dict):
         return
     for key, value in content.items():
         is_kernel = IMPLEMENTATION.search(key) and "/" in json.dumps(value)
         is_file = key.endswith("_file") and isinstance(value, str) and Path(value).name != value
         if (key == "trust_remote_code" and value) or is_kernel or is_file:
-            raise Refused(
+            raise UserError(
                 f"model: {file} sets {key} to {value!r}, which would run or read what is not part of the model; "
                 "remove the key if you trust the rest"
             )
-        refuse_orders(file, value)
+        refuse_unsafe_settings(file, value)
 
 
 def _short(error: Exception) -> str:
@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(base_of(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-        raise Refused(
+        raise UserError(
             f"model: the tokenizer in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
         ) from error
 
@@ -159,7 +159,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base_of(folder), trust_remote_code=False)
     except UNREADABLE as error:
-        raise Refused(f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
+        raise UserError(
+            f"model: {folder / 'config.json'} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
+        ) from error
 
 
 def load_model(
@@ -173,7 +175,7 @@ def load_model(
     config = load_config(folder)
     quantized: dict[str, Any] = {}
     if in_4bit:
-        refuse_without_4bit(device)
+        require_4bit(device)
         quantized = {"quantization_config": nf4(cast(torch.dtype, dtype)), "device_map": {"": device}}
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
@@ -189,18 +191,20 @@ def load_model(
             **quantized,
         )
     except UNREADABLE as error:
-        raise Refused(f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}") from error
+        raise UserError(
+            f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
+        ) from error
     model, info = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
     if lacking := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise Refused(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
+        raise UserError(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
     if in_4bit:
-        compute_alike(model)
+        compute_as_in_training(model)
     if is_adapter(folder):
         load_adapter(model, folder)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise Refused(f"model: {name} in {folder} holds numbers that are not finite. {DOWNLOAD_AGAIN}")
+            raise UserError(f"model: {name} in {folder} holds numbers that are not finite. {DOWNLOAD_AGAIN}")
     torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -278,7 +282,7 @@ def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[in
     return declared
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generation]) -> list[str]:
+def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generation]) -> list[str]:
     """Answers as people read them. Only for people and checkers: nothing is ever tokenized again."""
     return cast(list[str], tokenizer.batch_decode([a.token_ids.tolist() for a in answers], skip_special_tokens=True))
 

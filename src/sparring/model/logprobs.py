@@ -13,23 +13,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparring.errors import Refused
+from sparring.errors import UserError
+from sparring.model import attention
 from sparring.model.attention import why_not_shared
 from sparring.model.kernels import linear_logprob
-from sparring.model import attention
+from sparring.model.memory import run_within_memory
 from sparring.model.packing import (
-    Kind,
-    Layout,
-    arrange,
-    deal,
+    PackedBatch,
+    Packing,
+    assign_to_ranks,
     group_tokens,
     micro_batches,
-    padded_rows,
-    shape_of,
-    shared_row,
+    pack,
+    pack_padded,
+    pack_shared,
+    response_counts,
 )
-from sparring.parallel import distributed
-from sparring.parallel.distributed import smaller_budget
+from sparring.parallel import Parallel
 from sparring.types import Group, Role, TokenIds
 
 # nats, of a few tokens: far above rounding, far below anything that is wrong
@@ -51,27 +51,27 @@ def sequence_logprobs(
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from a layout to log-probs, shape [responses], nats, float32.
+    """A causal language model as a function from a batch to log-probs, shape [responses], nats, float32.
 
     Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through
     the vocabulary head: the rows of the hidden states are selected before the product. A module, so that
     a distributed wrapper sees its forward.
 
-    `kind` is the layout that the model is given: "shared" where it computes what padded rows do, else
+    `packing` is the batch that the model is given: "shared" where it computes what padded rows do, else
     "padded", with the reason in `why_padded`. The model's attention is then sparring's, which is torch's
     wherever no shared prompts are passed.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, kind: Kind = "shared") -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, packing: Packing = "shared") -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.scale, self.softcap = head_settings(model)
-        self.kind: Kind = "padded"
+        self.packing: Packing = "padded"
         self.why_padded: str | None = None
         self.is_flex = self.device.type == "cuda" and find_spec("triton") is not None
         self.check_head()
-        if kind == "shared":
+        if packing == "shared":
             self.why_padded = why_not_shared(model) or self.share_prompts()
 
     @property
@@ -82,7 +82,7 @@ class Scorer(nn.Module):
     def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise Refused(f"{type(self.model).__name__} has no linear output head; a causal language model is needed")
+            raise UserError(f"{type(self.model).__name__} has no linear output head; a causal language model is needed")
         return head
 
     def precision(self) -> AbstractContextManager[object]:
@@ -95,42 +95,42 @@ class Scorer(nn.Module):
         states to a bfloat16 head, which only autocast multiplies."""
         return nullcontext() if self.head.weight.dtype == torch.float32 else self.precision()
 
-    def forward(self, layout: Layout) -> Float[Tensor, " responses"]:
+    def forward(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
         with self.precision():
-            return self.logprobs(layout)
+            return self.logprobs(batch)
 
-    def logprobs(self, layout: Layout) -> Float[Tensor, " responses"]:
-        if self.is_flex and layout.shared_prompts is not None:
-            layout = replace(layout, shared_prompts=replace(layout.shared_prompts, is_flex=True))
-        hidden = self.model.base_model(**model_inputs(layout), use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1).index_select(0, layout.positions)
+    def logprobs(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
+        if self.is_flex and batch.shared_prompts is not None:
+            batch = replace(batch, shared_prompts=replace(batch.shared_prompts, is_flex=True))
+        hidden = self.model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, batch.positions)
         head = self.head
         token_logprobs = linear_logprob(
             states,
             head.weight,
             head.bias,
-            layout.targets,
+            batch.targets,
             scale=self.scale,
             softcap=self.softcap,
             is_kept=not self.model.is_gradient_checkpointing,  # memory is asked for before time
         )
         # segment by segment, not a scatter: the same order of additions on every run and device
-        sums = torch.stack([segment.sum() for segment in token_logprobs.split(layout.distinct)])
-        return sums.index_select(0, layout.which)
+        sums = torch.stack([segment.sum() for segment in token_logprobs.split(batch.distinct_lengths)])
+        return sums.index_select(0, batch.response_index)
 
     @torch.no_grad()
     def check_head(self) -> None:
         """Compares with the model's own logits once, in float32: an unknown head is refused, never wrong."""
         ids = self.probe()
         group = Group("probe", ids[:1], {"real": (ids[1:],)})
-        layout = padded_rows([group]).to(self.device)
+        batch = pack_padded([group]).to(self.device)
         is_response = torch.arange(len(ids), device=self.device)[None] > 0
         with self.as_loaded():
-            logits = self.model(**model_inputs(layout), use_cache=False).logits
-            expected = sequence_logprobs(logits, layout.input_ids, is_response)
-            ours = self.logprobs(layout)
+            logits = self.model(**model_inputs(batch), use_cache=False).logits
+            expected = sequence_logprobs(logits, batch.input_ids, is_response)
+            ours = self.logprobs(batch)
         if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE[self.head.weight.dtype]):
-            raise Refused(
+            raise UserError(
                 f"{type(self.model).__name__} does something between its hidden states and its logits that sparring "
                 f"does not know: log p of a test sequence is {expected.item():.4f}, computed from the head alone "
                 f"{ours.item():.4f}. Please report the model type '{self.model.config.model_type}'."
@@ -144,10 +144,10 @@ class Scorer(nn.Module):
             Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
         ]
         with self.as_loaded():
-            expected = self.logprobs(padded_rows(groups).to(self.device))
+            expected = self.logprobs(pack_padded(groups).to(self.device))
         before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
         self.model.set_attn_implementation(attention.NAME)
-        row = shared_row(groups).to(self.device)
+        row = pack_shared(groups).to(self.device)
 
         def difference() -> float:
             with self.as_loaded():
@@ -165,7 +165,7 @@ class Scorer(nn.Module):
             problem = f"its forward does not take what shared prompts need ({error})"
         else:
             if found <= tolerance:
-                self.kind = "shared"
+                self.packing = "shared"
                 return None
             problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
         self.model.set_attn_implementation(before)
@@ -176,14 +176,14 @@ class Scorer(nn.Module):
         return (np.arange(1, 9) * 7919 % self.head.weight.shape[0]).astype(np.int32)
 
 
-def model_inputs(layout: Layout) -> dict[str, object]:
-    inputs: dict[str, object] = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
-    if layout.shared_prompts is None:
-        return {**inputs, "attention_mask": layout.attention_mask}
+def model_inputs(batch: PackedBatch) -> dict[str, object]:
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.shared_prompts is None:
+        return {**inputs, "attention_mask": batch.attention_mask}
     # a mask in four dimensions is passed on as it is: without one, transformers would guess from the positions
     # that the row holds unrelated sequences, and build a mask of the whole row
-    nothing = layout.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
-    return {**inputs, "attention_mask": nothing, "shared_prompts": layout.shared_prompts}
+    nothing = batch.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return {**inputs, "attention_mask": nothing, "shared_prompts": batch.shared_prompts}
 
 
 def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -201,34 +201,32 @@ def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
 def score_groups(
     scorer: Scorer,
     groups: Sequence[Group],
-    token_budget: int,
+    micro_batch_tokens: int,
+    parallel: Parallel,
     advance: Callable[[int, int], object] = lambda groups, tokens: None,
 ) -> dict[Role, Float[np.ndarray, ...]]:
-    """log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
+    """Log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
 
-    `advance` is told how many groups and tokens each micro-batch had. Where memory runs out, the rest is
-    cut into smaller micro-batches. Ranks share the groups out; each one gets all log-probs.
+    Ranks divide the groups among themselves, and each returns all log-probs. When memory runs out, the remaining
+    groups are packed into smaller micro-batches. `advance` gets the groups and tokens of each micro-batch.
     """
     result: dict[Role, np.ndarray] = {}
-    for role, count in shape_of(groups[0]):
+    for role, count in response_counts(groups[0]):
         result[role] = np.zeros((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
-    ranks = distributed.num_ranks()
-    left = deal(scorer.kind, groups, ranks)[distributed.rank()] if ranks > 1 else list(range(len(groups)))
-    while left:
-        largest = max(group_tokens(scorer.kind, groups[i]) for i in left)
-        done: set[int] = set()
-        for batch in micro_batches(scorer.kind, [groups[i] for i in left], token_budget):
-            indices = [left[i] for i in batch]
-            layout = arrange(scorer.kind, [groups[i] for i in indices]).to(scorer.device)
-            try:
-                logprobs = scorer(layout)
-            except RuntimeError as error:
-                token_budget = smaller_budget(error, token_budget, largest)
-                break
-            for role, values in layout.scores(logprobs).items():
+    mine = assign_to_ranks(scorer.packing, groups, parallel.num_ranks)[parallel.rank]
+    done: set[int] = set()
+
+    def score_remaining(micro_batch_tokens: int) -> None:
+        todo = [i for i in mine if i not in done]
+        for places in micro_batches(scorer.packing, [groups[i] for i in todo], micro_batch_tokens):
+            indices = [todo[i] for i in places]
+            batch = pack(scorer.packing, [groups[i] for i in indices]).to(scorer.device)
+            for role, values in batch.scores(scorer(batch)).items():
                 result[role][indices] = values.cpu().numpy()
             done.update(indices)
-            advance(len(indices), layout.computed_tokens)
-        left = [i for i in left if i not in done]
-    distributed.meet()
-    return {role: distributed.total(torch.from_numpy(values)).numpy() for role, values in result.items()}
+            advance(len(indices), batch.computed_tokens)
+
+    largest = max((group_tokens(scorer.packing, groups[i]) for i in mine), default=0)
+    run_within_memory(score_remaining, micro_batch_tokens, largest)
+    parallel.barrier()
+    return {role: parallel.all_reduce_sum(torch.from_numpy(values)).numpy() for role, values in result.items()}

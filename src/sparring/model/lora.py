@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.quantization import import_bitsandbytes
 from sparring.run.manifest import write_json
 
@@ -36,7 +36,7 @@ def base_of(folder: Path) -> Path:
         return folder
     base = Path(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     if not base.is_dir():
-        raise Refused(f"model: {folder} is an adapter of {base}, which is not there; put that folder back")
+        raise UserError(f"model: {folder} is an adapter of {base}, which is not there; put that folder back")
     return base
 
 
@@ -49,9 +49,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         PeftModel.from_pretrained(cast(Any, model), folder)
         wrong = set(_weights(model)) ^ set(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise Refused(f"model: the adapter in {folder} cannot be loaded: {error}") from error
+        raise UserError(f"model: the adapter in {folder} cannot be loaded: {error}") from error
     if wrong:
-        raise Refused(f"model: {folder / WEIGHTS} does not fit its base: {min(wrong)} is on one side only")
+        raise UserError(f"model: {folder / WEIGHTS} does not fit its base: {min(wrong)} is on one side only")
     model.requires_grad_(False)
 
 
@@ -70,10 +70,12 @@ def train_adapter(model: PreTrainedModel, settings: Mapping[str, object], seed: 
             try:
                 get_peft_model(model, config)
             except ValueError as error:
-                raise Refused(f"adapter: {error}") from error
+                raise UserError(f"adapter: {error}") from error
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if any(MARK in name for name, _ in cast(nn.Module, module).named_parameters()):
-                raise Refused("adapter.target_modules: the embeddings and the output head cannot have an adapter here")
+                raise UserError(
+                    "adapter.target_modules: the embeddings and the output head cannot have an adapter here"
+                )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name)
 

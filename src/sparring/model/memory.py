@@ -1,66 +1,107 @@
-"""How many tokens are computed at a time where a recipe says `micro_batch_tokens: auto`. It changes no mathematics."""
+"""How many tokens fit into a micro-batch, and what happens when memory runs out. It changes no mathematics."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedConfig
 
-from sparring.parallel.distributed import smaller_budget
+from sparring.errors import RunError
+from sparring.logging import info
+
+T = TypeVar("T")
 
 START = {"cpu": 4096, "cuda": 16_384}
-"""Tokens at a time of passes without gradients, and where training begins to look."""
+"""Tokens per micro-batch without gradients, and where the search for training starts."""
 CEILING = {"cpu": 4096, "cuda": 262_144}
-"""Where it ends."""
-LEAST = 512
-CPU_ACTIVATIONS = 2**28
-"""Bytes of activations, by the rule of thumb below, that a CPU's caches and pages still serve at full speed: more
-tokens at a time take memory and gain nothing (benchmarks/budget.py)."""
-VALUES = 17
-"""Kept per layer, token and width for the backward pass (Korthikanti et al. 2022: 34 bytes in 16 bits)."""
+"""Where that search ends."""
+MINIMUM = 512
+CPU_ACTIVATION_BYTES = 2**28
+"""Activations, by the estimate below, beyond which a CPU gets no faster: larger micro-batches only take memory."""
+VALUES_PER_LAYER = 17
+"""Kept per layer, token and hidden unit for the backward pass (Korthikanti et al. 2022: 34 bytes in 16 bits)."""
 
 
-def tokens_at_a_time(asked: int | Literal["auto"], device: torch.device) -> int:
-    """Of passes without gradients."""
-    return START.get(device.type, START["cpu"]) if asked == "auto" else asked
+def inference_micro_batch_tokens(setting: int | Literal["auto"], device: torch.device) -> int:
+    """Tokens per micro-batch of passes without gradients."""
+    return START.get(device.type, START["cpu"]) if setting == "auto" else setting
 
 
-def activation_bytes(config: PreTrainedConfig, bytes_each: int, *, checkpointing: bool) -> int:
-    """What a token keeps for the backward pass: a rule of thumb."""
+def activation_bytes(config: PreTrainedConfig, bytes_per_value: int, *, checkpointing: bool) -> int:
+    """Estimated bytes that one token keeps for the backward pass."""
     text = config.get_text_config()
-    return text.num_hidden_layers * text.hidden_size * bytes_each * (1 if checkpointing else VALUES)
+    return text.num_hidden_layers * text.hidden_size * bytes_per_value * (1 if checkpointing else VALUES_PER_LAYER)
 
 
-def where_to_look(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
-    """(start, ceiling) of the search. On a CPU nothing is tried: its memory does not say no before it is too late, and
-    many tokens are slower than few."""
+def search_range(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
+    """(start, ceiling) of the search for `micro_batch_tokens: auto`.
+
+    On a CPU nothing is tried: an allocation succeeds until the system kills the process, and larger micro-batches are
+    slower there.
+    """
     if device.type != "cpu":
         return START.get(device.type, START["cpu"]), CEILING.get(device.type, CEILING["cpu"])
-    budget = START["cpu"]
-    while budget > LEAST and budget * bytes_per_token > CPU_ACTIVATIONS:
-        budget //= 2
-    return budget, budget
+    tokens = START["cpu"]
+    while tokens > MINIMUM and tokens * bytes_per_token > CPU_ACTIVATION_BYTES:
+        tokens //= 2
+    return tokens, tokens
 
 
-def find_budget(attempt: Callable[[int], object], start: int, ceiling: int, largest: int) -> int:
-    """The largest of start, 2 start, 4 start, ... up to `ceiling` that memory holds; a half, a quarter, ... of `start`
-    where it does not.
+def find_micro_batch_tokens(attempt: Callable[[int], object], start: int, ceiling: int, largest: int) -> int:
+    """The largest of start, 2 start, 4 start, ... up to `ceiling` that fits; start/2, start/4, ... if start does not.
 
-    `attempt` computes a fullest micro-batch of so many tokens. `largest`: tokens of the largest group, less than which
-    cannot be computed.
+    `attempt` computes a full micro-batch of that many tokens. `largest`: tokens of the largest group, the least that
+    can be computed.
     """
-    budget, held = start, 0
+    _, fitting = run_within_memory(attempt, start, largest)
+    while fitting >= start and 2 * fitting <= ceiling:
+        try:
+            attempt(2 * fitting)
+        except RuntimeError as error:
+            halve_micro_batch_tokens(error, 2 * fitting, largest)  # raises anything but "out of memory" again
+            break
+        fitting *= 2
+    return fitting
+
+
+def run_within_memory(
+    attempt: Callable[[int], T], micro_batch_tokens: int, largest: int, on_halved: Callable[[int], object] = id
+) -> tuple[T, int]:
+    """What `attempt(micro_batch_tokens)` returns, and the number with which it fitted into memory.
+
+    When memory runs out, `attempt` is called again with half as many; `on_halved` is told first.
+    """
     while True:
         try:
-            attempt(budget)
+            return attempt(micro_batch_tokens), micro_batch_tokens
         except RuntimeError as error:
-            budget = smaller_budget(error, budget, largest)
-            if held:
-                return held
-            ceiling = budget
-            continue
-        if 2 * budget > ceiling:
-            return budget
-        budget, held = 2 * budget, budget
+            micro_batch_tokens = halve_micro_batch_tokens(error, micro_batch_tokens, largest)
+        on_halved(micro_batch_tokens)
+
+
+def halve_micro_batch_tokens(error: RuntimeError, micro_batch_tokens: int, largest: int) -> int:
+    """Half of `micro_batch_tokens` if `error` says that memory ran out; raises any other error again."""
+    if not should_reduce_batch_size(error):
+        raise error
+    if micro_batch_tokens <= largest:
+        raise RunError(
+            f"Out of memory on a single prompt with its responses ({largest:,} tokens). Lower train.max_length or "
+            "generate.max_new_tokens, or set train.gradient_checkpointing: true, and start in another run directory."
+        ) from error
+    clear_device_cache(garbage_collection=True)
+    smaller = max(largest, micro_batch_tokens // 2)
+    info(f"  Out of memory at {micro_batch_tokens:,} tokens per micro-batch; retrying with {smaller:,}.")
+    return smaller
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the device if it counts its own, otherwise of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,6 +1,6 @@
 """How a list of groups becomes tensors.
 
-`shared_row` packs groups into one row in which the responses of a group share their prompt; `padded_rows`
+`pack_shared` packs groups into one row in which the responses of a group share their prompt; `pack_padded`
 gives every response a row of its own, prompt included. The second is the readable form, and what models get
 whose layers cannot share a prompt. What a layout promises is only that `positions`, `targets` and
 `num_tokens` name the response tokens.
@@ -22,14 +22,14 @@ from torch import Tensor
 from sparring.model.attention import SharedPrompts
 from sparring.types import Group, Lengths, Role, Scores, TokenIds
 
-Shape = tuple[tuple[Role, int], ...]
+ResponseCounts = tuple[tuple[Role, int], ...]
 """The roles of a group in order, with the number of responses of each."""
 
-Kind = Literal["shared", "padded"]
+Packing = Literal["shared", "padded"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedBatch:
     """Responses are in the order of the groups and of their roles. Distinct ones: equal answers to a prompt share."""
 
     input_ids: Int[Tensor, "rows time"]
@@ -38,27 +38,27 @@ class Layout:
     shared_prompts: SharedPrompts | None
     positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts the token
     targets: Int[Tensor, " tokens"]  # the tokens of the distinct responses, one after another
-    distinct: tuple[int, ...]  # tokens of each distinct response
-    which: Int[Tensor, " responses"]  # the distinct response that each response is
+    distinct_lengths: tuple[int, ...]  # tokens of each distinct response
+    response_index: Int[Tensor, " responses"]  # the distinct response that each response is
     num_tokens: Int[Tensor, " responses"]
-    shape: Shape
+    counts: ResponseCounts
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that the model reads, without padding."""
         return int(self.attention_mask.sum())
 
-    def to(self, device: torch.device) -> Layout:
+    def to(self, device: torch.device) -> PackedBatch:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Layout(**{**vars(self), **tensors})
+        return PackedBatch(**{**vars(self), **tensors})
 
     def by_role(self, values: Tensor) -> Mapping[Role, Tensor]:
         """Splits per-response values, shape [responses], into the shapes that `Scores` has."""
-        per_group = values.reshape(-1, sum(count for _, count in self.shape))
-        columns = per_group.split([count for _, count in self.shape], dim=1)
+        per_group = values.reshape(-1, sum(count for _, count in self.counts))
+        columns = per_group.split([count for _, count in self.counts], dim=1)
         return {
             role: column if role == "generated" else column[:, 0]
-            for (role, _), column in zip(self.shape, columns, strict=True)
+            for (role, _), column in zip(self.counts, columns, strict=True)
         }
 
     def scores(self, logprobs: Tensor) -> Scores:
@@ -68,17 +68,17 @@ class Layout:
         return self.by_role(self.num_tokens)
 
 
-def arrange(kind: Kind, groups: Sequence[Group]) -> Layout:
-    return shared_row(groups) if kind == "shared" else padded_rows(groups)
+def pack(packing: Packing, groups: Sequence[Group]) -> PackedBatch:
+    return pack_shared(groups) if packing == "shared" else pack_padded(groups)
 
 
-def shared_row(groups: Sequence[Group]) -> Layout:
+def pack_shared(groups: Sequence[Group]) -> PackedBatch:
     """One row: prompt, its distinct responses, the next prompt, ... Positions restart after each prompt.
 
     All groups must have the same roles with the same number of responses.
     """
-    shape = common_shape(groups)
-    sizes, tokens, position_ids, positions, targets, which = [], [], [], [], [], []
+    counts = common_response_counts(groups)
+    sizes, tokens, position_ids, positions, targets, response_index = [], [], [], [], [], []
     start = num_distinct = 0
     for group in groups:
         responses, first_of = distinct_responses(group)
@@ -93,31 +93,31 @@ def shared_row(groups: Sequence[Group]) -> Layout:
             positions += [np.array([start + prompt - 1]), np.arange(at, at + len(response) - 1)]
             targets.append(response)
             at += len(response)
-        which += [num_distinct + i for i in first_of]
+        response_index += [num_distinct + i for i in first_of]
         num_distinct += len(responses)
         start = at
     lengths = [n for _, *rest in sizes for n in rest]
-    return Layout(
+    return PackedBatch(
         input_ids=_row(tokens),
         position_ids=_row(position_ids),
         attention_mask=torch.ones(1, start, dtype=torch.long),
         shared_prompts=SharedPrompts(tuple(sizes)),
         positions=_row(positions)[0],
         targets=_row(targets)[0],
-        distinct=tuple(lengths),
-        which=torch.tensor(which),
-        num_tokens=torch.tensor([lengths[i] for i in which]),
-        shape=shape,
+        distinct_lengths=tuple(lengths),
+        response_index=torch.tensor(response_index),
+        num_tokens=torch.tensor([lengths[i] for i in response_index]),
+        counts=counts,
     )
 
 
-def padded_rows(groups: Sequence[Group]) -> Layout:
+def pack_padded(groups: Sequence[Group]) -> PackedBatch:
     """One row per response: prompt + response, padded on the right.
 
     All groups must have the same roles with the same number of responses. Padding is told by length,
     never by a token's value: an end token inside a response is attended to and scored like any other.
     """
-    shape = common_shape(groups)
+    counts = common_response_counts(groups)
     prompts = [group.prompt_ids for group in groups for _ in responses_of(group)]
     responses = [response for group in groups for response in responses_of(group)]
     num_prompt = np.array([len(p) for p in prompts])
@@ -131,17 +131,17 @@ def padded_rows(groups: Sequence[Group]) -> Layout:
     end = (num_prompt + num_response)[:, None]
     is_response = (column >= num_prompt[:, None]) & (column < end)
     token_at = np.flatnonzero(is_response)
-    return Layout(
+    return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(time).expand(len(prompts), time),
         attention_mask=torch.from_numpy((column < end).astype(np.int64)),
         shared_prompts=None,
         positions=torch.from_numpy(token_at - 1),  # the state before a token predicts it
         targets=torch.from_numpy(input_ids.reshape(-1)[token_at]),
-        distinct=tuple(num_response.tolist()),
-        which=torch.arange(len(responses)),
+        distinct_lengths=tuple(num_response.tolist()),
+        response_index=torch.arange(len(responses)),
         num_tokens=torch.from_numpy(num_response),
-        shape=shape,
+        counts=counts,
     )
 
 
@@ -149,16 +149,16 @@ def _row(parts: Sequence[np.ndarray]) -> Int[Tensor, "1 time"]:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
-def shape_of(group: Group) -> Shape:
+def response_counts(group: Group) -> ResponseCounts:
     return tuple((role, len(responses)) for role, responses in group.responses.items())
 
 
-def common_shape(groups: Sequence[Group]) -> Shape:
-    shape = shape_of(groups[0])
+def common_response_counts(groups: Sequence[Group]) -> ResponseCounts:
+    counts = response_counts(groups[0])
     for group in groups:
-        if shape_of(group) != shape:
+        if response_counts(group) != counts:
             raise ValueError(f"group {group.id} has other responses than {groups[0].id}")
-    return shape
+    return counts
 
 
 def responses_of(group: Group) -> list[TokenIds]:
@@ -171,13 +171,13 @@ def distinct_responses(group: Group) -> tuple[list[TokenIds], list[int]]:
     Computing equal answers once is exact for every game: their log-probs are equal, and gradients add up.
     """
     place: dict[tuple[int, ...], int] = {}
-    which = [place.setdefault(tuple(response.tolist()), len(place)) for response in responses_of(group)]
-    return [responses_of(group)[which.index(i)] for i in range(len(place))], which
+    response_index = [place.setdefault(tuple(response.tolist()), len(place)) for response in responses_of(group)]
+    return [responses_of(group)[response_index.index(i)] for i in range(len(place))], response_index
 
 
-def group_tokens(kind: Kind, group: Group) -> int:
+def group_tokens(packing: Packing, group: Group) -> int:
     """Tokens of a micro-batch of this group alone, padding included."""
-    if kind == "padded":
+    if packing == "padded":
         return len(responses_of(group)) * row_tokens(group)
     return len(group.prompt_ids) + sum(len(response) for response in distinct_responses(group)[0])
 
@@ -187,41 +187,46 @@ def row_tokens(group: Group) -> int:
     return len(group.prompt_ids) + max(len(r) for r in responses_of(group))
 
 
-def micro_batches(kind: Kind, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
-    """Indices into `groups`, cut so that no micro-batch holds more than `token_budget` tokens, the largest first.
+def micro_batches(packing: Packing, groups: Sequence[Group], micro_batch_tokens: int) -> list[list[int]]:
+    """Indices into `groups`, cut so that no micro-batch holds more than `micro_batch_tokens` tokens, the largest first.
 
     Largest first: the most memory is needed at once, not after hours. A group that is larger than the
     budget stands alone.
     """
-    if kind == "padded":
-        return list(_padded_batches(groups, token_budget))
-    return _packed_batches([group_tokens("shared", group) for group in groups], token_budget)
+    if packing == "padded":
+        return list(_padded_batches(groups, micro_batch_tokens))
+    return _packed_batches([group_tokens("shared", group) for group in groups], micro_batch_tokens)
 
 
-def deal(kind: Kind, groups: Sequence[Group], ranks: int) -> list[list[int]]:
+def assign_to_ranks(packing: Packing, groups: Sequence[Group], ranks: int) -> list[list[int]]:
     """Indices into `groups` for each rank, so that all have about as many tokens: the largest first, each to the rank
     that has the least so far."""
-    sizes = [group_tokens(kind, group) for group in groups]
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    if ranks == 1:
+        return [list(range(len(groups)))]
+    sizes = [group_tokens(packing, group) for group in groups]
+    by_rank: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
         load, rank = loads[0]
-        hands[rank].append(index)
+        by_rank[rank].append(index)
         heapreplace(loads, (load + sizes[index], rank))
-    return hands
+    return by_rank
 
 
-def rank_batches(kind: Kind, groups: Sequence[Group], token_budget: int, ranks: int) -> list[list[list[int]]]:
+def rank_batches(
+    packing: Packing, groups: Sequence[Group], micro_batch_tokens: int, ranks: int
+) -> list[list[list[int]]]:
     """For each rank its micro-batches, as `micro_batches` cuts them; all ranks have the same number of them.
 
     Ranks that share the weights out compute in step. One with fewer micro-batches cuts some of its own in two; where
     it has none to cut it gets empty ones.
     """
     if ranks == 1:
-        return [micro_batches(kind, groups, token_budget)]
-    hands = deal(kind, groups, ranks)
+        return [micro_batches(packing, groups, micro_batch_tokens)]
+    by_rank = assign_to_ranks(packing, groups, ranks)
     cut = [
-        [[hand[i] for i in b] for b in micro_batches(kind, [groups[i] for i in hand], token_budget)] for hand in hands
+        [[mine[i] for i in b] for b in micro_batches(packing, [groups[i] for i in mine], micro_batch_tokens)]
+        for mine in by_rank
     ]
     most = max(map(len, cut))
     for batches in cut:
@@ -235,7 +240,7 @@ def rank_batches(kind: Kind, groups: Sequence[Group], token_budget: int, ranks: 
     return cut
 
 
-def _packed_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+def _packed_batches(sizes: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
     """Best fit decreasing: each group goes where it leaves the least room."""
     batches: list[list[int]] = []
     filled: list[int] = []
@@ -243,7 +248,7 @@ def _packed_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         place = bisect_left(room, (sizes[index], -1))
         if place == len(room):
-            left, batch = token_budget, len(batches)
+            left, batch = micro_batch_tokens, len(batches)
             batches.append([])
             filled.append(0)
         else:
@@ -254,13 +259,13 @@ def _packed_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     return [batches[b] for b in sorted(range(len(batches)), key=lambda b: (-filled[b], b))]
 
 
-def _padded_batches(groups: Sequence[Group], token_budget: int) -> Iterator[list[int]]:
+def _padded_batches(groups: Sequence[Group], micro_batch_tokens: int) -> Iterator[list[int]]:
     batch: list[int] = []
     rows = width = 0
     for index in sorted(range(len(groups)), key=lambda i: (-row_tokens(groups[i]), i)):
         group_rows = len(responses_of(groups[index]))
         width = width if batch else row_tokens(groups[index])
-        if batch and (rows + group_rows) * width > token_budget:
+        if batch and (rows + group_rows) * width > micro_batch_tokens:
             yield batch
             batch, rows, width = [], 0, row_tokens(groups[index])
         batch.append(index)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import set_verbosity_error
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 
 BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Half a byte, one byte of scale per block of 64, four bytes of scale per 256 blocks."""
@@ -42,11 +42,11 @@ def import_bitsandbytes() -> None:
             sys.modules["kernels"] = hidden
 
 
-def refuse_without_4bit(device: torch.device) -> None:
-    """Refuses where bitsandbytes is not installed, or has no 4-bit kernel for this device: it is tried."""
+def require_4bit(device: torch.device) -> None:
+    """CallFailed where bitsandbytes is not installed, or has no 4-bit kernel for this device: it is tried."""
     other = "or leave adapter.load_in_4bit out: the base is then kept in train.dtype, four times as large"
     if find_spec("bitsandbytes") is None:
-        raise Refused(
+        raise UserError(
             "adapter.load_in_4bit: bitsandbytes is not installed; pip install 'sparring[4bit]' (it runs on NVIDIA, "
             f"AMD and Intel GPUs and on x86 CPUs), {other}"
         )
@@ -57,7 +57,7 @@ def refuse_without_4bit(device: torch.device) -> None:
         packed, state = quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4", compress_statistics=True)
         dequantize_4bit(packed, state)
     except Exception as error:  # libraries that lack a symbol, drivers that are too old: whatever it is
-        raise Refused(
+        raise UserError(
             f"adapter.load_in_4bit: bitsandbytes does not run on {device}: {type(error).__name__}: {error}. "
             f"Use a device that it supports, {other}"
         ) from error
@@ -72,7 +72,7 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def compute_alike(model: PreTrainedModel) -> None:
+def compute_as_in_training(model: PreTrainedModel) -> None:
     """Has every quantized layer compute in evaluation as it does in training.
 
     On CPUs with bfloat16 products bitsandbytes would round the scales to bfloat16 once a layer is used outside of

@@ -1,7 +1,5 @@
 """The games. To add one: a file like these, a line here, a page in docs/objectives/."""
 
-from sparring.objectives.alpha_spin import AlphaSpin
-from sparring.objectives.chi_square import ChiSquare
 from sparring.objectives.dpo import Dpo
 from sparring.objectives.sft import Sft
 from sparring.objectives.sipo import Sipo
@@ -19,15 +17,11 @@ OBJECTIVES = {
     "s-ipo": Sipo,
     "s-simpo": Ssimpo,
     "tspin-ref": TspinRef,
-    "alpha-spin": AlphaSpin,
-    "chi-square": ChiSquare,
     "dpo": Dpo,
 }
 
 __all__ = [
     "OBJECTIVES",
-    "AlphaSpin",
-    "ChiSquare",
     "Dpo",
     "Sft",
     "Sipo",

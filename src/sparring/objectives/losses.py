@@ -28,7 +28,7 @@ def correlation(z: Tensor) -> Tensor:
     return 1 - z
 
 
-LINKS: Mapping[str, Callable[[Tensor], Tensor]] = {
+LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "logistic": logistic,
     "exponential": exponential,
     "hinge": hinge,

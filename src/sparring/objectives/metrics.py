@@ -11,7 +11,7 @@ from torch import Tensor
 from sparring.types import Lengths, Objective, Role, Scores
 
 
-def game_metrics(
+def self_play_metrics(
     objective: Objective, policy: Scores, opponent: Scores, lengths: Lengths
 ) -> Mapping[str, Float[Tensor, " batch"]]:
     """Metrics per example; several generated answers are averaged. Ties count neither as won nor as lost.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparring.objectives.losses import LINKS
+from sparring.objectives.losses import LOSSES
 from sparring.types import Lengths, Loss, Needs, Positive, Scores
 
 
@@ -42,4 +42,4 @@ class Spin:
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
         real = self.reward(policy["real"], opponent["real"], lengths["real"])
         generated = self.reward(policy["generated"], opponent["generated"], lengths["generated"])
-        return Loss(LINKS[self.loss](real[:, None] - generated).mean(dim=-1))
+        return Loss(LOSSES[self.loss](real[:, None] - generated).mean(dim=-1))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparring.objectives.losses import LINKS
+from sparring.objectives.losses import LOSSES
 from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Scores
 
 
@@ -45,7 +45,7 @@ class Tspin:
         return self.confidence(policy, lengths)
 
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
-        link = LINKS[self.loss]
+        link = LOSSES[self.loss]
         c = {role: self.confidence(policy[role], lengths[role]) for role in self.needs.roles}
         current = link(c["real"][:, None] - c["generated"]).mean(dim=-1)
         if self.beta == 0:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparring.objectives.losses import LINKS
+from sparring.objectives.losses import LOSSES
 from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Scores
 
 
@@ -39,7 +39,7 @@ class TspinRef:
         return self.alpha * (policy - opponent)
 
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
-        link = LINKS[self.loss]
+        link = LOSSES[self.loss]
         c = {role: self.reward(policy[role], opponent[role], lengths[role]) for role in self.needs.roles}
         current = link(c["real"][:, None] - c["generated"]).mean(dim=-1)
         if self.beta == 0:

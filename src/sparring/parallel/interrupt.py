@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from sparring.errors import Interrupted
-from sparring.logging import say
+from sparring.logging import info
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,4 +56,4 @@ def _ask(number: int, _: FrameType | None) -> None:
     if _asked:
         raise Interrupted(number)
     _asked.append(number)
-    say("stopping as soon as the current step, part or stage is kept; once more to stop at once")
+    info("stopping as soon as the current step, part or stage is kept; once more to stop at once")

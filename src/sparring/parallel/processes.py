@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-WARDEN = """
+SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 def end():
@@ -25,10 +25,14 @@ os._exit(abs(child.wait()))
 
 
 @contextmanager
-def guarded(words: Sequence[str], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def guarded_process(words: Sequence[str], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The running program; with `log`, what it prints goes there."""
     process = subprocess.Popen(  # noqa: S603  (the words are the user's own settings, or ours)
-        [sys.executable, "-c", WARDEN, *words], stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        [sys.executable, "-c", SUPERVISOR, *words],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     assert process.stdin is not None
     try:

@@ -16,14 +16,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-STARTER = "SPARRING_STARTER"
+LAUNCHER_PID = "SPARRING_LAUNCHER_PID"
 
 
 def main() -> None:
     logging.disable(logging.ERROR)  # what torchrun would say about a rank that fails, ours says
     count, threads, note, *words = sys.argv[1:]
     os.environ["OMP_NUM_THREADS"] = threads
-    os.environ[STARTER] = str(os.getpid())
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch advises against what `distributed` asks of DDP
     config = LaunchConfig(
         min_nodes=1,

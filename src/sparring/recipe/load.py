@@ -7,47 +7,42 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sparring.errors import Damaged, Refused
+from sparring.errors import UserError
 from sparring.objectives import OBJECTIVES
-from sparring.recipe import yaml as strict_yaml
-from sparring.recipe.accelerate_file import with_accelerate
-from sparring.recipe.schema import NEUTRAL, SECTIONS, Recipe
-from sparring.run.manifest import UNSEALED, read_sealed, seal
+from sparring.recipe import yaml
+from sparring.recipe.schema import MAY_CHANGE, SECTIONS, Recipe
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key=value` overrides. Every complaint names file, line and remedy."""
-    raw, lines = strict_yaml.read(path)
+    raw, lines = yaml.read(path)
     if not isinstance(raw, dict):
-        raise Refused(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise Refused(f"'{override}' is not an override; write key=value, for example train.learning_rate=5e-7")
-        value, _ = strict_yaml.parse(text, f"override '{override}'")
+            raise UserError(f"'{override}' is not an override; write key=value, for example train.learning_rate=5e-7")
+        value, _ = yaml.parse(text, f"override '{override}'")
         try:
-            strict_yaml.set_key(raw, key.split("."), value)
+            yaml.set_key(raw, key.split("."), value)
         except ValueError as error:
-            raise Refused(f"override '{override}': {error}") from error
-    if str(raw.get("parallel")).endswith((".yaml", ".yml")):
-        raw = with_accelerate(raw)
+            raise UserError(f"override '{override}': {error}") from error
     return make_recipe(raw, lines, str(path))
 
 
-def make_recipe(raw: object, lines: strict_yaml.Lines | None = None, source: str = "recipe") -> Recipe:
+def make_recipe(raw: object, lines: yaml.Lines | None = None, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise Refused("\n".join(f"{source}{message}" for message in _messages(error, lines or {}))) from error
+        raise UserError("\n".join(f"{source}{message}" for message in _messages(error, lines or {}))) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every setting written out."""
-    return yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(by_alias=True, mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
@@ -55,29 +50,12 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     method = schema["properties"]["method"]
     schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
-    ranks = schema["properties"]["parallel"]
-    schema["properties"]["parallel"] = {"anyOf": [{"type": "string", "pattern": r"\.ya?ml$"}, ranks]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
-
-
-def own_recipe(recipe: Recipe) -> str:
-    """What a run directory keeps: the resolved recipe, with a hash that tells an edited or damaged one."""
-    return seal(
-        f"# xxh3 {UNSEALED}  (a run's own copy: change the recipe that you give, not this one)\n{dump_recipe(recipe)}"
-    )
-
-
-def load_own_recipe(path: Path) -> Recipe:
-    try:
-        raw, lines = strict_yaml.parse(read_sealed(path), str(path))
-    except Damaged as problem:
-        raise Refused(f"{problem}. Put the old text back, or use another run directory") from problem
-    return make_recipe(raw, lines, str(path))
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Settings that change results and differ, one line each."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = (flatten(recipe.model_dump(by_alias=True, mode="json")) for recipe in (old, new))
     return [
         f"{key} is {_value(after, key)}, but the run was started with {_value(before, key)}"
         for key in sorted({*before, *after})
@@ -85,15 +63,13 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def _flat(recipe: Recipe) -> Iterator[tuple[str, object]]:
-    def walk(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            yield prefix, value
-
-    return walk("", recipe.model_dump(by_alias=True, mode="json"))
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings under dotted keys, as overrides write them."""
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        is_section = isinstance(value, Mapping) and value
+        found |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}  # type: ignore[arg-type]
+    return found
 
 
 def _value(flat: Mapping[str, object], key: str) -> str:
@@ -101,10 +77,10 @@ def _value(flat: Mapping[str, object], key: str) -> str:
 
 
 def _neutral_keys() -> set[str]:
-    found = {name for name, field in Recipe.model_fields.items() if field.json_schema_extra == NEUTRAL}
+    found = {name for name, field in Recipe.model_fields.items() if field.json_schema_extra == MAY_CHANGE}
     for section, model in SECTIONS.items():
         found |= {
-            f"{section}.{name}" for name, field in model.model_fields.items() if field.json_schema_extra == NEUTRAL
+            f"{section}.{name}" for name, field in model.model_fields.items() if field.json_schema_extra == MAY_CHANGE
         }
     return found
 
@@ -143,7 +119,7 @@ def _section_keys(section: str, method: str | None) -> list[str]:
     return [f"{section}.{name}" for name in SECTIONS[section].model_fields] if section in SECTIONS else []
 
 
-def _messages(error: ValidationError, lines: strict_yaml.Lines) -> Iterator[str]:
+def _messages(error: ValidationError, lines: yaml.Lines) -> Iterator[str]:
     seen: set[str] = set()
     for problem in error.errors():
         where = [str(part) for part in problem["loc"]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,8 +22,6 @@ from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
 from sparring.objectives import (
-    AlphaSpin,
-    ChiSquare,
     Dpo,
     Sft,
     Sipo,
@@ -33,15 +32,35 @@ from sparring.objectives import (
     TspinRef,
 )
 from sparring.recipe.benchmarks import Task, parse_tasks
-from sparring.recipe.hardware import resolve_dtype
-from sparring.recipe.optimizer_specs import KINDS, Name
 from sparring.recipe.yaml import set_key
 from sparring.types import NonNegative, Objective, Positive, Share
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones.
+
+    A CPU without AVX-512-BF16, AMX or Arm's equal computes bfloat16 in float32 after conversions: slower than float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`auto` is bfloat16 where that is the faster one."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if has_bfloat16_products() else "float32"
+
 
 RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
 Probability = Annotated[float, Field(gt=0, le=1)]
 
-NEUTRAL: JsonDict = {"resume": "neutral"}
+MAY_CHANGE: JsonDict = {"resume": "neutral"}
 """Marks a setting that changes no result: a run may be continued with another value."""
 
 
@@ -60,7 +79,7 @@ class Data(Strict):
     """A .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id."""
     held_out: Share | NonNegativeInt | str = 0.05
     """A share of the prompts, a number of prompts, or a file of their own."""
-    game_rows: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | str | None = None
+    self_play_rows: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | str | None = None
     """Prompts that `sft` iterations never see and all others play on: a share, a number, or a file of their own.
     None: every iteration has the same rows."""
     columns: dict[str, str] = {}
@@ -77,9 +96,9 @@ class Data(Strict):
     """For `text` rows: "sentence", or a regular expression; the prompt ends where its first match begins."""
     end_token: str | None = None
     """The token that ends an answer. None: found in the chat template, else the tokenizer's."""
-    cap_real: bool = True
+    truncate_real: bool = True
     """Cut real answers at generate.max_new_tokens too: otherwise length alone tells real from generated."""
-    max_rejected: Share = 0.1
+    max_skipped: Share = 0.1
     """Stop when more than this share of the rows cannot be used."""
 
 
@@ -92,11 +111,11 @@ class Generate(Strict):
     """Answers per prompt."""
     batch_size: PositiveInt | None = None
     """Prompts at a time. None: 64 with hf and server, the engine's own choice with vllm."""
-    python: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    python: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """The interpreter that runs vLLM, which may have an environment of its own. None: ours."""
     tensor_parallel_size: PositiveInt = 1
-    gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=NEUTRAL)
-    url: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=MAY_CHANGE)
+    url: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """A completions server that is running."""
     command: str | None = None
     """Starts a completions server on loopback; {model}, {port}, {token} and {dtype} stand for what it serves."""
@@ -123,7 +142,6 @@ class Adapter(Strict):
 
     r: PositiveInt = 16
     lora_alpha: Positive = 32
-    lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """Ends of module names, or one regular expression; "all-linear": every linear layer but the output head."""
     use_rslora: bool = False
@@ -132,13 +150,6 @@ class Adapter(Strict):
     """QLoRA: the frozen base is kept in 4 bits (NF4), for sampling, scoring and training alike."""
     merge: Literal["each_iteration"] | None = None
     """None: one adapter, trained on from iteration to iteration. Else: a new one each time, merged when trained."""
-
-    @field_validator("lora_dropout")
-    @classmethod
-    def is_zero(cls, value: float) -> float:
-        if value:
-            raise ValueError(f"{value:g} would make the policy differ from its opponent before the first step; set 0")
-        return value
 
     @validator(mode="after")
     def is_kept_apart(self) -> Adapter:
@@ -156,10 +167,10 @@ class Adapter(Strict):
 
 
 class Train(Strict):
-    optimizer: Name = "rmsprop"
+    optimizer: Literal["rmsprop", "adamw", "adamw_8bit"] = "rmsprop"
     learning_rate: Positive = 5e-7
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Share = 0.1
+    warmup_ratio: Share = 0.1
     weight_decay: NonNegative = 0.0
     epochs: PositiveInt = 2
     batch_size: PositiveInt = 64
@@ -167,11 +178,11 @@ class Train(Strict):
     max_length: Annotated[int, Field(ge=2)] = 2048
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
     """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""
-    gradient_clipping: Positive | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     sft_weight: NonNegative = 0.0
     """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
     gradient_checkpointing: bool = False
-    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=NEUTRAL)
+    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=MAY_CHANGE)
     """Optimizer steps between checkpoints."""
 
 
@@ -192,12 +203,11 @@ class Regex(Strict):
 class Harness(Strict):
     """Benchmarks of lm-evaluation-harness, each of them in a process of its own, for every iteration and the start."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(json_schema_extra=NEUTRAL)
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(json_schema_extra=MAY_CHANGE)
     """Names, or YAML files; with the number of shots after a colon. "tspin" and "spin": the suites of the papers."""
-    limit: PositiveInt | None = Field(default=None, json_schema_extra=NEUTRAL)
+    limit: PositiveInt | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """Only so many rows of each task."""
-    batch_size: PositiveInt = Field(default=8, json_schema_extra=NEUTRAL)
-    apply_chat_template: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    apply_chat_template: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
 
     def stages(self) -> dict[str, Task]:
         """By names that hold whatever changes the result, so that no result is taken for another one."""
@@ -214,73 +224,57 @@ class Harness(Strict):
         return value
 
 
-class MtBench(Strict):
-    """Answers to the questions of MT-Bench, for `sparring judge`."""
-
-    questions: str = Field(json_schema_extra=NEUTRAL)
-    """A file such as FastChat's question.jsonl: question_id, category, turns."""
-    max_new_tokens: PositiveInt = Field(default=1024, json_schema_extra=NEUTRAL)
-
-    @property
-    def label(self) -> str:
-        return f"mt_bench-{Path(self.questions).stem}-{self.max_new_tokens}"
-
-
 class Evaluate(Strict):
-    held_out: bool = True
     checker: Literal["number", "exact"] | Regex | None = None
     """How an answer is checked: the number after ####, the whole text, or what a pattern finds."""
     save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
-        default="held_out_nll", json_schema_extra=NEUTRAL
+        default="held_out_nll", json_schema_extra=MAY_CHANGE
     )
     harness: Harness | None = None
-    mt_bench: MtBench | None = None
+    mt_bench: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """A file such as FastChat's question.jsonl, whose questions every iteration answers for `sparring judge`."""
 
 
 class Stop(Strict):
     """When a run ends before its last iteration. A function of the evaluations, so the same when it is continued."""
 
-    equilibrium: bool = Field(default=False, json_schema_extra=NEUTRAL)
+    equilibrium: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
     """The policy wins as many held-out rows as it loses, within the error, and the guards have not moved."""
-    decline: NonNegativeInt = Field(default=0, json_schema_extra=NEUTRAL)
+    decline: NonNegativeInt = Field(default=0, json_schema_extra=MAY_CHANGE)
     """So many iterations without a better value of evaluate.save_best_by; 0: never."""
 
 
 class Recipe(Strict):
     model: str
     method: Annotated[
-        Sft | Spin | Tspin | Space | Sipo | Ssimpo | TspinRef | AlphaSpin | ChiSquare | Dpo,
+        Sft | Spin | Tspin | Space | Sipo | Ssimpo | TspinRef | Dpo,
         Field(discriminator="name"),
     ]
-    iterations: Annotated[int, Field(ge=1, json_schema_extra=NEUTRAL)] = 4
+    iterations: Annotated[int, Field(ge=1, json_schema_extra=MAY_CHANGE)] = 4
     data: Data
     adapter: Adapter | None = None
     generate: Generate = Generate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        default=(), json_schema_extra=NEUTRAL
+        default=(), json_schema_extra=MAY_CHANGE
     )
     """Trackers that are told every number, beside metrics.jsonl."""
-    mirror: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    mirror: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """Where every finished stage is copied to, and found again from an empty run directory: s3://bucket/folder, ..."""
     stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
-    launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=NEUTRAL)
+    launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=MAY_CHANGE)
     """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: of many
     machines."""
-    address: str | None = Field(default=None, json_schema_extra=NEUTRAL)
+    ray_address: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
-    processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=NEUTRAL)
+    num_processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=MAY_CHANGE)
     """How many ranks. auto: one per GPU, or per CPU core where there is none."""
-    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(default="ddp", json_schema_extra=NEUTRAL)
+    parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=MAY_CHANGE)
     """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out; zero3: as
     fsdp2, by DeepSpeed; zero2: all but the weights."""
-    rank_timeout: Positive = Field(default=40.0, json_schema_extra=NEUTRAL)
-    """Seconds that a rank waits within a step for one that is late; then the stage ends with a message."""
-    resume_with_other_ranks: bool = Field(default=False, json_schema_extra=NEUTRAL)
-    """Go on from a checkpoint of another number of ranks, or another `parallel`: the steps after it round otherwise."""
     threads: PositiveInt | None = None
     """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
 
@@ -297,10 +291,6 @@ class Recipe(Strict):
     @property
     def in_4bit(self) -> bool:
         return self.adapter is not None and self.adapter.load_in_4bit
-
-    @property
-    def zero(self) -> bool:
-        return self.launch != "inline" and self.parallel.startswith("zero")
 
     @validator(mode="before")
     @classmethod
@@ -327,14 +317,14 @@ class Recipe(Strict):
                 f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
                 "generate.backend: hf, which draws from the same 4-bit weights"
             )
-        if KINDS[self.train.optimizer].ours and self.launch != "inline" and self.parallel != "ddp":
+        if self.train.optimizer == "adamw_8bit" and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(
                 f"train.optimizer: {self.parallel} cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
             )
-        if self.address is not None and self.launch != "ray":
-            raise ValueError(f"address is a setting of launch: ray, and launch is {self.launch}")
-        if (self.stop.equilibrium or self.stop.decline) and not self.evaluate.held_out:
-            raise ValueError("stop needs evaluate.held_out")
+        if self.ray_address is not None and self.launch != "ray":
+            raise ValueError(f"ray_address is a setting of launch: ray, and launch is {self.launch}")
+        if (self.stop.equilibrium or self.stop.decline) and not self.data.held_out:
+            raise ValueError("stop needs held-out rows; set data.held_out")
         for index in self.per_iteration:
             try:
                 self.at(index)
@@ -369,6 +359,5 @@ SECTIONS: Mapping[str, type[Strict]] = {
     "train": Train,
     "evaluate": Evaluate,
     "evaluate.harness": Harness,
-    "evaluate.mt_bench": MtBench,
     "stop": Stop,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sparring.data.tables import read_generations
+from sparring.run.examples import join, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, read_manifest
 from sparring.run.results import Results
@@ -70,15 +70,13 @@ def shortcut(results: Results, index: int) -> float | None:
     folder = results.run.stage(index, "generate")
     if not is_committed(folder) or results.data is None:
         return None
-    rows = Iteration(results.run, results.recipe.at(index), index).train_rows()[:MAX_ROWS]
-    wanted = {row.id for row in rows}
-    parts = sorted(folder.glob("part-*.parquet"))
-    answers = {a.id: a for a in read_generations(parts) if a.sample == 0 and a.id in wanted}
-    pairs = [(row, answers[row.id]) for row in rows if row.id in answers]
-    return tell_apart(pairs) if len(pairs) >= 2 * FOLDS else None
+    iteration = Iteration(results.run, results.recipe.at(index), index)
+    joined = join(iteration.train_rows()[:MAX_ROWS], {index: read_iteration(iteration, index)})
+    pairs = [(one.row, one.generated[index][0]) for one in joined]
+    return classify_by_form(pairs) if len(pairs) >= 2 * FOLDS else None
 
 
-def tell_apart(pairs: Sequence[tuple[Rendered, Generation]]) -> float:
+def classify_by_form(pairs: Sequence[tuple[Rendered, Generation]]) -> float:
     """Share of right guesses in cross-validation; both answers of a prompt are in one fold."""
     forms = [(len(r.real_ids), r.real_finish == "stop", int(r.real_ids[0])) for r, _ in pairs]
     forms += [(len(g.token_ids), g.finish == "stop", int(g.token_ids[0])) for _, g in pairs]

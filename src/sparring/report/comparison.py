@@ -20,7 +20,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 
 from sparring.data.tables import read_rendered, read_table
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report import page
@@ -28,10 +28,10 @@ from sparring.report.bars import QUADRANTS
 from sparring.report.figures import COLOURS, Figure, svg
 from sparring.report.samples import Sample, collect
 from sparring.report.story import NAMES
+from sparring.run.iteration import seed_of
 from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file, verified
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
-from sparring.run.seeds import seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,7 +189,7 @@ class Comparison:
 
 
 def check_comparable(arms: Sequence[Arm]) -> None:
-    """Refuses arms that were not evaluated on the same rows in the same way."""
+    """CallFailed arms that were not evaluated on the same rows in the same way."""
     first: dict[str, object] = {}
     for arm in arms:
         recipe, data = arm.results.recipe, arm.results.data
@@ -205,7 +205,7 @@ def check_comparable(arms: Sequence[Arm]) -> None:
         }
         for what, value in ways.items():
             if first.setdefault(what, value) != value:
-                raise Refused(
+                raise UserError(
                     f"{arm.run.root} cannot be compared with {arms[0].run.root}: {what} differs. Move it "
                     "away and run the same command again"
                 )

@@ -9,10 +9,10 @@ import pyarrow as pa
 import torch
 
 from sparring.data.tables import read_rendered, read_table
+from sparring.logging import escape_control
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, verified
 from sparring.run.results import Results
-from sparring.visible import visible
 
 MAX_SAMPLES = 60
 MAX_CHARACTERS = 4000
@@ -20,7 +20,7 @@ MAX_CHARACTERS = 4000
 
 def shown(text: str) -> str:
     """As much of a text as a person reads, with its control characters spelled out. Escaping is jinja's part."""
-    return visible(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]")
+    return escape_control(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " [...]")
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparring.data.tables import read_generations, read_rendered
+import xxhash
+
+from sparring.data.tables import read_rendered
 from sparring.recipe.benchmarks import Task
 from sparring.recipe.schema import Recipe
 from sparring.run.manifest import is_committed, verified, write_json
 from sparring.run.rundir import BENCHMARKS, STAGES, RunDir
-from sparring.run.seeds import seed_of
-from sparring.types import Generation, Rendered, Role, TokenIds
+from sparring.types import Rendered
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,18 @@ class DataSummary:
     """What the data stage found, and the token contract that every later stage keeps."""
 
     model: str  # folder of the model that the run starts from, its exact version
-    shape: str
+    format: str  # of the rows
     num_train: int  # those kept for the game among them
     num_held_out: int
-    rejected: Mapping[str, int]  # reason -> rows
-    num_cut: int  # real answers cut at a length limit, which therefore have no end token
+    skipped: Mapping[str, int]  # reason -> rows
+    num_truncated: int  # real answers cut at a length limit, which therefore have no end token
     end_token: str
     end_ids: tuple[int, ...]  # generation stops at any of these
     template_digest: str
     max_length: int  # prompt + response, the model's context taken into account
     mean_prompt_tokens: float
     mean_real_tokens: float
-    num_game: int = 0  # rows that sft iterations do not see
+    num_self_play: int = 0  # rows that sft iterations do not see
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -56,6 +57,10 @@ class Iteration:
     @cached_property
     def data(self) -> DataSummary:
         return DataSummary.read(verified(self.run.data, "summary.json"))
+
+    @property
+    def name(self) -> str:
+        return "start" if self.index < 0 else f"iteration {self.index}"
 
     @property
     def opponent(self) -> Path:
@@ -86,11 +91,11 @@ class Iteration:
         """Stages of their own, so that one more can be asked of a run that exists. None: MT-Bench, which is ours."""
         settings = self.recipe.evaluate
         tasks = settings.harness.stages() if settings.harness else {}
-        return {**tasks, **({settings.mt_bench.label: None} if settings.mt_bench else {})}
+        return {**tasks, **({f"mt_bench-{Path(settings.mt_bench).stem}": None} if settings.mt_bench else {})}
 
     @property
     def is_evaluated(self) -> bool:
-        return self.recipe.evaluate.held_out and self.data.num_held_out > 0
+        return self.data.num_held_out > 0
 
     def stage(self, name: str) -> Path:
         return self.run.stage(self.index, name) if self.index >= 0 else self.run.start / name
@@ -112,34 +117,17 @@ class Iteration:
         return seed_of(self.recipe.seed, self.index, *coordinates)
 
     def train_rows(self) -> list[Rendered]:
-        """The rows of this iteration: with data.game_rows, those kept for the game unless it is one of sft."""
-        is_game = self.recipe.data.game_rows is not None and self.recipe.method.name != "sft"
-        return read_rendered(self.run.data / ("game.parquet" if is_game else "train.parquet"))
+        """The rows of this iteration: with data.self_play_rows, those kept for the game unless it is one of sft."""
+        is_self_play = self.recipe.data.self_play_rows is not None and self.recipe.method.name != "sft"
+        return read_rendered(self.run.data / ("self_play.parquet" if is_self_play else "train.parquet"))
 
     def held_out_rows(self) -> list[Rendered]:
         return read_rendered(self.run.data / "held_out.parquet")
 
-    def responses(
-        self, row: Rendered, generated: Sequence[Generation], proto: Sequence[Generation]
-    ) -> dict[Role, tuple[TokenIds, ...]]:
-        """The responses to a row that the method reads, in the order of its roles."""
-        every: dict[Role, tuple[TokenIds, ...]] = {
-            "real": (row.real_ids,),
-            "generated": tuple(answer.token_ids for answer in generated),
-            "proto": tuple(answer.token_ids for answer in proto[:1]),
-            "rejected": (row.rejected_ids,),
-        }
-        return {role: every[role] for role in self.recipe.method.needs.roles}
 
-    def generations(self, index: int) -> dict[str, list[Generation]]:
-        """The answers that iteration `index` drew, by row id, in the order of samples; only rows that have them all."""
-        answers: dict[str, list[Generation]] = {}
-        for generation in read_generations(sorted(self.run.stage(index, "generate").glob("part-*.parquet"))):
-            answers.setdefault(generation.id, []).append(generation)
-        samples = max((len(drawn) for drawn in answers.values()), default=0)
-        return {id: drawn for id, drawn in answers.items() if len(drawn) == samples}
+def seed_of(*coordinates: str | int) -> int:
+    """A 64-bit seed for a place such as (run seed, "sample", iteration, row id, sample).
 
-    def played_rows(self, rounds: Iterable[Mapping[str, list[Generation]]]) -> list[Rendered]:
-        """The training rows that were answered in each of `rounds`: an engine may have failed at some."""
-        answers = list(rounds)
-        return [row for row in self.train_rows() if all(row.id in drawn for drawn in answers)]
+    All randomness is a function of such coordinates, so no random state has to be saved.
+    """
+    return xxhash.xxh3_64_intdigest(json.dumps(coordinates).encode())

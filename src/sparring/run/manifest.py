@@ -20,12 +20,12 @@ from typing import cast
 
 import xxhash
 
-from sparring.errors import Damaged, Stopped
+from sparring.errors import CorruptedError, RunError
 from sparring.run.disk import writing
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_VERSION = 2
-READS = ".reads.json"
+READS = ".input_digests.json"
 
 SEAL = re.compile(r'xxh3[": ]+([0-9a-f]{32})')
 UNSEALED = "0" * 32
@@ -112,10 +112,10 @@ def read_sealed(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Damaged(f"{path} cannot be read: {error}") from error
+        raise CorruptedError(f"{path} cannot be read: {error}") from error
     found = SEAL.search(text)
     if not found or seal(text.replace(found[1], UNSEALED, 1)) != text:
-        raise Damaged(f"{path} is damaged or was edited: its text is not the one that was written")
+        raise CorruptedError(f"{path} is damaged or was edited: its text is not the one that was written")
     return text
 
 
@@ -126,7 +126,7 @@ def _digest(hashes: Mapping[str, str]) -> str:
 @dataclass(frozen=True)
 class Manifest:
     files: Mapping[str, Mapping[str, object]]  # name -> bytes, xxh3
-    reads: Mapping[str, str]  # what it was made from -> digest
+    input_digests: Mapping[str, str]  # what it was made from -> digest
     info: Json
 
     def digest(self, inside: str = "") -> str:
@@ -136,7 +136,7 @@ class Manifest:
 
 @contextmanager
 def commit(
-    final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None, needs: int = 0
+    final: Path, *, input_digests: Mapping[str, str] | None = None, info: Json | None = None, required_bytes: int = 0
 ) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error.
 
@@ -144,20 +144,22 @@ def commit(
     """
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
     try:
-        with writing(final, needs):
+        with writing(final, required_bytes):
             make_folder(final.parent)
             temporary.mkdir()
             yield temporary
-            commit_folder(temporary, final, reads=reads, info=info)
+            commit_folder(temporary, final, input_digests=input_digests, info=info)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = None, info: Json | None = None) -> None:
+def commit_folder(
+    work: Path, final: Path, *, input_digests: Mapping[str, str] | None = None, info: Json | None = None
+) -> None:
     """Makes the folder `work`, which lies beside `final`, the committed directory `final`."""
     if final.exists():
-        raise Stopped(f"{final} is in the way: it is no committed folder of this run; move it away")
+        raise RunError(f"{final} is in the way: it is no committed folder of this run; move it away")
     with writing(final):
         (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
         files: dict[str, Json] = {}
@@ -167,7 +169,12 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
         for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
             sync(folder)
         failpoint(f"before-manifest-{final.name}")
-        content = {"version": MANIFEST_VERSION, "files": files, "reads": dict(reads or {}), "info": info or {}}
+        content = {
+            "version": MANIFEST_VERSION,
+            "files": files,
+            "input_digests": dict(input_digests or {}),
+            "info": info or {},
+        }
         (work / MANIFEST).write_text(seal_json(content), encoding="utf-8")
         sync(work / MANIFEST)
         (work / READS).unlink(missing_ok=True)
@@ -178,7 +185,7 @@ def commit_folder(work: Path, final: Path, *, reads: Mapping[str, str] | None = 
     failpoint(f"committed-{final.name}")
 
 
-def sweep(leftovers: Iterable[Path]) -> None:
+def remove_leftovers(leftovers: Iterable[Path]) -> None:
     """Removes what commits that never ended left behind. Only for who knows that no other process is at work there."""
     for leftover in leftovers:
         if leftover.is_dir():
@@ -187,10 +194,10 @@ def sweep(leftovers: Iterable[Path]) -> None:
             leftover.unlink()
 
 
-def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
+def begin_work(work: Path, input_digests: Mapping[str, str]) -> Path:
     """The folder `work` of a stage that keeps what it has so far; emptied if that was made from other inputs."""
-    note, text = work / READS, seal_json(dict(reads))
-    if work.exists() and not _was_made_from(work, reads, text):
+    note, text = work / READS, seal_json(dict(input_digests))
+    if work.exists() and not _was_made_from(work, input_digests, text):
         shutil.rmtree(work)
     if not work.exists():
         with writing(work):
@@ -200,14 +207,14 @@ def begin_work(work: Path, reads: Mapping[str, str]) -> Path:
     return work
 
 
-def _was_made_from(work: Path, reads: Mapping[str, str], text: str) -> bool:
+def _was_made_from(work: Path, input_digests: Mapping[str, str], text: str) -> bool:
     """Whether the note says so; or the manifest, of a commit that died before its rename, when the note is gone."""
     note = work / READS
     if note.is_file() or not is_committed(work):
         return note.is_file() and note.read_bytes() == text.encode()
     try:
-        return dict(read_manifest(work).reads) == dict(reads)
-    except Stopped:
+        return dict(read_manifest(work).input_digests) == dict(input_digests)
+    except RunError:
         return False
 
 
@@ -220,13 +227,13 @@ def copy_committed(source: Path, final: Path) -> None:
             make_folder(final.parent)
             shutil.copytree(source, temporary)
             failpoint(f"before-copy-{final.name}")
-            put_in_place(temporary, final)
+            rename_into_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def put_in_place(temporary: Path, final: Path) -> None:
+def rename_into_place(temporary: Path, final: Path) -> None:
     """Gives a folder that has its manifest its final name, with all that is in it on the disk before."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
@@ -268,14 +275,14 @@ def is_committed(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads(read_sealed(path / MANIFEST))
-    except Damaged as problem:
-        raise Damaged(f"{problem}; {_remedy(path)}") from problem
+    except CorruptedError as problem:
+        raise CorruptedError(f"{problem}; {_remedy(path)}") from problem
     if content["version"] != MANIFEST_VERSION:
-        raise Stopped(
+        raise RunError(
             f"{path / MANIFEST} is of version {content['version']}, and this sparring reads {MANIFEST_VERSION}; "
             "continue with the sparring that wrote it, or use another run directory"
         )
-    return Manifest(content["files"], content["reads"], content["info"])
+    return Manifest(content["files"], content["input_digests"], content["info"])
 
 
 def verify(path: Path) -> Manifest:
@@ -295,9 +302,9 @@ def verified(path: Path, name: str) -> Path:
 def _check(path: Path, name: str, manifest: Manifest) -> None:
     file, entry = path / name, manifest.files.get(name)
     if entry is None or not file.is_file():
-        raise Damaged(f"{file} is missing; {_remedy(path)}")
+        raise CorruptedError(f"{file} is missing; {_remedy(path)}")
     if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["xxh3"]:
-        raise Damaged(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
+        raise CorruptedError(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:

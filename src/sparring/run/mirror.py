@@ -16,15 +16,15 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from sparring.errors import Damaged, Refused, Stopped
+from sparring.errors import CorruptedError, RunError, UserError
 from sparring.run.disk import writing
 from sparring.run.manifest import (
     MANIFEST,
     failpoint,
     is_committed,
     make_folder,
-    put_in_place,
     read_manifest,
+    rename_into_place,
     replace_file,
     sync,
     verify,
@@ -42,7 +42,7 @@ class Mirror:
     def __init__(self, uri: str) -> None:
         parts = urlsplit(uri)
         if "@" in parts.netloc:
-            raise Refused(
+            raise UserError(
                 f"mirror: {parts.scheme}://...: leave the secret out; the store's client finds it in its own way"
             )
         self.name = uri.partition("?")[0]
@@ -51,7 +51,9 @@ class Mirror:
             self.root = root.rstrip("/")
             self.is_folder = isinstance(self.store, fs.LocalFileSystem)
         except (OSError, ValueError, NotImplementedError) as error:
-            raise Refused(f"mirror: '{uri}' is none that pyarrow knows, such as s3://bucket/folder: {error}") from error
+            raise UserError(
+                f"mirror: '{uri}' is none that pyarrow knows, such as s3://bucket/folder: {error}"
+            ) from error
 
     def send(self, run: RunDir, folder: Path) -> None:
         """Copies a committed folder. One that is there already, with the same manifest, is left alone."""
@@ -67,6 +69,13 @@ class Mirror:
                 self._upload(folder / name, f"{there}/{name}")
             failpoint(f"before-mirror-{folder.name}")
             self._upload(folder / MANIFEST, f"{there}/{MANIFEST}")
+
+    def send_all(self, run: RunDir) -> None:
+        """Copies every committed folder, the recipe and the sessions."""
+        for folder in committed_folders(run):
+            self.send(run, folder)
+        for note in (run.recipe, run.env):
+            self.send_note(run, note)
 
     def send_note(self, run: RunDir, path: Path) -> None:
         """Copies a single file that is replaced now and then: the recipe, the sessions, the report."""
@@ -112,12 +121,12 @@ class Mirror:
                 self._download(f"{there}/{MANIFEST}", temporary / MANIFEST)
                 for name in read_manifest(temporary).files:
                     if Path(name).is_absolute() or ".." in Path(name).parts:
-                        raise Damaged(f"{there}/{MANIFEST} names '{name}', which is outside of its folder")
+                        raise CorruptedError(f"{there}/{MANIFEST} names '{name}', which is outside of its folder")
                     self._download(f"{there}/{name}", temporary / name)
                 verify(temporary)
-                put_in_place(temporary, folder)
-        except Damaged as problem:
-            raise Stopped(
+                rename_into_place(temporary, folder)
+        except CorruptedError as problem:
+            raise RunError(
                 f"mirror: {self.name}: {problem}. Delete {there}/{MANIFEST} there, and it is made again"
             ) from problem
         finally:
@@ -136,7 +145,7 @@ class Mirror:
 
     def _download(self, there: str, path: Path) -> None:
         if not self._exists(there):
-            raise Damaged(f"{there} is missing")
+            raise CorruptedError(f"{there} is missing")
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.store.open_input_stream(there) as source, path.open("wb") as target:
             while chunk := source.read(CHUNK):
@@ -156,7 +165,7 @@ class Mirror:
         try:
             yield
         except OSError as error:
-            raise Stopped(
+            raise RunError(
                 f"mirror: something could not be {what} {self.name}: {error}. What was committed here is intact; the "
                 "same command continues, and sends what is missing there"
             ) from error

@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 
 from sparring.data.tables import read_rendered, read_table
-from sparring.errors import Refused
-from sparring.recipe.load import load_own_recipe
+from sparring.errors import UserError
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary, Iteration
 from sparring.run.manifest import Json, is_committed, read_manifest, verified
 from sparring.run.rundir import BENCHMARKS, JUDGED, RunDir
+from sparring.run.session import load_sealed_recipe
 
 LEVEL = 0.1
 """How wide, on each side, the interval of won minus lost may be at an equilibrium: it takes about 400 rows."""
@@ -28,7 +28,7 @@ FLAT = 1e-3
 
 State = Literal["done", "running", "to do"]
 
-HEADLINES = (
+SUMMARY_METRICS = (
     "held_out_nll",
     "greedy_accuracy",
     "sampled_accuracy",
@@ -65,8 +65,8 @@ class Results:
     def __init__(self, root: str | Path) -> None:
         self.run = RunDir(root)
         if not self.run.recipe.is_file():
-            raise Refused(f"{self.run.root} is not a run directory: it has no recipe.yaml")
-        self.recipe: Recipe = load_own_recipe(self.run.recipe)
+            raise UserError(f"{self.run.root} is not a run directory: it has no recipe.yaml")
+        self.recipe: Recipe = load_sealed_recipe(self.run.recipe)
 
     @cached_property
     def data(self) -> DataSummary | None:
@@ -155,7 +155,7 @@ class Results:
                 if is_committed(path):
                     info = read_manifest(path).info
                     metrics = self.evaluation(iteration.index) or {} if stage == "evaluate" else {}
-                    kept = {name: metrics[name] for name in HEADLINES if name in metrics}
+                    kept = {name: metrics[name] for name in SUMMARY_METRICS if name in metrics}
                     if stage.startswith(BENCHMARKS):
                         kept = dict([next(iter(self.benchmark(iteration, stage).items()))])
                     seconds, memory = (float(str(info[name])) for name in ("seconds", "peak_memory_mib"))
@@ -203,7 +203,16 @@ class Results:
         return found
 
     def headline(self, iteration: Iteration, stage: str) -> str:
-        """The first metric of a benchmark, for one line."""
+        """The main metrics of an evaluation, or the first metric of a benchmark, for one line."""
+        if stage == "evaluate":
+            metrics = self.evaluation(iteration.index) or {}
+            shown = {
+                "held_out_nll": "held-out NLL {:.4f}",
+                "greedy_accuracy": "greedy accuracy {:.3f}",
+                "sampled_accuracy": "sampled accuracy {:.3f}",
+                "rewards/accuracies": "reward accuracy {:.3f}",
+            }
+            return " | " + ", ".join(text.format(metrics[name]) for name, text in shown.items() if name in metrics)
         if not stage.startswith(BENCHMARKS):
             return ""
         metrics = self.benchmark(iteration, stage)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.errors import RunError, RunMismatch, UserError
+from sparring.recipe.yaml import parse
 from sparring.run.manifest import (
     Json,
     Manifest,
@@ -20,8 +22,8 @@ from sparring.run.manifest import (
     is_committed,
     make_folder,
     read_manifest,
+    remove_leftovers,
     replace_file,
-    sweep,
     verify,
 )
 
@@ -52,6 +54,15 @@ class RunDir:
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
         self._outside: dict[Path, str] = {}
+
+    def __repr__(self) -> str:
+        """What was played and where the report is, for a notebook or a prompt."""
+        if not self.recipe.is_file():
+            return f"RunDir({str(self.root)!r}), not started"
+        recipe: Any = parse(self.recipe.read_text(encoding="utf-8"), str(self.recipe))[0]
+        trained = sum(is_committed(self.stage(index, "train")) for index in range(recipe["iterations"]))
+        report = self.report if self.report.is_file() else "not written yet"
+        return f"{recipe['method']['name']}: {trained} of {recipe['iterations']} iterations trained; report: {report}"
 
     @property
     def has_begun(self) -> bool:
@@ -88,7 +99,7 @@ class RunDir:
                 return self.verify(committed).digest("" if inside == "." else inside + "/")
             if committed == self.root:
                 break
-        raise Stopped(f"{path} has not been made yet")
+        raise RunError(f"{path} has not been made yet")
 
     def verify(self, committed: Path) -> Manifest:
         """The manifest of a committed directory whose files have been read through once by this process."""
@@ -101,7 +112,7 @@ class RunDir:
         taken = len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
         return folder.rename(folder.with_name(f"{folder.name}.damaged-{taken + 1}"))
 
-    def reads(self, *paths: Path) -> dict[str, str]:
+    def input_digests(self, *paths: Path) -> dict[str, str]:
         """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""
         return {
             (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(): self.digest(path)
@@ -109,8 +120,8 @@ class RunDir:
         }
 
     def check_lineage(self, path: Path) -> None:
-        """Refuses a committed directory whose inputs are no longer those that it was made from."""
-        for name, digest in read_manifest(path).reads.items():
+        """CallFailed a committed directory whose inputs are no longer those that it was made from."""
+        for name, digest in read_manifest(path).input_digests.items():
             source = self.root / name  # an absolute name stays as it is
             if not source.is_relative_to(self.root):
                 if source.exists() and self.digest(source) != digest:
@@ -119,7 +130,7 @@ class RunDir:
                         "or put the old file back"
                     )
             elif self.digest(source) != digest:
-                raise Stopped(
+                raise RunError(
                     f"{path} was made from another {name} than the one that is there now; "
                     f"delete {path} and everything after it, and run the same command again"
                 )
@@ -134,9 +145,9 @@ class RunDir:
         except Timeout as error:
             owner = self._wait_for_owner()
             held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
-            raise Refused(f"{self.root} is in use by {held}; wait for it or stop it") from error
+            raise UserError(f"{self.root} is in use by {held}; wait for it or stop it") from error
         except OSError as error:
-            raise Refused(
+            raise UserError(
                 f"{self.root} cannot be used as a run directory: {error}. This process runs as user {os.getuid()}; "
                 "choose a folder on a disk with room where it may write"
             ) from error
@@ -146,13 +157,13 @@ class RunDir:
                     pass
         except Timeout as error:
             lock.release()
-            raise Refused(
+            raise UserError(
                 f"processes of an earlier start still work in {self.root}; wait for them or end them"
             ) from error
         try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             replace_file(self._owner, json.dumps(me))
-            sweep(self.root.rglob(".*.tmp-*"))
+            remove_leftovers(self.root.rglob(".*.tmp-*"))
             yield
         finally:
             self._owner.unlink(missing_ok=True)

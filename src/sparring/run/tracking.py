@@ -1,30 +1,94 @@
-"""Numbers on their way to a tracker: TRL's names for them, and one axis of optimizer steps over all iterations.
+"""Sends numbers to trackers, under TRL's names, on one axis of optimizer steps over all iterations.
 
-metrics.jsonl and metrics.json stay the record; a tracker is a second reader, and what it loses is there.
+metrics.jsonl and metrics.json stay the record; a tracker is a second reader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
-from sparring.parallel import distributed
+import xxhash
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+
+from sparring.errors import UserError
+from sparring.recipe.load import flatten
+from sparring.run.disk import writing
 from sparring.run.manifest import read_manifest
 from sparring.run.rundir import RunDir
+
+PROJECT = "sparring"
+"""The project, or experiment, of every tracker."""
+
+MLFLOW_TAG = "sparring.run"
 
 TRL_NAMES = {
     "rewards/real": "rewards/chosen",
     "rewards/generated": "rewards/rejected",
     "logps/real": "logps/chosen",
     "logps/generated": "logps/rejected",
-    "gradient_norm": "grad_norm",
 }
-"""What TRL's DPOTrainer calls the same numbers. All other names are ours."""
+"""What TRL's DPOTrainer calls the same numbers."""
+
+_active: list[Accelerator] = []  # trackers are process-wide in accelerate, too
 
 
-def tracking(run: RunDir, names: tuple[str, ...], settings: Mapping[str, object]) -> AbstractContextManager[None]:
-    """One run of each tracker per run directory; a run that is continued goes on in it."""
-    return distributed.tracking(names, run.root, settings)
+@contextmanager
+def tracking(run: RunDir, names: tuple[str, ...], settings: Mapping[str, object]) -> Iterator[None]:
+    """Within the block, steps and evaluations go to these trackers: one run of each per run directory."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise UserError(f"track: {missing[0]} is not installed. Run pip install '{missing[0]}', or remove it.")
+    if not names:
+        yield
+        return
+    root = run.root
+    accelerator = Accelerator(log_with=filter_trackers(list(names), root), project_dir=root)
+    accelerator.project_configuration.logging_dir = str(root / "tensorboard")
+    hosted = {"name": root.name, "config": dict(settings), "resume": "allow"}
+    identity = xxhash.xxh3_64_hexdigest(str(root).encode())  # so that a resumed run continues its own curves
+    earlier = mlflow_run(identity) if "mlflow" in names else None
+    with writing(root / "tensorboard"):
+        accelerator.init_trackers(
+            PROJECT,
+            init_kwargs={
+                "wandb": {**hosted, "id": identity, "dir": str(root)},
+                "trackio": hosted,
+                "mlflow": {"run_name": root.name, "run_id": earlier, "tags": {MLFLOW_TAG: identity}},
+            },
+        )
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb":
+                for part in ("train/*", "eval/*"):
+                    tracker.tracker.define_metric(part, step_metric="iteration")
+            elif tracker.name == "mlflow" and earlier is None:
+                tracker.store_init_configuration(flatten(settings))
+    _active.append(accelerator)
+    try:
+        yield
+    finally:
+        _active.remove(accelerator)
+        trackers = list(accelerator.trackers)
+        accelerator.trackers.clear()
+        with writing(root / "tensorboard"):
+            for tracker in trackers:
+                tracker.finish()
+
+
+def mlflow_run(identity: str) -> str | None:
+    """The id of the MLflow run that an earlier start of this run directory created; MLflow generates ids itself."""
+    mlflow = import_module("mlflow")
+    found = mlflow.search_runs(
+        experiment_names=[os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)],
+        filter_string=f"tags.`{MLFLOW_TAG}` = '{identity}'",
+        max_results=1,
+        output_format="list",
+    )
+    return found[0].info.run_id if found else None
 
 
 def steps_before(run: RunDir, index: int) -> int:
@@ -33,12 +97,17 @@ def steps_before(run: RunDir, index: int) -> int:
 
 
 def track_step(metrics: Mapping[str, float], step: int, iteration: float) -> None:
-    """`iteration`: goes from t - 1 to t while iteration t is trained, so that its evaluation stands at the end."""
-    values = {TRL_NAMES.get(name, name): value for name, value in metrics.items() if name != "step"}
-    distributed.log({f"train/{name}": value for name, value in values.items()} | {"iteration": iteration}, step)
+    """`iteration` rises from t - 1 to t during iteration t, so that its evaluation lies at the end."""
+    _log("train", {name: value for name, value in metrics.items() if name != "step"}, step, iteration)
 
 
 def track_evaluation(metrics: Mapping[str, float], step: int, iteration: int) -> None:
-    """`step`: of training so far; iteration -1 is the start."""
-    values = {TRL_NAMES.get(name, name): value for name, value in metrics.items()}
-    distributed.log({f"eval/{name}": value for name, value in values.items()} | {"iteration": iteration}, step)
+    """`step`: optimizer steps so far; iteration -1 is the start."""
+    _log("eval", metrics, step, iteration)
+
+
+def _log(section: str, metrics: Mapping[str, float], step: int, iteration: float) -> None:
+    for accelerator in _active:
+        values = {f"{section}/{TRL_NAMES.get(name, name)}": value for name, value in metrics.items()}
+        with writing(Path(accelerator.project_configuration.logging_dir or ".")):
+            accelerator.log(values | {"iteration": iteration}, step=step)

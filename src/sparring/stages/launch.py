@@ -1,8 +1,8 @@
-"""Several processes for one stage, the ranks, as torchrun starts them, one per device of this machine.
+"""Where a stage runs: in this process, on ranks of this machine (torchrun), or on a Ray cluster.
 
-Ours owns the run and waits; the ranks do the stage, and the first of them commits it (ours commits `generate`, whose
-ranks share nothing but the run directory). In `.ranks` of the run directory both sides leave word: ours, that the user
-asked to stop; a rank, why it ended.
+This process owns the run and waits; the ranks run the stage, and the main rank commits it (this process commits
+`generate`, whose ranks share nothing but the run directory). Both sides leave notes in `.ranks` of the run directory:
+this one, that the user asked to stop; a rank, why it ended.
 """
 
 from __future__ import annotations
@@ -17,133 +17,173 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sparring.errors import RankLost, Refused, Stopped
-from sparring.logging import say
-from sparring.parallel import distributed, interrupt
-from sparring.parallel.processes import guarded
-from sparring.parallel.ray_cluster import RanksOnRay, ranks_on_ray
+from sparring.errors import RankLost, RunError, UserError
+from sparring.logging import info
+from sparring.parallel import SingleProcess, interrupt, num_local_devices
+from sparring.parallel.processes import guarded_process
+from sparring.parallel.ray_cluster import RayRanks, ranks_on_ray
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
+from sparring.run.rundir import BENCHMARKS
 from sparring.run.tracking import steps_before, track_step
-from sparring.stages.generate import begin_parts
+from sparring.stages.evaluate import answer_questions, benchmark, evaluate
+from sparring.stages.generate import backend_factory, generate, prepare_parts
+from sparring.stages.generate.ray_pool import generate_on_ray
+from sparring.stages.score import score
+from sparring.stages.train import train
 
 MAX_LOSSES = 4
-"""Ranks that a cluster may lose without a checkpoint between before the run stops."""
-SETTLE_SECONDS = 5.0
-"""What the other ranks have to end by themselves after one has said why it did."""
+"""Ranks that a cluster may lose without a new checkpoint before the run stops."""
+GRACE_SECONDS = 5.0
+"""How long the other ranks have to end on their own after one has given its reason."""
 
 
-def on_ranks(iteration: Iteration, stage: str) -> None:
-    """Runs a stage on the ranks until it is done; of `generate` the parts that are missing."""
+def launch_stage(iteration: Iteration, stage: str) -> None:
+    """Runs a stage where the recipe's `launch` says, and returns when it is committed."""
+    launch, parallel = iteration.recipe.launch, SingleProcess()
+    match stage:
+        case "generate":
+            if launch == "torchrun":
+                run_on_ranks(iteration, stage)
+            elif launch == "ray":
+                generate_on_ray(iteration)
+            generate(iteration, backend_factory(iteration))  # draws what is missing, and commits
+        case "score" | "train" | "evaluate" if launch != "inline":
+            run_on_ranks(iteration, stage)
+        case "score":
+            score(iteration, parallel)
+        case "train":
+            train(iteration, parallel)
+        case "evaluate":
+            evaluate(iteration, backend_factory(iteration), parallel)
+        case _:
+            name = stage.removeprefix(f"{BENCHMARKS}/")
+            task = iteration.benchmarks[name]
+            if task is None:
+                answer_questions(iteration, backend_factory(iteration))
+            else:
+                benchmark(iteration, task, name)
+
+
+def run_on_ranks(iteration: Iteration, stage: str) -> None:
+    """Runs a stage on ranks until it is done; of `generate` the parts that are missing."""
     if stage == "generate":
-        begin_parts(iteration)
+        prepare_parts(iteration)
+    work = iteration.run.work(iteration.stage(stage))
     losses, kept = 0, None
     while True:
         try:
-            if _run(iteration, stage):
+            if _run_once(iteration, stage):
                 return
-            say(f"  the ranks of {stage} begin anew with less at a time")
+            info(f"  Out of memory on a rank; {stage} restarts with smaller micro-batches.")
         except RankLost as loss:
-            before, kept = kept, sorted(path.name for path in iteration.run.work(iteration.stage(stage)).glob("step-*"))
+            before, kept = kept, sorted(path.name for path in work.glob("step-*"))
             losses = losses + 1 if kept == before else 1
             if losses == MAX_LOSSES:
                 raise
-            say(f"note: {loss}: the ranks of {stage} begin anew from what is kept")
+            info(f"note: {loss}; {stage} restarts from what is committed")
 
 
-def _run(iteration: Iteration, stage: str) -> bool:
-    """Whether the stage is done; False where memory ran out and less at a time is noted."""
+def _run_once(iteration: Iteration, stage: str) -> bool:
+    """Whether the stage is done; False if a rank ran out of memory and left a smaller micro-batch size."""
     notes = iteration.run.ranks
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
-    if stage == "evaluate":  # of an attempt that ended nothing is continued
+    if stage == "evaluate":  # an attempt that ended leaves nothing to continue
         shutil.rmtree(iteration.run.work(iteration.stage(stage)), ignore_errors=True)
-    steps = _Steps(iteration) if stage == "train" else None
-    rank = ["-m", "sparring.stages.worker", str(iteration.run.root), str(iteration.index), stage]
-    silent_since: float | None = None
-    with _starting(iteration.recipe, stage, rank, notes / "ended") as starter:
-        while starter.poll() is None:
-            time.sleep(0.1)
-            if interrupt.is_asked():
-                (notes / "stop").touch()
-            if steps is not None:
-                steps.track()
-            if silent_since is None and (any(notes.glob("rank-*")) or (notes / "kept").exists()):
-                silent_since = time.monotonic()
-            if silent_since is not None and time.monotonic() - silent_since > SETTLE_SECONDS:
-                break  # the guard ends those that hang
-    said = _said(notes)
+    follower = StepFollower(iteration) if stage == "train" else None
+    worker = ["-m", "sparring.stages.worker", str(iteration.run.root), str(iteration.index), stage]
+    with _started(iteration.recipe, stage, worker, notes / "ended") as ranks:
+        _wait(ranks, notes, follower)
+    reasons = _reasons(notes)
     shutil.rmtree(notes, ignore_errors=True)
-    if steps is not None:
-        steps.track()
+    if follower is not None:
+        follower.track()
     interrupt.stop_if_asked()
-    if starter.returncode == 0 and not said:
+    if ranks.returncode == 0 and not reasons:
         return True
-    for kind, message in said:
+    for kind, message in reasons:
         if kind == "OutOfMemory":
             return False
-        if kind == "Refused":
-            raise Refused(message)
-    reason = said[0][1] if said else f"the ranks ended with status {starter.returncode}"
-    if iteration.recipe.launch == "ray" and {kind for kind, _ in said} <= {"Ended", "RankLost"}:
+        if kind == "UserError":
+            raise UserError(message)
+    reason = reasons[0][1] if reasons else f"the ranks ended with status {ranks.returncode}"
+    if iteration.recipe.launch == "ray" and {kind for kind, _ in reasons} <= {"Ended", "RankLost"}:
         raise RankLost(reason)
-    kept = "parts" if stage == "generate" else "checkpoint" if stage == "train" else "stages before it"
-    raise Stopped(
-        f"{stage} of iteration {iteration.index} ended before it was done: {reason}. What was committed is intact "
-        f"({kept}); the same command continues"
+    kept = {"generate": "its finished parts", "train": "its last checkpoint"}.get(stage, "the stages before it")
+    raise RunError(
+        f"{stage} of iteration {iteration.index} ended early: {reason}. Everything committed is intact ({kept}); the "
+        "same command continues."
     )
 
 
-def _starting(
-    recipe: Recipe, stage: str, rank: Sequence[str], note: Path
-) -> AbstractContextManager[subprocess.Popen[bytes] | RanksOnRay]:
-    """What starts the ranks, on this machine or on a cluster, and ends them when it is left."""
+def _wait(ranks: subprocess.Popen[bytes] | RayRanks, notes: Path, follower: StepFollower | None) -> None:
+    """Until the ranks have ended, or for a grace period after one has given its reason: leaving kills the others."""
+    ended_at: float | None = None
+    while ranks.poll() is None:
+        time.sleep(0.1)
+        if interrupt.is_asked():
+            (notes / "stop").touch()
+        if follower is not None:
+            follower.track()
+        if ended_at is None and (any(notes.glob("rank-*")) or (notes / "kept").exists()):
+            ended_at = time.monotonic()
+        if ended_at is not None and time.monotonic() - ended_at > GRACE_SECONDS:
+            return
+
+
+def _started(
+    recipe: Recipe, stage: str, worker: Sequence[str], note: Path
+) -> AbstractContextManager[subprocess.Popen[bytes] | RayRanks]:
+    """The ranks, on this machine or on a cluster. Leaving the context kills those that still run."""
+    num_processes = None if recipe.num_processes == "auto" else recipe.num_processes
     if recipe.launch == "ray":
-        return ranks_on_ray(recipe, rank, note)
-    count = distributed.num_devices() if recipe.processes == "auto" else recipe.processes
+        return ranks_on_ray(recipe.ray_address, num_processes, recipe.threads, worker, note)
+    count = num_processes or num_local_devices()
     if stage == "generate":
         count = max(1, count // recipe.generate.tensor_parallel_size)
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // count)
-    return guarded([sys.executable, "-m", "sparring.parallel.torchrun", str(count), str(threads), str(note), *rank])
+    torchrun = ["-m", "sparring.parallel.torchrun", str(count), str(threads), str(note)]
+    return guarded_process([sys.executable, *torchrun, *worker])
 
 
-def _said(notes: Path) -> list[tuple[str, str]]:
-    """What ended the ranks, as (kind, message), causes before consequences: a rank that lost another says so last."""
+def _reasons(notes: Path) -> list[tuple[str, str]]:
+    """Why the ranks ended, as (kind, message), causes before consequences: losing another rank comes last."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.glob("rank-*"))]
     found += [["Ended", path.read_text(encoding="utf-8")] for path in notes.glob("ended")]
-    order = {"OutOfMemory": 0, "Refused": 1, "Stopped": 2, "Ended": 4, "RankLost": 5}
+    order = {"OutOfMemory": 0, "UserError": 1, "RunError": 2, "Ended": 4, "RankLost": 5}
     return sorted(((kind, message) for kind, message in found), key=lambda one: order.get(one[0], 3))
 
 
-class _Steps:
-    """Follows metrics.jsonl of a training that others do, and tells the trackers of each new step."""
+class StepFollower:
+    """Follows the metrics.jsonl that ranks write, and sends each new step to the trackers."""
 
     def __init__(self, iteration: Iteration) -> None:
         self.iteration = iteration
         self.work = iteration.run.work(iteration.stage("train"))
         self.first = steps_before(iteration.run, iteration.index)
-        self.told = max((int(path.name[5:]) for path in self.work.glob("step-*")), default=0)
-        self.at = 0
+        self.last_step = max((int(path.name[5:]) for path in self.work.glob("step-*")), default=0)
+        self.offset = 0
 
     def track(self) -> None:
-        for line in self.lines():
-            if line["step"] > self.told:
-                self.told = int(line["step"])
-                track_step(line, self.first + self.told, self.iteration.index)
+        for line in self._new_lines():
+            if line["step"] > self.last_step:
+                self.last_step = int(line["step"])
+                track_step(line, self.first + self.last_step, self.iteration.index)
 
-    def lines(self) -> Iterator[dict[str, float]]:
+    def _new_lines(self) -> Iterator[dict[str, float]]:
         done = self.iteration.stage("train") / "metrics.jsonl"
         path = done if done.is_file() else self.work / "metrics.jsonl"
         try:
             with path.open("rb") as file:
-                # what a rank that begins anew makes of the file is a checkpoint's, which may be shorter, and go on
-                file.seek(max(0, self.at - 1))
-                if self.at and file.read(1) != b"\n":
-                    self.at = 0
-                file.seek(self.at)
+                # a rank that restarts replaces the file with its checkpoint's, which may be shorter, and appends
+                file.seek(max(0, self.offset - 1))
+                if self.offset and file.read(1) != b"\n":
+                    self.offset = 0
+                file.seek(self.offset)
                 text = file.read()
         except OSError:
             return
         text = text[: text.rfind(b"\n") + 1]
-        self.at += len(text)
+        self.offset += len(text)
         yield from (json.loads(line) for line in text.splitlines())

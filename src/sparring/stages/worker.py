@@ -1,4 +1,4 @@
-"""One of the ranks of a stage: it does its share, ends with the process that started it, and says why it ends early."""
+"""One rank of a stage. It ends with the process that started it, and leaves a note if it ends early."""
 
 from __future__ import annotations
 
@@ -11,75 +11,87 @@ import traceback
 
 import torch
 
-from sparring import logging as progress
-from sparring.errors import Interrupted, OutOfMemory, Refused, Stopped
-from sparring.parallel import distributed, interrupt
-from sparring.parallel.torchrun import STARTER
-from sparring.recipe.load import load_own_recipe
+from sparring import logging
+from sparring.errors import Interrupted, OutOfMemory, RunError, UserError
+from sparring.parallel import Parallel, interrupt
+from sparring.parallel.ddp import Ddp
+from sparring.parallel.fsdp2 import Fsdp2
+from sparring.parallel.rendezvous import Rendezvous, is_lost_rank
+from sparring.parallel.torchrun import LAUNCHER_PID
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import replace_file
 from sparring.run.rundir import RunDir
+from sparring.run.session import load_sealed_recipe
 from sparring.stages.evaluate import evaluate
-from sparring.stages.generate import engine_of, generate_parts
+from sparring.stages.generate import backend_factory, generate_parts
 from sparring.stages.score import score
-from sparring.stages.train.loop import train
+from sparring.stages.train import train
+
+TIMEOUT_SECONDS = 40.0
+"""How long a rank waits in a collective, or for a heartbeat; SPARRING_RANK_TIMEOUT overrides it."""
 
 
 def main() -> None:
     """`python -m sparring.stages.worker RUN ITERATION STAGE`"""
-    _end_with_starter()
+    _end_with_launcher()
     run, index, stage = RunDir(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    recipe = load_own_recipe(run.recipe).at(index)
-    iteration, number = Iteration(run, recipe, index), int(os.environ["RANK"])
+    iteration, rank = Iteration(run, load_sealed_recipe(run.recipe).at(index), index), int(os.environ["RANK"])
+    timeout = float(os.environ.get("SPARRING_RANK_TIMEOUT", TIMEOUT_SECONDS))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     interrupt.follow(run.ranks / "stop")
     try:
-        distributed.join(recipe.parallel if stage == "train" else "ddp", recipe.rank_timeout)
+        rendezvous = Rendezvous(timeout)
+        is_fsdp2 = stage == "train" and iteration.recipe.parallel == "fsdp2"
+        parallel = Fsdp2(rendezvous) if is_fsdp2 else Ddp(rendezvous)
         if stage == "generate":
-            generate_parts(iteration, engine_of(iteration), number, distributed.num_ranks())
-        elif number:
-            progress.console.quiet = True
-            _do(iteration, stage)
+            generate_parts(iteration, backend_factory(iteration), rank, parallel.num_ranks)
+        elif parallel.is_main:
+            with run.ranks_lock(timeout):
+                run_collectively(iteration, stage, parallel)
         else:
-            with run.ranks_lock(recipe.rank_timeout):
-                _do(iteration, stage)
+            logging.console.quiet = True
+            run_collectively(iteration, stage, parallel)
     except Interrupted:
-        if number == 0 and stage != "generate":
-            (run.ranks / "kept").touch()  # what the stage has done is on disk: no other rank is waited for long
+        if rank == 0 and stage != "generate":
+            (run.ranks / "kept").touch()  # the stage's progress is on disk: the launcher need not wait for all ranks
     except Exception as error:
-        kind = "RankLost" if distributed.is_lost(error) else type(error).__name__
-        if isinstance(error, Refused):
-            kind, words = "Refused", str(error)
-        elif kind == "RankLost":
-            words = f"rank {number} lost another rank, which has died or did not answer in time ({error})"
-        elif isinstance(error, Stopped):
-            kind, words = "OutOfMemory" if isinstance(error, OutOfMemory) else "Stopped", str(error)
-        else:
-            traceback.print_exc()
-            words = f"rank {number} failed with {type(error).__name__}: {error}"
-        replace_file(run.ranks / f"rank-{number}", json.dumps([kind, words]))
+        replace_file(run.ranks / f"rank-{rank}", json.dumps(_reason(error, rank)))
         os._exit(1)  # at once: the backend's threads may hang
     os._exit(0)
 
 
-def _do(iteration: Iteration, stage: str) -> None:
+def run_collectively(iteration: Iteration, stage: str, parallel: Parallel) -> None:
     match stage:
         case "score":
-            score(iteration)
+            score(iteration, parallel)
         case "train":
-            train(iteration)
+            train(iteration, parallel)
         case "evaluate":
-            evaluate(iteration, engine_of(iteration))
+            evaluate(iteration, backend_factory(iteration), parallel)
         case _:
             raise ValueError(stage)
-    distributed.meet()  # none ends while another still needs it
+    parallel.barrier()  # no rank exits while another still needs it
 
 
-def _end_with_starter() -> None:
-    """On Linux: killed when the process that started us ends, even if it is killed, even if we hang."""
+def _reason(error: Exception, rank: int) -> tuple[str, str]:
+    """(kind, message) for the launcher; a bug's traceback goes to the log."""
+    if isinstance(error, UserError):
+        return "UserError", str(error)
+    if is_lost_rank(error, int(os.environ["WORLD_SIZE"])):
+        return "RankLost", f"rank {rank} lost another rank, which died or did not answer in time ({error})"
+    if isinstance(error, OutOfMemory):
+        return "OutOfMemory", str(error)
+    if isinstance(error, RunError):
+        return "RunError", str(error)
+    traceback.print_exc()
+    return type(error).__name__, f"rank {rank} failed with {type(error).__name__}: {error}"
+
+
+def _end_with_launcher() -> None:
+    """On Linux the kernel kills this process when its launcher ends, even if either of them hangs or is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if str(os.getppid()) != os.environ[STARTER]:
+    if str(os.getppid()) != os.environ[LAUNCHER_PID]:
         sys.exit("the process that started this rank is gone")
 
 

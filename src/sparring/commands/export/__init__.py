@@ -2,6 +2,6 @@
 
 from sparring.commands.export.model import export_model
 from sparring.commands.export.pairs import export_pairs
-from sparring.commands.export.push import push
+from sparring.commands.export.push import push_folder
 
-__all__ = ["export_model", "export_pairs", "push"]
+__all__ = ["export_model", "export_pairs", "push_folder"]

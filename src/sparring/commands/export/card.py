@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from sparring.recipe.schema import Recipe
-from sparring.run.results import HEADLINES, Results
+from sparring.recipe.yaml import dump
+from sparring.run.results import SUMMARY_METRICS, Results
 
 PAPERS = {"spin": "2401.01335", "tspin": "2601.08198", "space": "2512.07175"}
 
@@ -100,7 +100,7 @@ def model_card(results: Results, index: int, is_adapter: bool) -> str:
         use=use(recipe, is_adapter),
         version=version("sparring"),
         name=results.run.root.name,
-        recipe=yaml.safe_dump(without_folders(recipe), sort_keys=False, allow_unicode=True).strip(),
+        recipe=dump(without_folders(recipe)).strip(),
     )
     return str(ModelCard(card))
 
@@ -113,7 +113,7 @@ def use(recipe: Recipe, is_adapter: bool) -> str:
 
 def table(results: Results) -> str:
     evaluations = results.evaluations()
-    shown = [name for name in HEADLINES if any(name in metrics for metrics in evaluations.values())]
+    shown = [name for name in SUMMARY_METRICS if any(name in metrics for metrics in evaluations.values())]
     lines = [f"| iteration | {' | '.join(shown)} |", f"| --- |{' --- |' * len(shown)}"]
     for index, metrics in evaluations.items():
         cells = []

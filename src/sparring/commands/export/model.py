@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sparring.commands.export.card import model_card
 from sparring.data.render import chat_template_of
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_model, load_tokenizer, save_merged, save_successor
 from sparring.model.lora import CONFIG, WEIGHTS, base_of, is_adapter
-from sparring.run.manifest import Json, commit, hash_path, is_committed, sweep, write_json
+from sparring.run.manifest import Json, commit, hash_path, is_committed, remove_leftovers, write_json
 from sparring.run.results import Results
 
 
@@ -29,19 +29,19 @@ def export_model(
     begin_export(out)
     index = chosen_iteration(results, iteration)
     source = results.run.model(index)
-    reads = results.run.reads(results.run.data, source)  # verifies every file
+    input_digests = results.run.input_digests(results.run.data, source)  # verifies every file
     if merge and not is_adapter(source):
-        raise Refused(f"--merge: {source} is no adapter but a whole model; leave the option out")
+        raise UserError(f"--merge: {source} is no adapter but a whole model; leave the option out")
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise Refused(f"--dtype {dtype}: one of float32, bfloat16, float16")
+        raise UserError(f"--dtype {dtype}: one of float32, bfloat16, float16")
     base = base_of(source)
     if is_adapter(source) and (digest := json.loads((source / "base.json").read_text())["xxh3"]) != hash_path(base):
-        raise Refused(f"{base} has changed since the adapter was trained on it ({digest}); put the old files back")
+        raise UserError(f"{base} has changed since the adapter was trained on it ({digest}); put the old files back")
     kept = getattr(torch, dtype or results.recipe.train.dtype)
-    with commit(out, reads=reads) as folder:
+    with commit(out, input_digests=input_digests) as folder:
         if is_adapter(source) and not merge:
             if dtype is not None:
-                raise Refused("--dtype: an adapter is kept in float32; add --merge to make a whole model")
+                raise UserError("--dtype: an adapter is kept in float32; add --merge to make a whole model")
             copy_adapter(source, folder, results.recipe.model)
         elif merge:
             run_dtype = getattr(torch, results.recipe.train.dtype)
@@ -54,19 +54,19 @@ def export_model(
 
 
 def begin_export(out: Path) -> None:
-    """Refuses a place that is taken, and removes what an export to it left there that was killed."""
+    """CallFailed a place that is taken, and removes what an export to it left there that was killed."""
     if out.exists():
-        raise Refused(f"{out} is there already; give a new folder, or remove that one")
-    sweep(out.parent.glob(f".{escape(out.name)}.tmp-*"))
+        raise UserError(f"{out} is there already; give a new folder, or remove that one")
+    remove_leftovers(out.parent.glob(f".{escape(out.name)}.tmp-*"))
 
 
 def chosen_iteration(results: Results, iteration: str) -> int:
     if iteration == "best":
         best = results.best()
         if best is None:
-            raise Refused("--iteration best: nothing has been evaluated yet; give a number")
+            raise UserError("--iteration best: nothing has been evaluated yet; give a number")
         if best.iteration < 0:
-            raise Refused(
+            raise UserError(
                 f"--iteration best: no iteration is better than the starting model by {best.metric}; to export one "
                 "all the same, give its number"
             )
@@ -74,7 +74,7 @@ def chosen_iteration(results: Results, iteration: str) -> int:
     if not iteration.isdecimal() or not is_committed(results.run.stage(int(iteration), "train")):
         done = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "train"))]
         trained = f"trained are {', '.join(map(str, done))}" if done else "none is trained yet"
-        raise Refused(f"--iteration {iteration}: 'best', or the number of a trained iteration; {trained}")
+        raise UserError(f"--iteration {iteration}: 'best', or the number of a trained iteration; {trained}")
     return int(iteration)
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from sparring.commands.export.model import begin_export
 from sparring.data.tables import write_table
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_tokenizer
+from sparring.recipe.yaml import dump
+from sparring.run.examples import join, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, is_committed
 from sparring.run.results import Results
@@ -47,17 +48,17 @@ def export_pairs(results: Results, out: Path) -> int:
     begin_export(out)
     drawn = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "generate"))]
     if results.data is None or not drawn:
-        raise Refused(f"--pairs: {results.run.root} has no generated answers yet")
+        raise UserError(f"--pairs: {results.run.root} has no generated answers yet")
     run = results.run
     tokenizer = load_tokenizer(Path(results.data.model))
     num_pairs = num_texts = num_inexact = 0
-    with commit(out, reads=run.reads(run.data, *(run.stage(t, "generate") for t in drawn))) as folder:
+    with commit(out, input_digests=run.input_digests(run.data, *(run.stage(t, "generate") for t in drawn))) as folder:
         for t in drawn:
             iteration = Iteration(run, results.recipe.at(t), t)
-            answers = iteration.generations(t)
             columns: dict[str, list[object]] = {name: [] for name in PAIRS.names}
-            for row in iteration.train_rows():
-                for answer in answers[row.id]:
+            for one in join(iteration.train_rows(), {t: read_iteration(iteration, t)}):
+                row = one.row
+                for answer in one.generated[t]:
                     prompt, same = text_of(tokenizer, row.prompt_ids, has_start=True)
                     chosen, rejected = (
                         text_of(tokenizer, body(ids, finish))
@@ -73,7 +74,7 @@ def export_pairs(results: Results, out: Path) -> int:
         splits = [{"split": f"iteration_{t:02d}", "path": f"iteration-{t:02d}.parquet"} for t in drawn]
         metadata = {"configs": [{"config_name": "default", "data_files": splits}], "tags": ["sparring", "preference"]}
         readme = README.format(
-            metadata=yaml.safe_dump(metadata, sort_keys=False),
+            metadata=dump(metadata),
             name=run.root.name,
             num_inexact=num_inexact,
             num_texts=num_texts,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparring.data.tables import read_table
-from sparring.errors import Refused, Stopped
+from sparring.errors import RunError, UserError
 from sparring.run.manifest import MANIFEST, failpoint, verify
 
 ALLOWED = (
@@ -38,17 +38,16 @@ SECRETS = {
 
 
 def push(folder: Path, repo: str, *, is_public: bool = False, is_dry: bool = True) -> list[Path]:
-    """Uploads an exported folder; returns the files that are, or would be, uploaded. Refuses any secret it finds."""
+    """Uploads an exported folder; returns the files that are, or would be, uploaded. CallFailed any secret it finds."""
     if not (folder / MANIFEST).is_file():
-        raise Refused(f"{folder} was not made by 'sparring export'; only such folders are pushed")
+        raise UserError(f"{folder} was not made by 'sparring export'; only such folders are pushed")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise Refused(f"'{repo}' is no name on the hub; write owner/name")
+        raise UserError(f"'{repo}' is no name on the hub; write owner/name")
     verify(folder)
     files = sorted({file for pattern in ALLOWED for file in folder.glob(pattern) if file.is_file()})
     if found := [problem for file in files for problem in problems(file)]:
-        raise Refused("nothing is uploaded:\n  " + "\n  ".join(found))
-    if not is_dry:
-        upload(folder, repo, files, is_public)
+        raise UserError("nothing is uploaded:\n  " + "\n  ".join(found))
+    upload(folder, repo, files, is_public)
     return files
 
 
@@ -84,7 +83,7 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
     try:
         api.create_repo(repo, repo_type=kind, private=not is_public, exist_ok=True)
         if not is_public and not api.repo_info(repo, repo_type=kind).private:
-            raise Refused(
+            raise UserError(
                 f"nothing is uploaded: '{repo}' is there already and public; add --public, or give another name"
             )
         failpoint("before-upload")
@@ -92,8 +91,8 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
             repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=[file.name for file in files]
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise Refused(f"the hub did not take '{repo}': {error}. Log in with 'hf auth login'") from error
+        raise UserError(f"the hub did not take '{repo}': {error}. Log in with 'hf auth login'") from error
     except HTTPError as error:
-        raise Stopped(
+        raise RunError(
             f"the hub cannot be reached: {error}. Nothing is uploaded; the same command tries again"
         ) from error

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jinja2
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 
 Scheduler = Literal["slurm", "kubernetes"]
 FILES = {"slurm": "slurm.sh.j2", "kubernetes": "kubernetes.yaml.j2"}
@@ -25,9 +25,9 @@ def job_file(
     """
     for path in (recipe, run_dir):
         if not path.is_absolute() or any(ord(character) < 32 for character in str(path)):
-            raise Refused(f"{str(path)!r}: a job starts in a directory of its own; give a path from / on the cluster")
+            raise UserError(f"{str(path)!r}: a job starts in a directory of its own; give a path from / on the cluster")
     if scheduler == "kubernetes" and (image is None or claim is None):
-        raise Refused(
+        raise UserError(
             "--print kubernetes needs --image, with sparring in it, and --claim, the PersistentVolumeClaim "
             "(ReadWriteMany) of the volume that holds the recipe, the model, the rows and the run directory"
         )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sparring.data.render import chat_template_of
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_tokenizer
-from sparring.parallel.processes import guarded
+from sparring.parallel.processes import guarded_process
 from sparring.recipe.benchmarks import Task
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, write_json
@@ -28,16 +28,16 @@ def benchmark(iteration: Iteration, task: Task, label: str) -> None:
     start = time.monotonic()
     settings = iteration.recipe.evaluate.harness
     assert settings is not None
-    refuse_without_harness()
+    require_lm_eval()
     file = task_file(task)
-    reads = iteration.run.reads(iteration.policy, *([file] if file else []))
-    result = in_its_process(
+    input_digests = iteration.run.input_digests(iteration.policy, *([file] if file else []))
+    result = run_in_subprocess(
         {
             "model": str(iteration.policy),
             "task": str(file) if file else task.name,
             "num_shots": task.num_shots,
             "limit": settings.limit,
-            "batch_size": settings.batch_size,
+            "batch_size": 8,
             "dtype": iteration.recipe.weights_dtype,
             "in_4bit": iteration.recipe.in_4bit,
             "end_ids": list(iteration.data.end_ids),
@@ -48,16 +48,16 @@ def benchmark(iteration: Iteration, task: Task, label: str) -> None:
     samples, metrics = result.pop("samples"), result.pop("metrics")
     memory = result.pop("peak_memory_mib")
     info = {"seconds": time.monotonic() - start, "peak_memory_mib": memory, "rows": len(samples)}
-    with commit(iteration.stage(f"{BENCHMARKS}/{label}"), reads=reads, info=info) as folder:
+    with commit(iteration.stage(f"{BENCHMARKS}/{label}"), input_digests=input_digests, info=info) as folder:
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "results.json", result)
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
 
 
-def refuse_without_harness() -> None:
+def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
-        raise Refused(
+        raise UserError(
             "evaluate.harness: lm-evaluation-harness is not installed; pip install 'sparring[lm-eval]', or leave it out"
         )
 
@@ -67,7 +67,9 @@ def task_file(task: Task) -> Path | None:
         return None
     file = Path(task.name).resolve()
     if not file.is_file():
-        raise Refused(f"evaluate.harness.tasks: there is no file {file}; relative paths start at the working directory")
+        raise UserError(
+            f"evaluate.harness.tasks: there is no file {file}; relative paths start at the working directory"
+        )
     return file
 
 
@@ -79,18 +81,18 @@ def template(iteration: Iteration) -> str:
     return found
 
 
-def in_its_process(request: dict[str, Any]) -> dict[str, Any]:
+def run_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "request.json", Path(place) / "result.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         words = [sys.executable, "-m", "sparring.stages.evaluate.harness_process", str(asked), str(answered)]
         with (Path(place) / "log").open("w+b") as log:
-            with guarded(words, log) as process:
+            with guarded_process(words, log) as process:
                 process.wait()
             log.seek(0)
             said = log.read().decode(errors="replace").strip().splitlines()
         if not answered.is_file():
-            raise Refused(
+            raise UserError(
                 f"evaluate.harness: {request['task']} of {request['model']} ended with status {process.returncode}:\n  "
                 + "\n  ".join(said[-3:])
                 + "\nA task that is not a file of yours loads its data from the hub, the first time at least"

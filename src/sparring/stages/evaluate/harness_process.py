@@ -35,13 +35,14 @@ def main() -> None:
     from transformers import GenerationConfig
 
     from sparring.model.load import load_model, load_tokenizer
-    from sparring.parallel import distributed
+    from sparring.model.memory import peak_memory_mib
+    from sparring.parallel import local_device
 
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     folder = Path(request["model"])
     dtype = getattr(torch, request["dtype"])
-    model = load_model(folder, dtype=dtype, device=distributed.device(), in_4bit=request["in_4bit"])
+    model = load_model(folder, dtype=dtype, device=local_device(), in_4bit=request["in_4bit"])
     # nothing of the model's own, such as a repetition penalty; but it ends where the run's answers end
     model.generation_config = GenerationConfig(eos_token_id=request["end_ids"])
     tokenizer = load_tokenizer(folder)
@@ -72,7 +73,7 @@ def main() -> None:
         "versions": found["versions"],
         "num_rows": found["n-samples"],
         "shots": found["n-shot"],
-        "peak_memory_mib": distributed.peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(local_device()),
         "samples": answers,
     }
     Path(sys.argv[2]).write_text(json.dumps(result, default=str), encoding="utf-8")

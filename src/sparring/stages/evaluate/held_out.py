@@ -8,27 +8,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from sparring.data.tables import IDS, id_lists, read_generations, read_table, write_generations, write_table
-from sparring.errors import Stopped
+from sparring.errors import RunError
 from sparring.logging import track
-from sparring.model.load import load_model, load_tokenizer, texts_of
+from sparring.model.load import decode_answers, load_model, load_tokenizer
 from sparring.model.logprobs import Scorer, score_groups
-from sparring.model.memory import tokens_at_a_time
-from sparring.objectives.metrics import game_metrics, quadrants
-from sparring.parallel import distributed
+from sparring.model.memory import inference_micro_batch_tokens, peak_memory_mib
+from sparring.objectives.metrics import quadrants, self_play_metrics
+from sparring.parallel import Parallel
+from sparring.run.examples import join
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, commit_part, write_json
 from sparring.stages.evaluate.checkers import is_correct, make_extract
 from sparring.stages.evaluate.text_metrics import text_metrics
 from sparring.types import (
     Backend,
+    Finish,
     Generation,
-    Group,
     Lengths,
     Objective,
     OpenBackend,
@@ -36,7 +38,6 @@ from sparring.types import (
     Rendered,
     Role,
     Scores,
-    TokenIds,
 )
 
 ANSWERS = pa.schema(
@@ -56,83 +57,95 @@ ANSWERS = pa.schema(
 )
 
 
-def evaluate(iteration: Iteration, open_backend: OpenBackend) -> None:
+def evaluate(iteration: Iteration, open_backend: OpenBackend, parallel: Parallel) -> None:
     """Writes evaluate/: metrics.json, and answers.parquet with one fresh answer per held-out row."""
-    start = time.monotonic()
-    run, recipe = iteration.run, iteration.recipe
-    is_start = iteration.index < 0
-    earlier = [] if is_start else [iteration.before().stage("evaluate"), run.start / "evaluate"]
-    reads = run.reads(run.data, iteration.policy, *dict.fromkeys(earlier)) if distributed.is_first() else {}
-    distributed.meet()
+    start, run, recipe = time.monotonic(), iteration.run, iteration.recipe
+    earlier = [] if iteration.index < 0 else [iteration.before().stage("evaluate"), run.start / "evaluate"]
+    input_digests = run.input_digests(run.data, iteration.policy, *dict.fromkeys(earlier)) if parallel.is_main else {}
+    parallel.barrier()
     rows = iteration.held_out_rows()
-    tokenizer = load_tokenizer(iteration.policy)
-
-    is_checked = recipe.evaluate.checker is not None
-    fresh, greedy = answers(iteration, open_backend, rows, is_checked=is_checked)
-    texts = texts_of(tokenizer, fresh)
-    columns: dict[str, Sequence[object] | np.ndarray] = {
-        "id": [row.id for row in rows],
-        "token_ids": [a.token_ids for a in fresh],
-        "finish": [a.finish for a in fresh],
-        "text": texts,
-    }
-    metrics = text_metrics(fresh, [row.real_ids for row in rows])
-    nothing = [None] * len(rows)
-    greedy_texts, correct, greedy_correct = nothing, nothing, nothing
-    if recipe.evaluate.checker is not None:
-        greedy_texts = texts_of(tokenizer, greedy)
-        extract = make_extract(recipe.evaluate.checker)
-        correct = [is_correct(extract, text, row.real) for text, row in zip(texts, rows, strict=True)]
-        greedy_correct = [is_correct(extract, text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
-        metrics |= accuracy("sampled", correct) | accuracy("greedy", greedy_correct)
-
+    fresh, greedy = answers(iteration, open_backend, rows, parallel, is_checked=recipe.evaluate.checker is not None)
+    columns, metrics = check_answers(iteration, rows, fresh, greedy)
     opponent, proto = (Answers.read(folder) for folder in earlier) if earlier else (None, None)
-    groups = []
-    for index, (row, own) in enumerate(zip(rows, fresh, strict=True)):
-        responses: dict[Role, tuple[TokenIds, ...]] = {"real": (row.real_ids,), "generated": (own.token_ids,)}
-        if opponent and proto:
-            responses["generated"] += (opponent.token_ids[index],)
-            responses["proto"] = (proto.token_ids[index],)
-        groups.append(Group(row.id, row.prompt_ids, responses))
-    dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.policy, dtype=dtype, device=distributed.device(), in_4bit=recipe.in_4bit)
-    scorer = Scorer(model, getattr(torch, recipe.train.dtype))
-    with track(f"evaluate {'start' if is_start else iteration.index}", len(groups)) as advance:
-        at_a_time = tokens_at_a_time(recipe.train.micro_batch_tokens, distributed.device())
-        scores = score_groups(scorer, groups, at_a_time, advance)
-    if not distributed.is_first():
+    scores = score_answers(iteration, rows, fresh, opponent, proto, parallel)
+    if not parallel.is_main:
         return
-    own_logprob, real_logprob = scores["generated"][:, 0], scores["real"]
-    metrics |= likelihood(rows, real_logprob)
-    metrics["entropy"] = float(-own_logprob.sum() / sum(len(a.token_ids) for a in fresh))
+    own_logprob = scores["generated"][:, 0]
+    metrics |= likelihood(rows, scores["real"])
+    metrics["entropy"] = float(-own_logprob.sum() / sum(len(answer.token_ids) for answer in fresh))
     if opponent and proto:
-        metrics |= game(recipe.method, rows, scores, opponent, proto)
+        metrics |= against_opponent(recipe.method, rows, scores, opponent, proto)
     columns |= {
         "logprob": own_logprob,
-        "real_logprob": real_logprob,
-        "opponent_logprob": scores["generated"][:, 1] if opponent else nothing,
-        "proto_logprob": scores["proto"] if proto else nothing,
-        "greedy_text": greedy_texts,
-        "is_correct": correct,
-        "is_greedy_correct": greedy_correct,
+        "real_logprob": scores["real"],
+        "opponent_logprob": scores["generated"][:, 1] if opponent else [None] * len(rows),
+        "proto_logprob": scores["proto"] if proto else [None] * len(rows),
     }
-    info = {
+    summary = {
         "seconds": time.monotonic() - start,
         "rows": len(rows),
-        "peak_memory_mib": distributed.peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(parallel.device),
     }
-    with commit(iteration.stage("evaluate"), reads=reads, info=info) as folder:
+    with commit(iteration.stage("evaluate"), input_digests=input_digests, info=summary) as folder:
         write_table(folder / "answers.parquet", ANSWERS, columns)
         write_json(folder / "metrics.json", metrics)
 
 
+def check_answers(
+    iteration: Iteration, rows: Sequence[Rendered], fresh: Sequence[Generation], greedy: Sequence[Generation]
+) -> tuple[dict[str, Sequence[object] | np.ndarray], dict[str, float]]:
+    """(columns of answers.parquet, metrics) that follow from the answers alone: their form, and who is right."""
+    tokenizer, checker = load_tokenizer(iteration.policy), iteration.recipe.evaluate.checker
+    texts, nothing = decode_answers(tokenizer, fresh), [None] * len(rows)
+    columns: dict[str, Sequence[object] | np.ndarray] = {
+        "id": [row.id for row in rows],
+        "token_ids": [answer.token_ids for answer in fresh],
+        "finish": [answer.finish for answer in fresh],
+        "text": texts,
+        "greedy_text": nothing,
+        "is_correct": nothing,
+        "is_greedy_correct": nothing,
+    }
+    metrics = text_metrics(fresh, [row.real_ids for row in rows])
+    if checker is not None:
+        extract, greedy_texts = make_extract(checker), decode_answers(tokenizer, greedy)
+        correct = [is_correct(extract, text, row.real) for text, row in zip(texts, rows, strict=True)]
+        greedy_correct = [is_correct(extract, text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
+        metrics |= accuracy("sampled", correct) | accuracy("greedy", greedy_correct)
+        columns |= {"greedy_text": greedy_texts, "is_correct": correct, "is_greedy_correct": greedy_correct}
+    return columns, metrics
+
+
+def score_answers(
+    iteration: Iteration,
+    rows: Sequence[Rendered],
+    fresh: Sequence[Generation],
+    opponent: Answers | None,
+    proto: Answers | None,
+    parallel: Parallel,
+) -> dict[Role, np.ndarray]:
+    """The policy's log-probs of the real responses, its own answers, its opponent's, and the starting model's."""
+    recipe, index, roles = iteration.recipe, iteration.index, ["real", "generated"]
+    generated, protos = {index: fresh}, None
+    if opponent and proto:
+        generated[index - 1], protos = opponent.generations(rows), proto.generations(rows)
+        roles.append("proto")
+    groups = [one.group(cast(list[Role], roles), generated) for one in join(rows, generated, protos)]
+    dtype = getattr(torch, recipe.weights_dtype)
+    model = load_model(iteration.policy, dtype=dtype, device=parallel.device, in_4bit=recipe.in_4bit)
+    scorer = Scorer(model, getattr(torch, recipe.train.dtype))
+    micro_batch_tokens = inference_micro_batch_tokens(recipe.train.micro_batch_tokens, parallel.device)
+    with track(f"evaluate {'start' if index < 0 else index}", len(groups)) as advance:
+        return score_groups(scorer, groups, micro_batch_tokens, parallel, advance)
+
+
 def answers(
-    iteration: Iteration, open_backend: OpenBackend, rows: Sequence[Rendered], *, is_checked: bool
+    iteration: Iteration, open_backend: OpenBackend, rows: Sequence[Rendered], parallel: Parallel, *, is_checked: bool
 ) -> tuple[list[Generation], list[Generation]]:
     """Fresh answers to all rows, and greedy ones if they are checked. Every n-th rank that has an engine draws some."""
     settings = iteration.recipe.generate
-    ranks = max(1, distributed.num_ranks() // settings.tensor_parallel_size)  # each engine has so many devices
-    if distributed.num_ranks() == 1:
+    ranks = max(1, parallel.num_ranks // settings.tensor_parallel_size)  # each engine has so many devices
+    if parallel.num_ranks == 1:
         with open_backend(iteration.policy) as backend:
             fresh = answer(iteration, backend, rows, greedy=False)
             return fresh, answer(iteration, backend, rows, greedy=True) if is_checked else []
@@ -142,14 +155,14 @@ def answers(
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     work = iteration.run.work(iteration.stage("evaluate"))
     kinds = (False, True) if is_checked else (False,)
-    mine = [row for one in batches[distributed.rank() :: ranks] for row in one] if distributed.rank() < ranks else []
+    mine = [row for one in batches[parallel.rank :: ranks] for row in one] if parallel.rank < ranks else []
     if mine:
         with open_backend(iteration.policy) as backend:
             for greedy in kinds:
                 drawn = answer(iteration, backend, mine, greedy=greedy)
-                path = work / f"greedy-{greedy}-{distributed.rank()}.parquet"
+                path = work / f"greedy-{greedy}-{parallel.rank}.parquet"
                 commit_part(path, lambda p, d=drawn: write_generations(p, d, [""] * len(d)))
-    distributed.meet()
+    parallel.barrier()
     found: list[list[Generation]] = [[], []]
     for greedy in kinds:
         by_id = {g.id: g for g in read_generations(sorted(work.glob(f"greedy-{greedy}-*.parquet")))}
@@ -174,7 +187,7 @@ def answer(iteration: Iteration, backend: Backend, rows: Sequence[Rendered], *, 
     with track(f"answer {'greedily' if greedy else 'held-out prompts'}", len(prompts)) as advance:
         for generation in backend.generate(prompts, greedy=greedy):
             if generation.finish == "failed":
-                raise Stopped(f"the engine cannot answer held-out row {generation.id}; take that row out of the data")
+                raise RunError(f"the engine cannot answer held-out row {generation.id}; take that row out of the data")
             found[generation.id] = generation
             advance(1, len(generation.token_ids))
     return [found[row.id] for row in rows]
@@ -185,9 +198,14 @@ class Answers:
 
     def __init__(self, table: pa.Table) -> None:
         self.token_ids = id_lists(table["token_ids"])
+        self.finish: list[Finish] = table["finish"].to_pylist()
         self.logprob: np.ndarray = table["logprob"].to_numpy()
         self.real_logprob: np.ndarray = table["real_logprob"].to_numpy()
         self.proto_logprob: np.ndarray = table["proto_logprob"].to_numpy()
+
+    def generations(self, rows: Sequence[Rendered]) -> list[Generation]:
+        """As `join` takes them."""
+        return [Generation(r.id, 0, ids, end) for r, ids, end in zip(rows, self.token_ids, self.finish, strict=True)]
 
     @staticmethod
     def read(folder: Path) -> Answers:
@@ -214,7 +232,7 @@ def accuracy(name: str, correct: Sequence[bool | None]) -> dict[str, float]:
     return {f"{name}_accuracy": share, f"{name}_accuracy_stderr": error}
 
 
-def game(
+def against_opponent(
     objective: Objective,
     rows: Sequence[Rendered],
     scores: dict[Role, np.ndarray],
@@ -238,7 +256,7 @@ def game(
         "generated": torch.tensor([len(ids) for ids in opponent.token_ids])[:, None],
         "proto": torch.tensor([len(ids) for ids in proto.token_ids]),
     }
-    per_row = game_metrics(objective, policy, theirs, lengths)
+    per_row = self_play_metrics(objective, policy, theirs, lengths)
     gap = per_row["logps/real"] - per_row["logps/generated"]
     means = {name: values.double().mean().item() for name, values in per_row.items()}
     accuracies = per_row["rewards/accuracies"]

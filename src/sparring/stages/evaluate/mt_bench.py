@@ -12,16 +12,20 @@ import numpy as np
 
 from sparring.data.read import BadRow
 from sparring.data.render import Renderer
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.logging import track
-from sparring.model.load import load_tokenizer, texts_of
-from sparring.parallel import distributed
+from sparring.model.load import decode_answers, load_tokenizer
+from sparring.model.memory import peak_memory_mib
+from sparring.parallel import local_device
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, write_json
 from sparring.run.rundir import BENCHMARKS
 from sparring.types import Backend, Example, Generation, Message, OpenBackend, Prompt, TokenIds
 
 NOTHING = np.array([], dtype=np.int32)
+
+MAX_NEW_TOKENS = 1024
+"""Of one turn."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,9 @@ class Question:
 def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes benchmarks/mt_bench-.../: answers.jsonl, in FastChat's form, and metrics.json. Answers are greedy."""
     start = time.monotonic()
-    settings, data = iteration.recipe.evaluate.mt_bench, iteration.data
-    assert settings is not None
-    file = Path(settings.questions).resolve()
+    data, file = iteration.data, questions_file(iteration)
     questions = read_questions(file)
-    reads = iteration.run.reads(iteration.policy, file)
+    input_digests = iteration.run.input_digests(iteration.policy, file)
     tokenizer = load_tokenizer(iteration.policy)
     render = Renderer(
         tokenizer,
@@ -49,14 +51,14 @@ def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
     )
     said: list[list[str]] = [[] for _ in questions]
     seen: list[TokenIds] = [NOTHING] * len(questions)
-    num_cut = num_failed = 0
+    num_truncated = num_failed = 0
     with open_backend(iteration.policy) as backend:
         for turn in range(max(len(question.turns) for question in questions)):
             prompts = {}
             for place, question in enumerate(questions):
                 if turn < len(question.turns):
                     ids = turn_ids(render, question, said[place], seen[place])
-                    room = min(settings.max_new_tokens, data.max_length - len(ids))
+                    room = min(MAX_NEW_TOKENS, data.max_length - len(ids))
                     if len(ids) and room > 0:
                         seed = iteration.seed("mt_bench", question.id, turn)
                         prompts[place] = Prompt(str(question.id), turn, ids, room, seed)
@@ -70,8 +72,8 @@ def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
                     said[place].append("")
                     seen[place] = NOTHING
                     continue
-                num_cut += found.finish == "length"
-                said[place].append(texts_of(tokenizer, [found])[0])
+                num_truncated += found.finish == "length"
+                said[place].append(decode_answers(tokenizer, [found])[0])
                 seen[place] = np.concatenate([prompts[place].token_ids, found.token_ids])
     name = f"{iteration.run.root.name}-{'start' if iteration.index < 0 else iteration.index}"
     lines = [
@@ -86,20 +88,31 @@ def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
     info = {
         "seconds": time.monotonic() - start,
         "rows": len(lines),
-        "peak_memory_mib": distributed.peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(local_device()),
     }
-    with commit(iteration.stage(f"{BENCHMARKS}/{settings.label}"), reads=reads, info=info) as folder:
+    with commit(
+        iteration.stage(f"{BENCHMARKS}/mt_bench-{file.stem}"), input_digests=input_digests, info=info
+    ) as folder:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / "answers.jsonl").write_text(text, encoding="utf-8")
         words = [len(answer.split()) for turns in said for answer in turns]
-        metrics = {"words": sum(words) / len(words), "cut": num_cut / len(words), "failed": num_failed / len(words)}
+        metrics = {
+            "words": sum(words) / len(words),
+            "cut": num_truncated / len(words),
+            "failed": num_failed / len(words),
+        }
         write_json(folder / "metrics.json", metrics)
+
+
+def questions_file(iteration: Iteration) -> Path:
+    assert iteration.recipe.evaluate.mt_bench is not None
+    return Path(iteration.recipe.evaluate.mt_bench).resolve()
 
 
 def read_questions(file: Path) -> list[Question]:
     if not file.is_file():
-        raise Refused(
-            f"evaluate.mt_bench.questions: there is no file {file}; FastChat's is question.jsonl, with question_id, "
+        raise UserError(
+            f"evaluate.mt_bench: there is no file {file}; FastChat's is question.jsonl, with question_id, "
             "category and turns in each line"
         )
     found = []
@@ -111,12 +124,12 @@ def read_questions(file: Path) -> list[Question]:
             turns = tuple(str(turn) for turn in row["turns"])
             found.append(Question(int(row["question_id"]), str(row.get("category", "")), turns))
         except (ValueError, KeyError, TypeError) as error:
-            raise Refused(
-                f"evaluate.mt_bench.questions: line {number} of {file} is no question with question_id and turns: "
+            raise UserError(
+                f"evaluate.mt_bench: line {number} of {file} is no question with question_id and turns: "
                 f"{type(error).__name__} {error}"
             ) from error
     if not found or not all(question.turns for question in found):
-        raise Refused(f"evaluate.mt_bench.questions: {file} has no questions, or one without turns")
+        raise UserError(f"evaluate.mt_bench: {file} has no questions, or one without turns")
     return found
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 from sparring.model.load import load_model
-from sparring.parallel import distributed
+from sparring.parallel import local_device
 from sparring.recipe.schema import Generate
 from sparring.run.iteration import Iteration
 from sparring.stages.generate.hf import BATCH_SIZE, HfBackend
 from sparring.stages.generate.server import ServerBackend, started_server
-from sparring.stages.generate.stage import begin_parts, draw_parts, generate, generate_parts, parts_of
+from sparring.stages.generate.stage import draw_parts, generate, generate_parts, plan_parts, prepare_parts
 from sparring.stages.generate.vllm import VllmBackend
 from sparring.types import Backend, OpenBackend
 
-__all__ = ["begin_parts", "draw_parts", "engine_of", "generate", "generate_parts", "open_backend", "parts_of"]
+__all__ = ["backend_factory", "draw_parts", "generate", "generate_parts", "open_backend", "plan_parts", "prepare_parts"]
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def open_backend(
     """
     match settings.backend:
         case "hf":
-            loaded = load_model(model, dtype=getattr(torch, dtype), device=distributed.device(), in_4bit=in_4bit)
+            loaded = load_model(model, dtype=getattr(torch, dtype), device=local_device(), in_4bit=in_4bit)
             yield HfBackend(
                 loaded,
                 end_ids=end_ids,
@@ -74,7 +74,7 @@ def open_backend(
         torch.cuda.empty_cache()
 
 
-def engine_of(iteration: Iteration) -> OpenBackend:
+def backend_factory(iteration: Iteration) -> OpenBackend:
     """The engine of an iteration's recipe, to be opened for a model's folder."""
     return partial(
         open_backend,

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from sparring.logging import say
+from sparring.logging import info
 from sparring.types import Generation, Prompt
 
 NUM_CHECKED = 64
 """Prompts of a call for which engines report log-probs: enough to tell another model. All would cost a tenth more."""
 
 
-def finished(
+def finish_generation(
     prompt: Prompt, tokens: Int[np.ndarray, " steps"], end_ids: Sequence[int], logprob: float | None = None
 ) -> Generation:
     """Cuts a row of output after its first end token, or at its own limit."""
@@ -27,7 +27,7 @@ def finished(
 
 
 def failed(prompt: Prompt, reason: str) -> Generation:
-    say(f"note: no answer to row {prompt.id}, sample {prompt.sample}: {reason}")
+    info(f"note: no answer to row {prompt.id}, sample {prompt.sample}: {reason}")
     return Generation(prompt.id, prompt.sample, np.array([], dtype=np.int32), "failed")
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from sparring.run.seeds import uniforms
-from sparring.stages.generate.answers import finished
+from sparring.stages.generate.answers import finish_generation
 from sparring.types import Generation, Prompt
 
 BATCH_SIZE = 64
@@ -71,7 +70,7 @@ class HfBackend:
             ),
         )
         for prompt, tokens in zip(prompts, output[:, width:].cpu().numpy(), strict=True):
-            yield finished(prompt, tokens, self.end_ids)
+            yield finish_generation(prompt, tokens, self.end_ids)
 
     def _sampler(self, prompts: Sequence[Prompt], max_new_tokens: int, width: int) -> LogitsProcessor:
         draws = np.stack([uniforms(max_new_tokens, p.seed) for p in prompts])
@@ -99,6 +98,11 @@ class InverseTransform(LogitsProcessor):
         chosen = choose(self.warpers(input_ids, scores), self.draws[:, step])
         only = torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
         return cast(torch.FloatTensor, only)
+
+
+def uniforms(count: int, seed: int) -> Float[np.ndarray, " count"]:
+    """Uniform numbers in [0, 1), float64."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 def choose(scores: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

@@ -12,10 +12,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sparring.data.tables import read_generations, write_generations
-from sparring.errors import Stopped
-from sparring.logging import Advance, say, track
-from sparring.model.load import load_tokenizer, texts_of
-from sparring.parallel import distributed, interrupt
+from sparring.errors import RunError
+from sparring.logging import Advance, info, track
+from sparring.model.load import decode_answers, load_tokenizer
+from sparring.model.memory import peak_memory_mib
+from sparring.parallel import interrupt, local_device
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import begin_work, commit_folder, commit_part, has_part
 from sparring.stages.generate.hf import BATCH_SIZE
@@ -30,28 +31,28 @@ MANY_COPIES = 0.5
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
     start = time.monotonic()
-    reads = begin_parts(iteration)
+    input_digests = prepare_parts(iteration)
     generate_parts(iteration, open_backend)
     final = iteration.stage("generate")
     work = iteration.run.work(final)
-    parts = parts_of(iteration)
+    parts = plan_parts(iteration)
     num_prompts = sum(map(len, parts.values()))
     answers = read_generations(parts)
     num_failed = num_prompts - len(answers)
-    if num_failed > iteration.recipe.data.max_rejected * num_prompts:
-        raise Stopped(
+    if num_failed > iteration.recipe.data.max_skipped * num_prompts:
+        raise RunError(
             f"the engine cannot answer {num_failed} of {num_prompts} prompts, named above; more than "
-            f"data.max_rejected ({iteration.recipe.data.max_rejected:g}) allows. Delete {work} to have them tried again"
+            f"data.max_skipped ({iteration.recipe.data.max_skipped:g}) allows. Delete {work} to have them tried again"
         )
     real = {row.id: row.real_ids for row in iteration.train_rows()}
     num_copies = sum(np.array_equal(answer.token_ids, real[answer.id]) for answer in answers)
     commit_folder(
         work,
         final,
-        reads=reads,
+        input_digests=input_digests,
         info={
             "seconds": time.monotonic() - start,
-            "peak_memory_mib": distributed.peak_memory_mib(),
+            "peak_memory_mib": peak_memory_mib(local_device()),
             "answers": len(answers),
             "failed": num_failed,
             "tokens": sum(len(answer.token_ids) for answer in answers),
@@ -60,22 +61,22 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
         },
     )
     if num_copies > MANY_COPIES * len(answers):
-        say(
+        info(
             f"note: {num_copies / len(answers):.0%} of the opponent's answers to training prompts are the real ones, "
             "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
         )
 
 
-def begin_parts(iteration: Iteration) -> Mapping[str, str]:
+def prepare_parts(iteration: Iteration) -> Mapping[str, str]:
     """Makes the folder for parts, emptied of any that were made from other inputs; returns what the stage reads."""
-    reads = iteration.run.reads(iteration.run.data, iteration.opponent)
-    begin_work(iteration.run.work(iteration.stage("generate")), reads)
-    return reads
+    input_digests = iteration.run.input_digests(iteration.run.data, iteration.opponent)
+    begin_work(iteration.run.work(iteration.stage("generate")), input_digests)
+    return input_digests
 
 
 def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 0, num_ranks: int = 1) -> None:
     """Commits every `num_ranks`-th of the parts that are missing. An engine is opened if there are any."""
-    everything = parts_of(iteration)
+    everything = plan_parts(iteration)
     every = [(path, wanted) for path, wanted in everything.items() if not has_part(path)]
     missing = dict(every[rank::num_ranks])
     if not missing:
@@ -105,10 +106,10 @@ def draw_parts(
                 advance(1, len(answer.token_ids))
             if answer.finish != "failed":
                 answers.append(answer)
-        yield answers, texts_of(tokenizer, answers)
+        yield answers, decode_answers(tokenizer, answers)
 
 
-def parts_of(iteration: Iteration) -> dict[Path, list[Prompt]]:
+def plan_parts(iteration: Iteration) -> dict[Path, list[Prompt]]:
     """Every file that the stage commits, with the prompts whose answers are in it."""
     settings = iteration.recipe.generate
     prompts = [

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sparring.errors import Refused, Stopped
-from sparring.logging import say
-from sparring.stages.generate.answers import NUM_CHECKED, failed, finished, in_order
+from sparring.errors import RunError, UserError
+from sparring.logging import info
+from sparring.stages.generate.answers import NUM_CHECKED, failed, finish_generation, in_order
 from sparring.types import Generation, Prompt
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
@@ -124,14 +124,14 @@ class VllmBackend:
             self.close()
             deaths += 1
             if deaths > MAX_RESTARTS:
-                raise Stopped(f"vLLM died {deaths} times in a row without an answer. {problem}") from problem
+                raise RunError(f"vLLM died {deaths} times in a row without an answer. {problem}") from problem
             lost = sorted(in_flight.values())
             if is_suspected and todo:
                 suspects.append(todo)
             if is_suspected and len(lost) == 1:
                 yield lost[0], failed(prompts[lost[0]], f"the engine dies of it. {problem}")
                 continue
-            say(f"note: vLLM died while it worked on {len(lost)} prompts, and is started again. {problem}")
+            info(f"note: vLLM died while it worked on {len(lost)} prompts, and is started again. {problem}")
             half = (len(lost) + 1) // 2
             suspects += [deque(part) for part in (lost[:half], lost[half:]) if part]
 
@@ -165,7 +165,7 @@ class VllmBackend:
     def _generation(self, prompt: Prompt, message: Mapping[str, Any]) -> Generation:
         if "error" in message:
             return failed(prompt, message["error"])
-        return finished(prompt, np.array(message["tokens"]), self.end_ids, message["logprob"])
+        return finish_generation(prompt, np.array(message["tokens"]), self.end_ids, message["logprob"])
 
     def close(self) -> None:
         if self.process is not None:
@@ -173,7 +173,7 @@ class VllmBackend:
             self.process = None
 
 
-def devices_of(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
+def devices_for_rank(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
     """The GPUs of this process among those of the machine, if torchrun started it with others."""
     if "LOCAL_RANK" not in environment:
         return None
@@ -191,7 +191,7 @@ class EngineProcess:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         # made and removed by the engine, so that nothing stays when we are killed; removed here when it is killed
         self.folder = Path(tempfile.gettempdir()) / f"vllm-{secrets.token_hex(8)}"
-        devices = devices_of(os.environ, hello["engine"]["tensor_parallel_size"])
+        devices = devices_for_rank(os.environ, hello["engine"]["tensor_parallel_size"])
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
         try:
             self.process = subprocess.Popen(  # noqa: S603  (the interpreter is the user's own setting)
@@ -203,7 +203,7 @@ class EngineProcess:
                 env=environment,
             )
         except OSError as error:
-            raise Refused(f"generate.python: {command[0]} cannot be started: {error}") from error
+            raise UserError(f"generate.python: {command[0]} cannot be started: {error}") from error
         self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -215,11 +215,11 @@ class EngineProcess:
         if "ready" not in answer:
             self.close()
             if "missing" in answer:
-                raise Refused(
+                raise UserError(
                     f"generate.backend: {command[0]} cannot import vllm: {answer['missing']}. Install it there, or set "
                     "generate.python to the interpreter of the environment that has it"
                 )
-            raise Refused(f"generate.backend: vLLM does not start with {model}: {answer['refused']}")
+            raise UserError(f"generate.backend: vLLM does not start with {model}: {answer['refused']}")
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -1,8 +1,12 @@
-"""Makes the optimizer of a recipe, refuses one that does not run here, keeps its state and restores it."""
+"""The optimizers that a recipe can name, the bytes of their state, and saving and restoring it.
+
+`rmsprop` and `adamw` are torch's. `adamw_8bit` is bitsandbytes': moments in 8 bits by blocks of 256 numbers
+(Dettmers et al., arXiv 2110.02861).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -10,65 +14,49 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.quantization import import_bitsandbytes
-from sparring.parallel import distributed
-from sparring.recipe.optimizer_specs import KINDS, LEAST_8BIT
+from sparring.parallel import Parallel
+
+BLOCK = 256
+"""Numbers that share a scale of four bytes."""
+SMALLEST_8BIT = 4096
+"""Smaller tensors keep their moments in 32 bits."""
+NUM_MOMENTS = {"rmsprop": 1, "adamw": 2, "adamw_8bit": 2}
 
 
 def make_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     """RMSProp as torch and the papers' code have it (alpha 0.99, no momentum), or AdamW (0.9, 0.999).
 
-    Of an 8-bit one the embeddings' moments stay in 32 bits, as in transformers' trainer.
+    `adamw_8bit` keeps the moments of embeddings in 32 bits, as transformers' trainer does.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = KINDS[name]
-    if kind.ours is None:
-        of_torch = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
-        return of_torch(trainable, lr=learning_rate, weight_decay=weight_decay)
+    if name != "adamw_8bit":
+        optimizer = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
+        return optimizer(trainable, lr=learning_rate, weight_decay=weight_decay)
     import_bitsandbytes()
     from bitsandbytes import optim
 
-    if kind.is_8bit:
-        manager = cast(Any, optim).GlobalOptimManager.get_instance()
-        manager.initialize()  # it knows parameters by id(), which those of a model that is gone have left behind
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                manager.override_config(module.weight, "optim_bits", 32)
-    return getattr(optim, kind.ours)(trainable, lr=learning_rate, weight_decay=weight_decay)
+    optim = cast(Any, optim)
+    manager = optim.GlobalOptimManager.get_instance()
+    manager.initialize()  # it knows parameters by id(), which a deleted model may have left behind
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.override_config(module.weight, "optim_bits", 32)
+    return optim.AdamW8bit(trainable, lr=learning_rate, weight_decay=weight_decay)
 
 
-def refuse_without_bitsandbytes(name: str, device: torch.device) -> None:
-    """Refuses an optimizer that this machine cannot run: it is tried. Never another one in its place."""
-    kind = KINDS[name]
-    if kind.ours is None:
-        return
-    other = "adamw" if kind.moments == 2 else "rmsprop"
-    if find_spec("bitsandbytes") is None:
-        raise Refused(
-            f"train.optimizer: {name} is bitsandbytes', which is not installed; pip install 'sparring[4bit]', or set "
-            f"{other}, whose moments take {4 * kind.moments} bytes per parameter"
-        )
-    if kind.is_paged and device.type != "cuda":
-        unpaged = "adamw_8bit" if kind.is_8bit else "adamw"
-        raise Refused(
-            f"train.optimizer: {name} moves its moments between a GPU and the machine, and this is {device}; "
-            f"set {unpaged}, which is the same without pages"
-        )
-    try:
-        layer = nn.Linear(64, LEAST_8BIT // 64, bias=False, device=device)
-        optimizer = make_optimizer(name, layer, 1e-3, 0.0)
-        layer.weight.grad = torch.ones_like(layer.weight)
-        optimizer.step()
-    except Exception as error:  # libraries that lack a symbol, drivers that are too old: whatever it is
-        raise Refused(
-            f"train.optimizer: bitsandbytes does not run {name} on {device}: {type(error).__name__}: {error}. "
-            f"Use a device that it supports, or set {other}"
-        ) from error
+def optimizer_state_bytes(name: str, sizes: Iterable[int], embedding: int = 0) -> int:
+    """Bytes of the moments of tensors with `sizes` numbers. `embedding`: numbers of the embeddings, not in `sizes`."""
+    moments, total = NUM_MOMENTS[name], 0
+    for size, can_be_8bit in ((embedding, False), *((size, True) for size in sizes)):
+        is_8bit = name == "adamw_8bit" and can_be_8bit and size >= SMALLEST_8BIT
+        total += moments * (size + 4 * -(-size // BLOCK) if is_8bit else 4 * size)
+    return total
 
 
 def trained_sizes(model: nn.Module) -> tuple[list[int], int]:
-    """What `moment_bytes` takes: numbers in each tensor that is trained, and in the embeddings among them."""
+    """What `optimizer_state_bytes` takes: numbers in each trained tensor, and in the trained embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return (
@@ -77,15 +65,36 @@ def trained_sizes(model: nn.Module) -> tuple[list[int], int]:
     )
 
 
-def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
-    """What `state_tensors` gave, into the state of a parameter."""
+def require_bitsandbytes(name: str, device: torch.device) -> None:
+    """Refuses an optimizer that this machine cannot run, after trying it. Never replaces it with another."""
+    if name != "adamw_8bit":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed. Run pip install 'sparring[4bit]', "
+            "or set adamw, whose moments take 8 bytes per parameter."
+        )
+    try:
+        layer = nn.Linear(64, SMALLEST_8BIT // 64, bias=False, device=device)
+        optimizer = make_optimizer(name, layer, 1e-3, 0.0)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    except Exception as error:  # libraries that lack a symbol, drivers that are too old: whatever it is
+        raise UserError(
+            f"train.optimizer: bitsandbytes cannot run {name} on {device}: {type(error).__name__}: {error}. "
+            "Use a device that it supports, or set adamw."
+        ) from error
+
+
+def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor], parallel: Parallel) -> None:
+    """Puts what `state_tensors` gave back into the state of a parameter."""
     state = optimizer.state[parameter]
-    if not hasattr(optimizer, "init_state"):  # torch's: the moments beside their parameter, the count on the CPU
-        state |= {key: value if key == "step" else distributed.like(value, parameter) for key, value in saved.items()}
+    if not hasattr(optimizer, "init_state"):  # torch's: moments beside their parameter, the step count on the CPU
+        state |= {key: v if key == "step" else parallel.shard_like(v, parameter) for key, v in saved.items()}
         return
     group = optimizer.param_groups[0]  # there is one
     place = next(i for i, other in enumerate(group["params"]) if other is parameter)
-    optimizer.init_state(group, parameter, 0, place)  # bitsandbytes': in pages, with maps that all share
+    optimizer.init_state(group, parameter, 0, place)  # bitsandbytes': with quantization maps that all share
     for key, value in saved.items():
         if key == "step":
             state[key] = int(value)
@@ -97,7 +106,7 @@ def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """What has to be kept of a parameter's state. torch counts steps in a tensor, bitsandbytes in a number."""
     for key, value in state.items():
         if isinstance(value, Tensor):
-            # the maps of all parameters are one tensor, which safetensors would refuse
+            # all parameters share one tensor of quantization maps, which safetensors would refuse
             yield key, value.clone() if key.startswith("qmap") else value
         elif key == "step":
             yield key, torch.tensor(value)

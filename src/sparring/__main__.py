@@ -1,5 +1,0 @@
-"""`python -m sparring` is `sparring`."""
-
-from sparring.cli import main
-
-main()

@@ -1,0 +1,42 @@
+"""Fully sharded data parallelism (FSDP2): ranks shard weights, gradients and optimizer state. Through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.optim import Optimizer
+
+from sparring.parallel.ddp import Ddp
+from sparring.parallel.rendezvous import Rendezvous
+
+
+class Fsdp2(Ddp):
+    """`Parallel` for ranks that each hold a shard of the model."""
+
+    name = "fsdp2"
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        super().__init__(rendezvous, fsdp_plugin=self.plugin)
+        if self.device.type == "cpu":  # accelerate shards on accelerators only; torch also shards on CPUs
+            PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = self.plugin
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.num_ranks > 1
+
+    def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        if self.plugin.transformer_cls_names_to_wrap is None:
+            self.plugin.transformer_cls_names_to_wrap = list(blocks)
+        return super().prepare(module, blocks, optimizer)
+
+    def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+        """Sharded gradients are reduced for every micro-batch: keeping them whole would cost what sharding saves."""
+        return nullcontext() if self.is_sharded else super().accumulate(module, is_last=is_last)

@@ -1,0 +1,107 @@
+"""The one join: rows, the generations of each iteration, and the opponent's scores, by row id.
+
+Scoring, training, evaluation, export and the report all take what they read from here, so that a row that an engine
+could not answer is left out in the same way everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparring.data.tables import read_generations, read_scores
+from sparring.run.iteration import Iteration
+from sparring.types import Generation, Group, Rendered, Role, TokenIds, TrainingExample
+
+
+@dataclass(frozen=True)
+class JoinedRow:
+    """A row with its generated responses by iteration, each tuple in the order of samples."""
+
+    row: Rendered
+    generated: Mapping[int, tuple[Generation, ...]]
+    proto: Generation | None = None
+
+    def group(self, roles: Sequence[Role], iterations: Iterable[int]) -> Group:
+        """The prompt with the responses of `roles`; the generated ones of all `iterations` together."""
+        responses: dict[Role, tuple[TokenIds, ...]] = {
+            "real": (self.row.real_ids,),
+            "generated": tuple(answer.token_ids for t in iterations for answer in self.generated.get(t, ())),
+            "proto": () if self.proto is None else (self.proto.token_ids,),
+            "rejected": (self.row.rejected_ids,),
+        }
+        return Group(self.row.id, self.row.prompt_ids, {role: responses[role] for role in roles})
+
+
+def join(
+    rows: Iterable[Rendered],
+    generated: Mapping[int, Iterable[Generation]],
+    proto: Iterable[Generation] | None = None,
+) -> list[JoinedRow]:
+    """Joins rows with the generations of each iteration, in the order of `rows`.
+
+    Leaves out rows that lack a sample in any iteration: an engine may have failed on them.
+    """
+    by_iteration = {t: _complete(answers) for t, answers in generated.items()}
+    protos = None if proto is None else _complete(proto)
+    return [
+        JoinedRow(
+            row,
+            {t: answers[row.id] for t, answers in by_iteration.items()},
+            None if protos is None else protos[row.id][0],
+        )
+        for row in rows
+        if all(row.id in answers for answers in (*by_iteration.values(), *([] if protos is None else [protos])))
+    ]
+
+
+def read_joined(iteration: Iteration) -> list[JoinedRow]:
+    """The training rows of an iteration with every response that its objective reads."""
+    roles = iteration.recipe.method.needs.roles
+    iterations = iteration.rounds() if "generated" in roles else []
+    proto = read_iteration(iteration, iteration.proto_round) if "proto" in roles else None
+    return join(iteration.train_rows(), {t: read_iteration(iteration, t) for t in iterations}, proto)
+
+
+def read_iteration(iteration: Iteration, index: int) -> list[Generation]:
+    """What iteration `index` of the same run generated."""
+    return read_generations(sorted(iteration.run.stage(index, "generate").glob("part-*.parquet")))
+
+
+def load_training_examples(iteration: Iteration) -> list[TrainingExample]:
+    """Every training row once per iteration whose answers it is trained on, with the opponent's scores."""
+    needs = iteration.recipe.method.needs
+    scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
+    joined = read_joined(iteration)
+    examples = []
+    for t in (joined[0].generated if joined else ()) or (0,):
+        for one in joined:
+            group = one.group(needs.roles, [t])
+            opponent: dict[Role, np.ndarray] = {}
+            for role in needs.roles if needs.opponent else ():
+                if role == "generated":
+                    found = [scores[one.row.id, role, t, sample] for sample in range(len(group.responses[role]))]
+                else:
+                    found = scores[one.row.id, role, 0, 0]
+                opponent[role] = np.array(found, dtype=np.float32)
+            examples.append(TrainingExample(group, opponent))
+    return examples
+
+
+def generated_inputs(iteration: Iteration) -> list[Path]:
+    """The generate stages that `read_joined` reads, oldest first."""
+    needs = iteration.recipe.method.needs
+    iterations = set(iteration.rounds()) | ({iteration.proto_round} if "proto" in needs.roles else set())
+    return [iteration.run.stage(t, "generate") for t in sorted(iterations)]
+
+
+def _complete(generations: Iterable[Generation]) -> dict[str, tuple[Generation, ...]]:
+    """By row id, in the order of samples; only rows that have as many samples as any other."""
+    answers: dict[str, list[Generation]] = {}
+    for generation in generations:
+        answers.setdefault(generation.id, []).append(generation)
+    samples = max((len(drawn) for drawn in answers.values()), default=0)
+    return {id: tuple(drawn) for id, drawn in answers.items() if len(drawn) == samples}

@@ -1,0 +1,52 @@
+"""What is trained: the opponent's weights as a policy, its scorer and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from sparring.logging import info
+from sparring.model.load import load_model
+from sparring.model.logprobs import Scorer
+from sparring.model.lora import train_adapter
+from sparring.parallel import Parallel
+from sparring.run.iteration import Iteration
+from sparring.stages.train.optimizers import make_optimizer, require_bitsandbytes
+
+
+@dataclass
+class Policy:
+    """`forward` is the scorer as ranks wrap it: the same function of a packed batch."""
+
+    model: PreTrainedModel
+    scorer: Scorer
+    forward: nn.Module
+    optimizer: Optimizer
+    micro_batch_tokens: int = 0
+
+
+def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
+    """Loads the opponent's weights and prepares them, or a low-rank adapter on them, for training."""
+    recipe = iteration.recipe
+    settings, adapter = recipe.train, recipe.adapter
+    # sharded weights reach the device shard by shard
+    device = torch.device("cpu") if parallel.is_sharded else parallel.device
+    weights_dtype = getattr(torch, recipe.weights_dtype)
+    model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
+    if adapter is not None:
+        train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # checkpointing works in training mode only; every dropout is 0
+    scorer = Scorer(model, getattr(torch, settings.dtype))
+    if scorer.why_padded:
+        info(f"  Prompt sharing is off for this model: {scorer.why_padded}.")
+    require_bitsandbytes(settings.optimizer, scorer.device)
+    optimizer = make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay)
+    blocks = sorted(model._no_split_modules or ())  # transformers' own list of the layers that shard as one unit
+    forward, optimizer = parallel.prepare(scorer, blocks, optimizer)
+    return Policy(model, scorer, forward, optimizer)
