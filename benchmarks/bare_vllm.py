@@ -1,6 +1,6 @@
-"""The bare engine of `benchmarks/generate.py`: vllm.LLM.generate, and nothing around it. Needs vLLM alone.
+"""vllm.LLM.generate alone, for benchmarks/generate.py. Needs only vLLM.
 
-In: the path of a JSON file with "model", "prompts" and "max_tokens", then an empty line per round. Out: seconds.
+Reads the path of a JSON file with "model", "prompts" and "max_tokens", then an empty line per round; prints seconds.
 """
 
 from __future__ import annotations

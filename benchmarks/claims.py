@@ -1,16 +1,15 @@
-"""The papers' claims put to the test at the size that we have: docs/results.md, from benchmarks/results/claims.json.
+"""Tests the papers' claims at a small size, for docs/results.md.
 
     python benchmarks/claims.py play FOLDER [--stories FILE --model FOLDER] [--minutes 4]
-    python benchmarks/claims.py gather FOLDER
+    python benchmarks/claims.py gather FOLDER          writes benchmarks/results/claims.json
 
-`play` plays what is missing until the minutes are over, and continues when it is called again; several processes may
-play in one folder. The stories are TinyStories as JSON lines with the field `text`, the model is the 260,000-parameter
-Llama of llama2.c in the Hugging Face layout; without them the tasks of the demo's problems are played alone.
+`play` plays missing trials until the time is up, and resumes when it is run again. Several processes may share a
+folder. The stories are TinyStories as JSON lines with the field `text`; the model is the 260,000-parameter Llama of
+llama2.c in the Hugging Face layout. Without them only the demo's problems are played.
 
-Every arm is swept over the same learning rates on a seed of its own, whose problems, split and starting model are not
-those of the reported seeds (0 and up). Its rate is the one with the lowest held-out NLL at the best iteration. What is
-reported is played afterwards, at that rate, to the end. An early stop is chosen on one half of the held-out rows and
-judged on the other.
+Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
+lowest held-out NLL at the best iteration. Reported seeds (0 and up) are played at that rate. The best iteration is
+chosen on one half of the held-out rows and evaluated on the other.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from pathlib import Path
 
 import numpy as np
 from demo_seeds import cpu_name
+from sparring.run.seeds import seed_of
 
-from sparring.commands.compare import reuse_stages, copy_rows
+from sparring.commands.compare import copy_rows, reuse_stages
 from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
 from sparring.data.tables import read_rendered
-from sparring.loop import begin, play, run_stage, check_settings
+from sparring.loop import begin, check_settings, play, run_stage
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest, replace_file
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
-from sparring.run.seeds import seed_of
 
 SWEEP_SEED = 100
 TARGET = Path(__file__).parent / "results" / "claims.json"
@@ -60,7 +59,7 @@ KEPT = {
     "length": "length",
     "end_rate": "end_rate",
 }
-"""Our column -> the metric of an evaluation; beside NLL and accuracies, which are kept for both halves."""
+"""Column -> metric of an evaluation. NLL and accuracies are kept too, for both halves."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ class Arm:
     method: Mapping[str, object]
     samples: int = 1
     rate_of: str | None = None
-    """Not swept: played at the rate that this other arm chose."""
+    """Not swept: uses the rate that this arm chose."""
     share: float = 1.0
     iterations: int = 99
-    """At most so many."""
 
 
 SFT = Arm("sft", {"name": "sft"})
@@ -93,7 +91,7 @@ def quarter(arm: Arm) -> Arm:
 
 @dataclass(frozen=True)
 class Task:
-    """A starting model, rows to play on, held-out rows. `seeds` are reported."""
+    """A starting model, training rows and held-out rows. `seeds` are reported."""
 
     name: str
     rates: tuple[float, ...]
@@ -114,15 +112,15 @@ PROBLEMS = Task(
 STORIES = Task("stories", (1e-5, 3e-5, 1e-4, 3e-4), 3, 5, 2, MAIN, (TSPIN_NO_HISTORY, SPACE_3))
 FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
 TASKS = (PROBLEMS, STORIES, FRESH)
-"""problems: the demo as it is, played on the 1,000 rows that the start has seen 40 times. fresh rows: the same models,
-played on 1,000 other rows, or on a quarter of them."""
+"""problems: the demo, on the 1,000 rows that the start was trained on for 40 epochs. fresh rows: the same models on
+1,000 other rows, or on a quarter of them."""
 
 STORY_ROWS, STORY_HELD_OUT = 192, 192
 STORY_TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 256, "dtype": "float32", "epochs": 1}
 
 
 @dataclass(frozen=True)
-class Play:
+class Trial:
     task: Task
     arm: Arm
     rate: float
@@ -143,7 +141,7 @@ class Play:
 
 @dataclass(frozen=True)
 class Place:
-    """Where things are, and what the user brought."""
+    """Paths from the command line."""
 
     root: Path
     stories: Path | None
@@ -153,20 +151,20 @@ class Place:
     def tasks(self) -> list[Task]:
         return [task for task in TASKS if task.name != "stories" or (self.stories and self.model)]
 
-    def result(self, one: TrainingExample) -> dict[str, object] | None:
+    def result(self, one: Trial) -> dict[str, object] | None:
         path = one.folder(self.root) / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def remove_leftovers(task: Task) -> list[TrainingExample]:
-    return [TrainingExample(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
+def sweep_trials(task: Task) -> list[Trial]:
+    return [Trial(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
 
 
 def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
-    """The rate with the lowest held-out NLL at its best iteration; None: not known yet."""
+    """The rate with the lowest held-out NLL at its best iteration. None if the sweep is not finished."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
-    for one in remove_leftovers(task):
+    for one in sweep_trials(task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
@@ -175,23 +173,23 @@ def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
     return min(found, key=lambda rate: found[rate])
 
 
-def to_play(place: Place) -> Iterator[TrainingExample]:
-    """What can be played now: sweeps, then what is reported, in the order in which the page needs it."""
+def to_play(place: Place) -> Iterator[Trial]:
+    """Trials that can be played now: sweeps, then reported seeds, most important first."""
     for task in place.tasks:
-        yield from (one for one in remove_leftovers(task) if one.arm in task.swept)
+        yield from (one for one in sweep_trials(task) if one.arm in task.swept)
     wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
     for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
             for arm in arms:
                 rate = chosen_rate(place, task, arm)
                 if rate is not None:
-                    yield TrainingExample(task, arm, rate, seed)
-    yield from remove_leftovers(PROBLEMS)
+                    yield Trial(task, arm, rate, seed)
+    yield from sweep_trials(PROBLEMS)
 
 
 @contextmanager
 def only_one(path: Path, *, patient: bool = False) -> Iterator[bool]:
-    """Whether nobody else holds this lock, which goes with its process; a patient one waits for it."""
+    """Yields whether this process got the lock. The lock ends with the process. `patient`: wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -208,7 +206,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
-    """(the starting model, the folder with train.jsonl and held_out.jsonl), made if they are not there."""
+    """Returns the starting model and the folder with train.jsonl and held_out.jsonl; creates missing ones."""
     root = place.root / task.name.replace(" ", "-") / f"seed-{seed}"
     rows = root / "rows"
     if task.name == "stories":
@@ -255,7 +253,7 @@ def recipe_of(
     )
 
 
-def play_one(place: Place, one: TrainingExample) -> None:
+def play_one(place: Place, one: Trial) -> None:
     with only_one(place.root / f"start-{one.seed}.lock", patient=True):
         model, rows = start_of(place, one.task, one.seed)
     is_story = one.task.name == "stories"
@@ -275,7 +273,7 @@ def play_one(place: Place, one: TrainingExample) -> None:
     with run.own():
         check_settings(run, recipe)
         if donors:
-            copy_rows(donors[0], run, 1.0, one.seed)  # prepared already
+            copy_rows(donors[0], run, 1.0, one.seed)  # already prepared
         begin(run, recipe)
         reuse_stages(Iteration(run, recipe.at(0), 0), donors)
         for index in range(-1, one.iterations):
@@ -295,7 +293,7 @@ def play_one(place: Place, one: TrainingExample) -> None:
 
 
 def measure(run: RunDir) -> dict[str, object]:
-    """Budget, copies among the first answers, and per evaluation (the start first) what the page needs."""
+    """Returns the budget, the share of copies among the first answers, and metrics per evaluation, the start first."""
     results = Results(run.root)
     played = Played("", 0, 1.0, run)
     held_out = read_rendered(run.data / "held_out.parquet")
@@ -331,8 +329,8 @@ def gather(place: Place) -> None:
     plays: list[dict[str, object]] = []
     tasks: dict[str, object] = {}
     for task in TASKS:
-        wanted = remove_leftovers(task) + [
-            TrainingExample(task, arm, rate, seed)
+        wanted = sweep_trials(task) + [
+            Trial(task, arm, rate, seed)
             for arm in task.arms()
             for seed in range(task.seeds)
             if (rate := chosen_rate(place, task, arm)) is not None
@@ -345,7 +343,7 @@ def gather(place: Place) -> None:
             del result["recipe"]
             result["budget"].pop("seconds", None)  # type: ignore[attr-defined]
         for section, keys in (("data", ("train", "held_out", "limit")), ("train", ("learning_rate",))):
-            for key in keys:  # paths, and what differs between arms
+            for key in keys:  # paths, and keys that differ between arms
                 del recipe[section][key]  # type: ignore[attr-defined]
         tasks[task.name] = {
             "rates": task.rates,

@@ -1,8 +1,9 @@
-"""What the README says about the demo: several seeds, each with other problems and another model, and several rates.
+"""Plays the demo's task over several seeds and learning rates, for README.md and docs/results.md.
 
     python benchmarks/demo_seeds.py FOLDER --seeds 6        writes benchmarks/results/demo_seeds.json
 
-Every method is given every learning rate. Differences are paired by seed; intervals are 95 %, Student's t over seeds.
+Each seed has its own problems and starting model. Every method is played at every learning rate. Differences are paired
+by seed; intervals are 95 %, Student's t over seeds.
 """
 
 from __future__ import annotations

@@ -1,23 +1,21 @@
-"""One epoch of training as people run it: loading, packing, optimizer, checkpoints and the model that is left.
+"""Measures one epoch of training: loading, packing, optimizer, checkpoints and saving.
 
     python benchmarks/epoch.py ROWS.jsonl FOLDER --out benchmarks/results/epoch.json --rows 64 --rounds 3
     python benchmarks/epoch.py long-prompt FOLDER --out FILE --method tspin --dtype bfloat16
 
-Rows of question and answer from a file, with a byte-level BPE tokenizer that is trained on them, or of random words in
-the lengths of a profile of benchmarks/step.py; the generated answer of a row is another row's real one. A Llama of 27
-million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's: the same
-answers in the same order, the same reference log-probs, computed once by sparring and cached for all, AdamW, the
-gradient clipped at 1, a checkpoint with the optimizer's state at half of the epoch, the model at its end. One thread.
-Arms:
+Rows are questions and answers from a file, with a byte-level BPE tokenizer trained on them, or random words with the
+lengths of a profile of benchmarks/step.py. The generated answer of a row is another row's real one. A Llama of 27
+million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's. All arms have
+the same answers, order and reference log-probs (computed once by sparring and cached), AdamW, gradient norm 1, a
+checkpoint with optimizer state after half of the epoch, and the model at the end. One thread. Arms:
 
     sparring    the train stage, from files to files
     trl         TRL's DPOTrainer.train() and save_model(), cached reference, vocabulary tile repaired for CPUs (4096)
     trl-cpo     two terms of TRL's CPOTrainer, which together are T-SPIN's loss, in the plain loop   (for trl, T-SPIN)
     plain       padded rows of --pairs prompts, full logits, a loop of thirty lines
 
-In each round every arm trains one epoch, in turn, in a process of its own. Seconds are CPU seconds of that process, in
-which imports, tokenizing and TRL's constructor are not counted; tokens are those of the rows, prompts counted
-for each answer, for all arms alike.
+In each round every arm trains one epoch in its own process, in turn. Seconds are CPU seconds of that process without
+imports, tokenizing and TRL's constructor. Tokens are those of padded rows, with the prompt counted for each answer.
 """
 
 from __future__ import annotations
@@ -43,6 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sparring.run.seeds import permutation
 from step import machine, resident_mib
 from step_arms import PROFILES, QUIET, ROW, cpo_terms, make_model, plain_scores
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
@@ -55,7 +54,6 @@ from sparring.model.packing import pack_padded
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
-from sparring.run.seeds import permutation
 from sparring.stages.generate import generate
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
@@ -68,7 +66,7 @@ CPU = torch.device("cpu")
 
 
 class Others:
-    """Draws, in place of an engine, the real answer of another row: in each iteration of another one."""
+    """Answers with the real answer of another row, a different one in each iteration."""
 
     def __init__(self, iteration: Iteration) -> None:
         rows = iteration.train_rows()
@@ -81,7 +79,7 @@ class Others:
 
 
 def write_profile(profile: str, path: Path, count: int) -> None:
-    """Rows of random words, each of which is a token."""
+    """Writes rows of random words; each word is a token."""
     random = np.random.default_rng(0)
 
     def words(mean: int) -> str:
@@ -104,7 +102,7 @@ def tokenizer_of(rows: Path, is_profile: bool) -> PreTrainedTokenizerFast:
 
 
 def prepare_run(wanted: argparse.Namespace) -> Iteration:
-    """A run directory that is ready to train."""
+    """Returns an iteration that is ready to train."""
     folder, rows = wanted.folder, Path(wanted.rows)
     is_profile = wanted.rows in PROFILES
     folder.mkdir(parents=True)
@@ -112,7 +110,13 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
         rows = folder / "rows.jsonl"
         write_profile(wanted.rows, rows, wanted.limit)
     save_model(make_model("30m", VOCAB), tokenizer_of(rows, is_profile), folder / "model")
-    train_settings = {"optimizer": "adamw", "learning_rate": 1e-5, "schedule": "constant", "warmup": 0.0, "epochs": 1}
+    train_settings = {
+        "optimizer": "adamw",
+        "learning_rate": 1e-5,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "epochs": 1,
+    }
     raw = {
         "model": str(folder / "model"),
         "method": SETTINGS[wanted.method],
@@ -135,7 +139,7 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
         draw(first)
         if wanted.method == "spin":
             return first
-        train(first)  # in the first iteration of T-SPIN the proto answers are the generated ones
+        train(first)  # T-SPIN's proto answers are those generated in its first iteration
         second = Iteration(run, recipe, 1)
         draw(second)
     return second
@@ -151,7 +155,7 @@ def draw(iteration: Iteration) -> None:
 
 
 def in_order(iteration: Iteration) -> list[TrainingExample]:
-    """As the train stage takes them."""
+    """Examples in the train stage's order."""
     plays = load_training_examples(iteration)
     return [plays[i] for i in permutation(len(plays), iteration.seed("order", 0))]
 
@@ -256,7 +260,7 @@ def loop(
     loss_of: Callable[[PreTrainedModel, list[TrainingExample]], torch.Tensor],
     folder: Path,
 ) -> list[float]:
-    """The loop that people write."""
+    """A plain training loop."""
     settings, losses = iteration.recipe.train, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     for step in range(len(plays) // BATCH):
@@ -293,7 +297,7 @@ def child(arm: str, iteration: Iteration, folder: Path, pairs: int, pipe: Connec
 
 def one_epoch(arm: str, iteration: Iteration, folder: Path, pairs: int) -> dict[str, Any]:
     shutil.rmtree(iteration.stage("train"), ignore_errors=True)
-    ours, theirs = get_context("fork").Pipe()  # without importing everything again
+    ours, theirs = get_context("fork").Pipe()  # avoids importing everything again
     process = get_context("fork").Process(target=child, args=(arm, iteration, folder, pairs, theirs))
     process.start()
     theirs.close()
@@ -305,13 +309,13 @@ def one_epoch(arm: str, iteration: Iteration, folder: Path, pairs: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", help=f"a file of rows, or a profile: {', '.join(PROFILES)}")
-    parser.add_argument("folder", type=Path, help="is made, and must not be there")
+    parser.add_argument("folder", type=Path, help="must not exist")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", dest="limit", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--method", choices=PLAYED, default="spin")
-    parser.add_argument("--pairs", type=int, default=2, help="prompts at a time, of the arms that pad")
+    parser.add_argument("--pairs", type=int, default=2, help="prompts per micro-batch, for arms that pad")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     iteration = prepare_run(arguments)
@@ -327,7 +331,7 @@ def main() -> None:
         first = next(iter(rounds.values()))[0]["losses"]
         result = {
             "what": f"{arguments.method}, {len(plays)} rows of {Path(arguments.rows).stem}, batches of {BATCH}; "
-            f"padded: {arguments.pairs} prompts at a time",
+            f"padded: {arguments.pairs} prompts per micro-batch",
             "machine": machine(),
             "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "trl")},
             "dtype": arguments.dtype,

@@ -1,11 +1,10 @@
-"""How long the first commands take, as a user waits for them: processes of their own, started cold.
+"""Measures how long the first commands take, as cold processes.
 
     python benchmarks/front_door.py --out benchmarks/results/front_door.json [--rounds 7]
-        [--stories FILE --story-model FOLDER]      a real model and real rows, as recipes/tiny-*.yaml have them
+        [--stories FILE --story-model FOLDER]      a pretrained model and real rows, as for recipes/tiny-*.yaml
 
-`--help`; then init, doctor and preview on the demo's task (1,000 rows), doctor on a model of 7B's sizes with 2,000 rows
-of chat length, and on the real ones if they are given. The model of 7B is a config and a tokenizer: doctor reads no
-weight.
+Measures `--help`; init, doctor and preview on the demo's task (1,000 rows); doctor on a 7B config with 2,000 rows of
+chat length; and doctor on the real model and rows if given. doctor reads no weights, so a config and a tokenizer suffice.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from sparring.commands.demo import make_tokenizer, problems, write_task
 
 ROOT = Path(__file__).parents[1]
 GOALS = {"--help": 0.3, "doctor": 10.0}
-"""Seconds of the wall clock that a user is asked to wait at most."""
+"""Most wall-clock seconds that a user should wait."""
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--stories", type=Path)
     parser.add_argument("--story-model", type=Path)
-    parser.add_argument("--only", default="", help="commands whose name has this in it")
+    parser.add_argument("--only", default="", help="measure only commands whose name contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         commands = make_commands(Path(name), options.stories, options.story_model)
@@ -106,14 +105,14 @@ def measure(arguments: Sequence[str], rounds: int, folder: Path) -> dict[str, fl
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if ended.returncode and "train.epoch=1" not in command and "7b" not in " ".join(command):
             raise SystemExit(f"{command}: {ended.stdout}{ended.stderr}")
-        if number:  # the first fills the disk's cache
+        if number:  # the first round fills the disk cache
             walls.append(wall)
             cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return {"wall_seconds": median(walls), "slowest": max(walls), "cpu_seconds": median(cpus)}
 
 
 def forecast_7b(folder: Path) -> list[dict[str, float]]:
-    """What an adapter on 7B is forecast to need in training, GiB, by tokens at a time."""
+    """Forecast of training memory for an adapter on 7B, in GiB, by tokens per micro-batch."""
     from sparring.commands.forecast import forecast
     from sparring.recipe.load import load_recipe
 

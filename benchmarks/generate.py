@@ -1,12 +1,11 @@
-"""Throughput of every engine, and what sparring's generate stage adds to the bare vLLM engine.
+"""Measures the throughput of each engine, and the overhead of the generate stage over vLLM alone.
 
     python benchmarks/generate.py VLLM_PYTHON --rounds 8      writes benchmarks/results/generate.json
 
-One Llama with random weights, float32, the same prompts for all, engines that are running already. A round gives each
-engine one turn, so that whatever else the machine does meets all of them; overhead is paired by round. The stage is the
-real one: prompts from the run's data, answers decoded and committed part by part. The stage asks vLLM for the log-probs
-of its first 64 answers; while one of those is being drawn, vLLM computes them for every answer in the batch. The arm
-without them shows what that is, and what is left is a cost of every answer.
+One Llama with random weights, float32, the same prompts for all, engines already running. Each round gives every engine
+one turn, so that other load affects all of them, and overhead is paired by round. The stage is the real one: prompts from
+the run's data, answers decoded and committed part by part. It asks vLLM for log-probs of the first 64 answers; meanwhile
+vLLM computes them for every answer in the batch. The arm without them isolates that cost.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def make_iteration(folder: Path, name: str, **settings: object) -> Iteration:
 
 
 class Stage:
-    """The generate stage with an engine that is running, again and again."""
+    """Runs the generate stage repeatedly with a running engine."""
 
     def __init__(self, iteration: Iteration, engine: Backend, num_checked: int = NUM_CHECKED) -> None:
         self.iteration, self.engine, self.num_checked = iteration, engine, num_checked
@@ -87,7 +86,7 @@ class Stage:
         yield self.engine
 
     def cpu_seconds(self) -> float:
-        """Of this process and of the engine's own, if it has one."""
+        """CPU seconds of this process and of the engine's, if it has its own."""
         if not isinstance(self.engine, VllmBackend) or self.engine.process is None:
             return time.process_time()
         fields = Path(f"/proc/{self.engine.process.process.pid}/stat").read_text(encoding="utf-8").split(")")[1].split()

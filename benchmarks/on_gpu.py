@@ -1,4 +1,4 @@
-"""What a GPU shows, in one call and one JSON: see on_gpu.sh."""
+"""Measures everything that needs a GPU, as one JSON: see on_gpu.sh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparring.model.kernels import chunked, linear_logprob, reference, rows
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import pack, micro_batches
+from sparring.model.packing import micro_batches, pack
 from sparring.types import Group
 
 MODELS = {  # width, inner width, layers, heads, key-value heads, vocabulary
@@ -277,7 +277,7 @@ def main() -> None:
     cases = [("tiny", 3, 1000, False), ("tiny", 3, 100, True)] if is_tiny else []
     cases = cases or [("1b", 64, 16_384, False), ("8b", 32, 16_384, True), ("3b", 64, 16_384, True)]
     for size, count, budget, checkpoint in cases:
-        name = f"training {size}, {budget} tokens at a time{', checkpointing' if checkpoint else ''}"
+        name = f"training {size}, {budget} tokens per micro-batch{', checkpointing' if checkpoint else ''}"
         sections[name] = lambda a=(size, peak["bfloat16"], count, budget, checkpoint): training(device, *a)
     for name, run in sections.items():
         is_late = time.monotonic() - began > 60 * arguments.minutes

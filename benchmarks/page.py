@@ -101,7 +101,7 @@ STEP_ARMS = {
 DTYPES = ("fp32", "bf16")
 PAIRS = tuple(f"{profile} pair {dtype}" for profile in ("chat", "long-prompt", "long-answer") for dtype in DTYPES)
 SHAPES = ("256/64 pair", "128/128 pair", "64/192 pair")
-STEP_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # arms beside ours, and cases
+STEP_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # other arms, and cases
     "headline": (("plain", "trl", "trl-tuned"), PAIRS),
     "pairs": (("two-models", "plain", "trl", "trl-cached", "trl-tuned", "padded"), PAIRS),
     "triplets": (
@@ -247,7 +247,7 @@ ARM_NAMES = {
 }
 LARGER_MU = ("space 3", "space 7")
 TITLES = {"nll": ("NLL", 4), "greedy": ("greedy accuracy", 3), "sampled": ("sampled accuracy", 3)}
-COLOURS = {"sft": "#555555", "spin 0.1": "#D55E00", "tspin 1": "#009E73", "space 1": "#0072B2"}
+COLORS = {"sft": "#555555", "spin 0.1": "#D55E00", "tspin 1": "#009E73", "space 1": "#0072B2"}
 
 
 def tasks() -> dict[str, dict]:
@@ -351,7 +351,7 @@ def curves(task: str) -> Table:
 def quadrants(task: str) -> Table:
     """Claim (b): held-out rows by iteration whose real answer has the higher reward but the lower likelihood."""
     rows = [["", "won by reward", "of these, lower likelihood", "of all rows", "log p(y) - log p(y'), nats"]]
-    for arm in COLOURS:
+    for arm in COLORS:
         metrics = [play["metrics"] for play in reported(task, arm).values()]
 
         def share(m: dict) -> list[float]:
@@ -465,13 +465,13 @@ def draw() -> None:
         FigureCanvasSVG(canvas)
         for number, (task, metric) in enumerate(panels, start=1):
             axes = canvas.add_subplot(1, 3, number)
-            for arm, colour in COLOURS.items():
+            for arm, color in COLORS.items():
                 values = np.array([p["metrics"][metric] for p in reported(task, arm).values()])
                 x = range(-1, values.shape[1] - 1)
                 for one in values:
-                    axes.plot(x, one, color=colour, linewidth=0.6, alpha=0.35)
+                    axes.plot(x, one, color=color, linewidth=0.6, alpha=0.35)
                 line = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": arm_name(arm)}
-                axes.plot(x, values.mean(axis=0), color=colour, **line)
+                axes.plot(x, values.mean(axis=0), color=color, **line)
             axes.set_title(f"{task}: {'held-out NLL' if metric == 'nll' else 'greedy accuracy'}", fontsize=9)
             axes.set_xlabel("iteration; -1 is the start")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

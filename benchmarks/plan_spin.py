@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scale import MISTRAL_7B
 
-from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, plan, gpu_speed
+from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, gpu_speed, plan
 from sparring.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def compare(folder: Path) -> dict[str, object]:
-    """Hours of iteration 0: of sparring's way, and of the published program's, at the same assumed rates."""
+    """Hours of iteration 0 for sparring and for the published program, at the same assumed rates."""
     lengths, gpu = Lengths(ROWS, PROMPT, ANSWER, ANSWER), GPUS["a100"]
     recipe = load_recipe(ROOT / "recipes" / "spin-zephyr-7b.yaml", [f"model={folder}"])
     shape = Shape.of(folder, "bfloat16")
@@ -53,7 +53,7 @@ def compare(folder: Path) -> dict[str, object]:
         return {name: getattr(first, name) / 3600 for name in ("generate", "score", "train")}
 
     ours = hours(64)
-    # theirs: 64 prompts at a time over 8 devices; a row per answer, prompt included and all of it through the head; the
+    # theirs: 64 concurrent prompts over 8 devices; a row per answer, prompt included and all of it through the head; the
     # opponent's forward pass in every epoch, and one more of the policy, since activations are checkpointed
     row = shape.forward_flops(0.0, [PROMPT + ANSWER])
     flops = (4 + 1) * 2 * row * ROWS * recipe.train.epochs

@@ -1,9 +1,8 @@
-"""Where the loop stops scaling: 10 million prompts on 1 to 512 nodes that fail, simulated with measured costs.
+"""Simulates where the loop stops scaling: 10 million prompts on 1 to 512 nodes that fail.
 
-What one process does alone (reading rows, cutting parts, committing them, reading them again) is measured with the real
-code on this machine, in CPU seconds per row or part, and the wait for the disk apart. What GPUs do is not: their rates
-are those of `sparring plan`, and how often nodes fail, how long they take to come back and how fast they speak to each
-other are assumptions, printed with the result.
+The costs of the coordinating process (reading rows, planning and committing parts, rereading them) are measured with the
+real code on this machine, in CPU seconds and seconds of waiting for the disk. GPU rates are those of `sparring plan`.
+Failure rates, restart times and network speed are assumptions, and are printed with the result.
 
     python benchmarks/scale.py --out benchmarks/results/scale.json
 """
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from sparring.commands.plan import GPUS, Lengths, Shape, Speed, score_flops, gpu_speed, train_flops
+from sparring.commands.plan import GPUS, Lengths, Shape, Speed, gpu_speed, score_flops, train_flops
 from sparring.data.tables import read_generations, write_generations, write_rows
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary, Iteration
@@ -64,20 +63,20 @@ class Assumptions:
     part_spread: float = 0.15  # of the time of a part, relative, one standard deviation
     training_restarts_seconds: float = 300.0
     checkpoint_every: int = 100  # steps, the default
-    checkpoint_bytes_per_second: float = 2e9  # weights and moments in float32, written by one rank
+    checkpoint_bytes_per_second: float = 2e9  # weights and optimizer state in float32, written by one rank
     network_bytes_per_second: float = 50e9  # into a node (400 Gb/s), for gathering weights and scattering gradients
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the process that owns the run, in CPU seconds (and for a part, waiting for the disk apart)."""
+    """Costs of the coordinating process in CPU seconds. `wait_part` is waiting for the disk."""
 
     read_row: float
     cut_prompt: float
     commit_part: float
     wait_part: float
     has_part: float
-    ray_part: float  # taking a part's answers from an actor, and handing the next one out
+    ray_part: float  # receiving a part from an actor and assigning the next one
     reread_answer: float
     commit_folder_part: float
     row_bytes: float  # resident memory: a row, its request, its answer
@@ -119,7 +118,7 @@ def main() -> None:
         arguments.out.write_text(text)
 
 
-# -- what one process does alone, measured
+# -- measured costs of the coordinating process
 
 
 @contextmanager
@@ -178,7 +177,7 @@ def measure(folder: Path, num_rows: int) -> Costs:
 
 
 def make_iteration(root: Path, num_rows: int) -> Iteration:
-    """A run whose rows are random tokens, with everything that the generate stage reads of it."""
+    """A run with random tokens as rows, and everything that the generate stage reads."""
     run, draw = RunDir(root), np.random.default_rng(0)
     rows = [
         Rendered(
@@ -206,7 +205,7 @@ def make_recipe(model: str) -> Recipe:
 
 
 def ray_seconds(drawn: list[list[Generation]], texts: list[str]) -> float:
-    """CPU seconds of our process per part that an actor streams to it."""
+    """CPU seconds of this process per part that an actor streams to it."""
     import ray
 
     class Canned:
@@ -217,7 +216,7 @@ def ray_seconds(drawn: list[list[Generation]], texts: list[str]) -> float:
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", object_store_memory=2 * 10**8)  # type: ignore[arg-type]
     try:
         actor: Any = ray.remote(Canned).remote()
-        for stream in [actor.draw.options(num_returns="streaming").remote([])]:  # warms up
+        for stream in [actor.draw.options(num_returns="streaming").remote([])]:  # warm-up
             for reference in stream:
                 ray.get(reference)
         start = time.process_time()
@@ -232,7 +231,7 @@ def ray_seconds(drawn: list[list[Generation]], texts: list[str]) -> float:
         ray.shutdown()
 
 
-# -- the loop on many nodes, simulated
+# -- simulation of many nodes
 
 
 def simulate_all(costs: Costs, speed: Speed, model: Path, assumed: Assumptions) -> list[dict[str, float]]:
@@ -270,7 +269,7 @@ def simulate_all(costs: Costs, speed: Speed, model: Path, assumed: Assumptions) 
 
 
 def owner(costs: Costs, tokens_per_second: float) -> dict[str, object]:
-    """What one process that owns a run can bear: memory for rows, requests and answers, and engines that it serves."""
+    """Limits of the coordinating process: memory for rows, requests and answers, and the engines that it can serve."""
     memory = PROMPTS * (2 * costs.row_bytes + costs.prompt_bytes + costs.answer_bytes)
     part_seconds = 512 * ANSWER_TOKENS / tokens_per_second
     cpu = costs.commit_part + costs.ray_part
@@ -283,7 +282,7 @@ def owner(costs: Costs, tokens_per_second: float) -> dict[str, object]:
 
 
 def alone_seconds(costs: Costs) -> float:
-    """What no number of nodes shortens, of one iteration: rows read for three stages, parts cut and counted."""
+    """Seconds per iteration that more nodes do not shorten: reading rows for three stages, planning and counting parts."""
     parts = PROMPTS / 512
     rows = PROMPTS * (3 * costs.read_row + costs.cut_prompt * 2 + 3 * costs.reread_answer)
     return rows + parts * (costs.has_part + costs.commit_folder_part)
@@ -292,16 +291,16 @@ def alone_seconds(costs: Costs) -> float:
 def generate(
     nodes: int, costs: Costs, speed: Speed, assumed: Assumptions, draw: np.random.Generator
 ) -> dict[str, float]:
-    """The pool of on_ray.py: leases that shrink, one owner that commits part by part, nodes that die and come back."""
+    """The pool of stages/generate/ray_pool.py: shrinking leases, one committing process, nodes that fail and return."""
     engines = nodes * GPUS_PER_NODE
     num_parts = -(-PROMPTS // 512)
     part_seconds = 512 * ANSWER_TOKENS / speed.generate
     serve = costs.commit_part + costs.wait_part + costs.ray_part
     todo, done, again = num_parts, 0, 0
     owner_free = owner_busy = worked = 0.0
-    alive = [0] * nodes  # how often each node has come back: events of its earlier lives are void
-    leases = [0] * engines  # parts that are handed out and not committed
-    events: list[tuple[float, int, int, int]] = []  # time, kind, engine or node, life of its node
+    alive = [0] * nodes  # restarts of each node; events from before a restart are void
+    leases = [0] * engines  # assigned parts that are not committed
+    events: list[tuple[float, int, int, int]] = []  # time, kind, engine or node, restarts of its node
     START, PART, FAIL = 0, 1, 2
     for engine in range(engines):
         heapq.heappush(events, (assumed.engine_starts_seconds, START, engine, 0))
@@ -316,7 +315,7 @@ def generate(
         if count:
             begin(now, engine)
         else:
-            heapq.heappush(events, (now + 1.0, START, engine, alive[engine // GPUS_PER_NODE]))  # a node may fail yet
+            heapq.heappush(events, (now + 1.0, START, engine, alive[engine // GPUS_PER_NODE]))  # a node may still fail
 
     def begin(now: float, engine: int) -> None:
         length = part_seconds * max(0.3, draw.normal(1.0, assumed.part_spread))
@@ -324,7 +323,7 @@ def generate(
 
     now = 0.0
     while done < num_parts:
-        now, kind, which, life = heapq.heappop(events)
+        now, kind, which, restarts = heapq.heappop(events)
         if kind == FAIL:
             alive[which] += 1
             for engine in range(which * GPUS_PER_NODE, (which + 1) * GPUS_PER_NODE):
@@ -334,12 +333,12 @@ def generate(
                 heapq.heappush(events, (back, START, engine, alive[which]))
             heapq.heappush(events, (now + draw.exponential(3600 * assumed.hours_between_failures), FAIL, which, 0))
             continue
-        if life != alive[which // GPUS_PER_NODE]:
+        if restarts != alive[which // GPUS_PER_NODE]:
             continue
         if kind == START:
             assign_parts(now, which)
             continue
-        # the owner takes parts one by one; an engine that has more to draw does not wait for it
+        # parts are committed one by one; an engine with more work does not wait
         owner_free = max(owner_free, now) + serve
         owner_busy += serve
         worked += part_seconds
@@ -361,13 +360,13 @@ def generate(
 def train(
     nodes: int, flops: float, batch: int, shape: Shape, speed: Speed, assumed: Assumptions, draw: np.random.Generator
 ) -> float:
-    """Steps of `batch` prompts, which at most so many ranks can share; a failure goes back to the last checkpoint."""
+    """Seconds for all steps of `batch` prompts, split over at most as many ranks. A failure restarts from a checkpoint."""
     steps = 2 * PROMPTS // batch
     nodes = max(1, min(nodes, batch // GPUS_PER_NODE))
     ranks = nodes * GPUS_PER_NODE
     # weights are gathered twice and gradients scattered once, 2 bytes each, through the network of each node
     talk = 0.0 if nodes == 1 else 3 * shape.weight_bytes / assumed.network_bytes_per_second
-    step = max(flops / steps / (ranks * speed.train), talk)  # overlapped, as far as there is something to overlap with
+    step = max(flops / steps / (ranks * speed.train), talk)  # communication overlaps with computation
     seconds, at, saved = 0.0, 0, 0
     mean = 3600 * assumed.hours_between_failures / nodes
     until_failure = draw.exponential(mean)

@@ -1,20 +1,19 @@
-"""One training step's forward and backward pass, ours against what people use today, side by side.
+"""Measures the forward and backward pass of one training step, ours and others' side by side.
 
-    python benchmarks/step.py --out benchmarks/results/step.json                everything, 7 rounds: an hour or two
-    python benchmarks/step.py --only chat --out benchmarks/results/step.json    the cases whose name has it
-    python benchmarks/step.py --minutes 4 --out benchmarks/results/step.json    what fits; the same call again goes on
+    python benchmarks/step.py --out benchmarks/results/step.json                all cases, 7 rounds: an hour or two
+    python benchmarks/step.py --only chat --out benchmarks/results/step.json    cases whose name contains this
+    python benchmarks/step.py --minutes 4 --out benchmarks/results/step.json    stops then; run it again to resume
 
-Each arm is a process of its own (one thread, the same weights and tokens); in each round every arm takes one step, in
-turn, and nothing is timed before loss and gradient agree with the first arm's (float32: 1e-4 of the gradient's norm,
-and what the last digit of the longest sum may change; TRL as it comes has another reference, and is held to the loss
-log 2). Seconds are CPU seconds of the process, which a shared machine disturbs least. Rounds are added to what the file
-holds. Arms:
+Each arm is its own process (one thread, same weights and tokens). In each round every arm takes one step, in turn.
+Before timing, loss and gradient must agree with the first arm's (float32: 1e-4 of the gradient norm plus the last digit
+of the longest sum). TRL without changes has another reference, and must have the loss log 2. Seconds are CPU seconds of
+the process, which other load disturbs least. Rounds are added to those in the file. Arms:
 
-    plain          padded rows, full logits, cached reference log-probs: the loop that people write
-    two-models     the same with the opponent's forward pass in every step: what the released SPIN trainer computes
-    trl            TRL's DPOTrainer as it comes, reference on the fly         (pairs; TRL must be installed)
+    plain          padded rows, full logits, cached reference log-probs
+    two-models     also the opponent's forward pass in every step, as in the released SPIN trainer
+    trl            TRL's DPOTrainer without changes, reference on the fly     (pairs; TRL must be installed)
     trl-cached     with its precomputed reference log-probs
-    trl-tuned      also with its tile of the vocabulary repaired for CPUs (4096)
+    trl-tuned      also with its vocabulary tile enlarged for CPUs (4096)
     trl-cpo        two terms of TRL's CPOTrainer, which together are T-SPIN's loss        (triplets)
     padded         sparring's twin: padded rows, response tokens alone through the head
     shared         sparring
@@ -47,20 +46,20 @@ import numpy as np
 import torch
 from demo_seeds import cpu_name
 from safetensors.torch import load_file, save_file
+from sparring.recipe.hardware import has_bfloat16_products
 from step_arms import MODELS, PROFILES, Case, all_cases, make_groups, make_step
 from transformers import PreTrainedModel
 
 from sparring.model.packing import pack_padded, pack_shared
-from sparring.recipe.hardware import has_bfloat16_products
 
 
 def child(arm: str, case: Case, expected: Path, pipe: Connection) -> None:
-    """One arm: a step to warm up, whose loss and gradient are compared; then a timed step whenever it is asked."""
+    """One arm: a warm-up step, whose loss and gradient are compared; then a timed step for each request."""
     model, step = make_step(arm, case)
     before = resident_mib()
     loss = step()
     loss.backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the comparison, which needs more
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the comparison, which needs more memory
     error = compare(arm, case, loss.detach(), model, expected)
     pipe.send({"mib": peak - before, "gradient_error": error})
     while pipe.recv():
@@ -71,20 +70,20 @@ def child(arm: str, case: Case, expected: Path, pipe: Connection) -> None:
 
 
 def compare(arm: str, case: Case, loss: torch.Tensor, model: PreTrainedModel, expected: Path) -> float | None:
-    """The distance of the gradient from the plain loop's, in units of its norm."""
-    if arm == "shared-pair":  # another loss; the pair game has its own comparison
+    """Distance of the gradient from the first arm's, in units of its norm. Exits if it is too large."""
+    if arm == "shared-pair":  # another loss; pairs have their own comparison
         return None
-    if arm == "trl":  # its reference is the policy, so that its loss is another, and known
+    if arm == "trl":  # its reference is the policy, so its loss is known
         if abs(float(loss) - math.log(2)) > 1e-4:
             raise SystemExit(f"trl: its loss is {float(loss)}, not log 2")
         return None
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    if arm == case.arms[0]:  # the plain loop, or, of rows too long for its logits, padded rows
+    if arm == case.arms[0]:  # the plain loop, or padded rows where full logits are too large
         save_file({"loss": loss, "gradient": gradient}, expected)
         return None
     first = load_file(expected)
     error = float((gradient - first["gradient"]).norm() / first["gradient"].norm())
-    # sums of log-probs end with float32's last digit, 0.001 of 8,000 nats; lambda times four of those is no error
+    # float32's last digit is 0.001 at 8,000 nats; lambda times four of those is not an error
     longest = 1.25 * PROFILES[case.profile][1] * math.log(case.vocab)
     allowed = 1e-4 + 0.1 * 4 * float(np.spacing(np.float32(longest)))
     if case.dtype == "float32" and not (error < allowed and abs(float(loss - first["loss"])) < 1e-3):
@@ -97,10 +96,10 @@ def resident_mib() -> float:
 
 
 def limits(case: Case) -> dict[str, float]:
-    """What no way of computing the step can avoid.
+    """The least FLOPs and bytes that any implementation of the step needs.
 
     FLOPs: 6 per body weight and shared token, 6 per head weight and response token, and attention over visible keys.
-    Bytes beside the weights: the gradient, and what one layer hands to its backward pass.
+    Bytes in addition to the weights: the gradient, and what one layer keeps for its backward pass.
     """
     width, inner, layers, heads, kv_heads = MODELS[case.model]
     kv = kv_heads * width // heads
@@ -134,10 +133,10 @@ def matrix_peak(dtype: str) -> float:
 
 
 def measure(case: Case, known: dict[str, Any], rounds: int, until: float) -> Iterator[dict[str, Any]]:
-    """Adds rounds to `known`, until there are enough or the time is over; after each of them, all there is."""
+    """Adds rounds to `known` until there are enough or time is up. Yields all rounds after each."""
     arms = [a for a in case.arms if has_trl() or "trl" not in a]
     seconds: dict[str, list[float]] = {arm: known.get("seconds", {}).get(arm, []) for arm in arms}
-    fork = get_context("fork")  # a process per arm, without importing everything again
+    fork = get_context("fork")  # a process per arm; avoids importing everything again
     pipes: dict[str, Connection] = {}
     processes = []
     first = {}
@@ -167,7 +166,7 @@ def measure(case: Case, known: dict[str, Any], rounds: int, until: float) -> Ite
 
 
 def summary(found: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The matrix peak is the best that was seen in this dtype in any case: what disturbs a round disturbs it too."""
+    """The matrix peak is the best of this dtype over all cases, since other load disturbs it too."""
     ours = statistics.median(found["seconds"]["shared"])
     peak = max(max(other["matrix_peaks"]) for other in results.values() if other["dtype"] == found["dtype"])
     arms = {}
@@ -177,7 +176,7 @@ def summary(found: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
             "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
             "times_ours": round(median / ours, 3),
             "row_tokens_per_second": round(found["tokens_of_rows"] / median),
-            # the pair's FLOPs are fewer than the triplet's, which the case counts
+            # the case counts the triplet's FLOPs
             "share_of_matrix_peak": None
             if arm == "shared-pair"
             else round(found["least_gflops"] * 1e9 / peak / median, 3),
@@ -205,8 +204,8 @@ def machine() -> str:
 def main() -> None:
     cases = all_cases()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a case, or a part of the names of several")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after so many")
+    parser.add_argument("--only", help="a case, or a part of case names")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no round after this")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

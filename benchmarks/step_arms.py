@@ -1,4 +1,4 @@
-"""The cases of benchmarks/step.py, and its arms: each a policy and a function that gives the loss of one step."""
+"""The cases and arms of benchmarks/step.py. An arm is a policy and a function that returns the loss of one step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparring.model.packing import pack, pack_padded
 from sparring.objectives import Spin, Tspin
 from sparring.types import Group, Scores
 
-PROFILES = {  # mean tokens of (prompt, response); each length varies by 25 % to both sides
+PROFILES = {  # mean tokens of (prompt, response); each length varies by 25 %
     "chat": (150, 250),
     "long-prompt": (1000, 150),
     "long-answer": (100, 800),
@@ -39,7 +39,7 @@ FEW = ("plain", "trl-tuned", "shared")
 
 @dataclass(frozen=True)
 class Case:
-    """One table: what is computed, and by whom."""
+    """One row of a table: what is computed, and by which arms."""
 
     profile: str
     dtype: str = "float32"
@@ -56,7 +56,7 @@ class Case:
 
 
 def all_cases() -> dict[str, Case]:
-    """The most telling first."""
+    """All cases, the most informative first."""
     dtypes, profiles = {"bf16": "bfloat16", "fp32": "float32"}, ("chat", "long-prompt", "long-answer")
     cases = {}
     for arms, game in ((PAIR, "pair"), (TRIPLET, "triplet")):
@@ -70,7 +70,7 @@ def all_cases() -> dict[str, Case]:
         for row in ("row-2k", "row-4k", "row-8k"):
             cases[f"{row} {short}"] = Case(row, dtype, ("padded", "shared"), 1)
         cases[f"chat pair {short} 160m"] = Case("chat", dtype, FEW, 1, "160m", rounds=3)
-        for profile in ("256/64", "128/128", "64/192"):  # the shapes of an earlier prototype
+        for profile in ("256/64", "128/128", "64/192"):  # lengths of an earlier prototype
             cases[f"{profile} pair {short}"] = Case(profile, dtype, FEW, 4)
     return cases
 
@@ -117,7 +117,7 @@ def plain_scores(model: PreTrainedModel, groups: list[Group]) -> Scores:
 
 
 def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]:
-    """The policy, and a function that gives the loss of one step."""
+    """Returns the policy and a function that returns the loss of one step."""
     groups = make_groups(case)
     if arm == "shared-pair":
         arm, case = "shared", replace(case, arms=PAIR)
@@ -125,7 +125,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
     objective = Tspin(alpha=0.1, beta=0.1) if case.is_triplet else Spin(lambda_=0.1)
     model = make_model(case.model, case.vocab)
     opponent: dict[Any, torch.Tensor] = {}
-    if not case.is_triplet:  # near a random model's, so that no gradient is nothing
+    if not case.is_triplet:  # near a random model's, so that no gradient vanishes
         nats = math.log(case.vocab)
         lengths = pack_padded(groups).lengths()
         opponent = {role: -nats * lengths[role].float() for role in ("real", "generated")}
@@ -142,7 +142,7 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 if frozen is not None:
                     with torch.no_grad():
-                        plain_scores(frozen, groups)  # its cost; the numbers stay those of the other arms
+                        plain_scores(frozen, groups)  # only its cost; the loss stays that of the other arms
                 return mean_loss(plain_scores(model, groups), lengths)
 
     elif arm in ("padded", "shared"):
@@ -217,7 +217,7 @@ def cpo_terms(model: PreTrainedModel) -> Callable[[list[Group]], Terms]:
 def make_trl(
     arm: str, model: PreTrainedModel, case: Case, groups: list[Group], opponent: Scores
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """TRL's own trainer and its own batch of our tokens. Its text pipeline is not timed, and is given one row."""
+    """Returns TRL's trainer and its batch of our tokens. Its text pipeline is not timed, and gets one row."""
     import trl.trainer.utils
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
