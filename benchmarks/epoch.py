@@ -5,8 +5,8 @@
 
 Rows are questions and answers from a file, with a byte-level BPE tokenizer trained on them, or random words with the
 lengths of a profile of benchmarks/step.py. The generated answer of a row is another row's real one. A Llama of 27
-million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's. All arms have
-the same answers, order and reference log-probs (computed once by sparring and cached), AdamW, gradient norm 1, a
+million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's. All arms
+have the same answers, order and reference log-probs (computed once by sparring and cached), AdamW, gradient norm 1, a
 checkpoint with optimizer state after half of the epoch, and the model at the end. One thread. Arms:
 
     sparring    the train stage, from files to files

@@ -4,7 +4,8 @@
         [--stories FILE --story-model FOLDER]      a pretrained model and real rows, as for recipes/tiny-*.yaml
 
 Measures `--help`; init, doctor and preview on the demo's task (1,000 rows); doctor on a 7B config with 2,000 rows of
-chat length; and doctor on the real model and rows if given. doctor reads no weights, so a config and a tokenizer suffice.
+chat length; and doctor on the real model and rows if given. doctor reads no weights, so a config and a tokenizer
+suffice.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/generate.py VLLM_PYTHON --rounds 8      writes benchmarks/results/generate.json
 
 One Llama with random weights, float32, the same prompts for all, engines already running. Each round gives every engine
-one turn, so that other load affects all of them, and overhead is paired by round. The stage is the real one: prompts from
-the run's data, answers decoded and committed part by part. It asks vLLM for log-probs of the first 64 answers; meanwhile
-vLLM computes them for every answer in the batch. The arm without them isolates that cost.
+one turn, so that other load affects all of them, and overhead is paired by round. The stage is the real one: prompts
+from the run's data, answers decoded and committed part by part. It asks vLLM for log-probs of the first 64 answers;
+meanwhile vLLM computes them for every answer in the batch. The arm without them isolates that cost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Simulates where the loop stops scaling: 10 million prompts on 1 to 512 nodes that fail.
 
-The costs of the coordinating process (reading rows, planning and committing parts, rereading them) are measured with the
-real code on this machine, in CPU seconds and seconds of waiting for the disk. GPU rates are those of `sparring plan`.
-Failure rates, restart times and network speed are assumptions, and are printed with the result.
+The costs of the coordinating process (reading rows, planning and committing parts, rereading them) are measured with
+the real code on this machine, in CPU seconds and seconds of waiting for the disk. GPU rates are those of `sparring
+plan`. Failure rates, restart times and network speed are assumptions, and are printed with the result.
 
     python benchmarks/scale.py --out benchmarks/results/scale.json
 """
