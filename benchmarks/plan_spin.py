@@ -1,7 +1,7 @@
-"""`sparring plan` against the published times of SPIN, which nobody of this project measured: how far off is it?
+"""Compares `sparring plan` with the published times of SPIN.
 
 SPIN (arXiv 2401.01335, appendix B.2): zephyr-7b, 50k prompts, 8 A100 with 80 GB: 1.45 h of generation and 4.32 h of
-training in iteration 0; 6.69 s and 10 s per 64 examples. Lengths are not published; 150 and 256 tokens are ours.
+training in iteration 0; 6.69 s and 10 s per 64 examples. Lengths are not published; 150 and 256 tokens are assumed.
 
     python benchmarks/plan_spin.py --out benchmarks/results/plan_spin.json
 """
@@ -53,8 +53,8 @@ def compare(folder: Path) -> dict[str, object]:
         return {name: getattr(first, name) / 3600 for name in ("generate", "score", "train")}
 
     ours = hours(64)
-    # theirs: 64 concurrent prompts over 8 devices; a row per answer, prompt included and all of it through the head; the
-    # opponent's forward pass in every epoch, and one more of the policy, since activations are checkpointed
+    # theirs: 64 concurrent prompts over 8 devices; one row per answer, all of it through the head; the opponent's forward
+    # pass in every epoch; and one more of the policy, for gradient checkpointing
     row = shape.forward_flops(0.0, [PROMPT + ANSWER])
     flops = (4 + 1) * 2 * row * ROWS * recipe.train.epochs
     theirs = {"generate": hours(8)["generate"], "train": flops / (GPUS_USED * gpu.flops * TRAIN) / 3600}

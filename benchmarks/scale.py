@@ -282,7 +282,7 @@ def owner(costs: Costs, tokens_per_second: float) -> dict[str, object]:
 
 
 def alone_seconds(costs: Costs) -> float:
-    """Seconds per iteration that more nodes do not shorten: reading rows for three stages, planning and counting parts."""
+    """Seconds that more nodes do not shorten: reading rows for three stages, planning and counting parts."""
     parts = PROMPTS / 512
     rows = PROMPTS * (3 * costs.read_row + costs.cut_prompt * 2 + 3 * costs.reread_answer)
     return rows + parts * (costs.has_part + costs.commit_folder_part)
@@ -360,7 +360,7 @@ def generate(
 def train(
     nodes: int, flops: float, batch: int, shape: Shape, speed: Speed, assumed: Assumptions, draw: np.random.Generator
 ) -> float:
-    """Seconds for all steps of `batch` prompts, split over at most as many ranks. A failure restarts from a checkpoint."""
+    """Seconds for all steps of `batch` prompts on at most as many ranks. A failure restarts from a checkpoint."""
     steps = 2 * PROMPTS // batch
     nodes = max(1, min(nodes, batch // GPUS_PER_NODE))
     ranks = nodes * GPUS_PER_NODE
