@@ -30,18 +30,18 @@ from pathlib import Path
 
 import numpy as np
 from demo_seeds import cpu_name
-from sparring.run.seeds import seed_of
 
 from sparring.commands.compare import copy_rows, reuse_stages
 from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
 from sparring.data.tables import read_rendered
-from sparring.loop import begin, check_settings, play, run_stage
+from sparring.loop import begin, play, run_stage
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
-from sparring.run.iteration import Iteration
+from sparring.run.iteration import Iteration, seed_of
 from sparring.run.manifest import read_manifest, replace_file
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.run.session import check_settings
 
 SWEEP_SEED = 100
 TARGET = Path(__file__).parent / "results" / "claims.json"

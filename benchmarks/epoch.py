@@ -41,7 +41,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparring.run.seeds import permutation
 from step import machine, resident_mib
 from step_arms import PROFILES, QUIET, ROW, cpo_terms, make_model, plain_scores
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
@@ -51,14 +50,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparring.model.load import load_model, save_model
 from sparring.model.packing import pack_padded
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
+from sparring.run.examples import load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
 from sparring.stages.generate import generate
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
-from sparring.stages.train.loop import TrainingExample, load_training_examples, train
-from sparring.types import Backend, Generation, Prompt
+from sparring.stages.train.loop import permutation, train
+from sparring.types import Backend, Generation, Prompt, TrainingExample
 
 VOCAB, BATCH = 32_000, 16
 END = "<|end|>"
@@ -139,7 +140,7 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
         draw(first)
         if wanted.method == "spin":
             return first
-        train(first)  # T-SPIN's proto answers are those generated in its first iteration
+        train(first, SingleProcess())  # T-SPIN's proto answers are those generated in its first iteration
         second = Iteration(run, recipe, 1)
         draw(second)
     return second
@@ -151,7 +152,7 @@ def draw(iteration: Iteration) -> None:
         yield Others(iteration)
 
     generate(iteration, engine)
-    score(iteration)
+    score(iteration, SingleProcess())
 
 
 def in_order(iteration: Iteration) -> list[TrainingExample]:
@@ -163,7 +164,7 @@ def in_order(iteration: Iteration) -> list[TrainingExample]:
 def by_sparring(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[float]]:
     yield []
     with iteration.run.own():
-        train(iteration)
+        train(iteration, SingleProcess())
     lines = (iteration.stage("train") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     yield [json.loads(line)["loss"] for line in lines]
 

@@ -169,9 +169,9 @@ def make_groups(count: int, prompt: int, answer: int, vocab: int) -> list[Group]
 def step(scorer: Scorer, groups: list[Group], budget: int) -> None:
     """Forward and backward of the groups, and no optimizer."""
     scorer.zero_grad()
-    for batch in micro_batches(scorer.kind, groups, budget):
-        layout = pack(scorer.kind, [groups[i] for i in batch]).to(scorer.device)
-        scores = layout.scores(scorer(layout))
+    for batch in micro_batches(scorer.packing, groups, budget):
+        packed = pack(scorer.packing, [groups[i] for i in batch]).to(scorer.device)
+        scores = packed.scores(scorer(packed))
         margin = scores["real"] - scores["generated"][:, 0]
         F.softplus(-0.1 * margin).sum().div(len(groups)).backward()
 
@@ -190,7 +190,7 @@ def layouts(device: torch.device, is_tiny: bool) -> dict[str, Any]:
         is_at_hand, scorer.is_flex = scorer.is_flex, is_flex
         assert is_at_hand or not is_flex, "FlexAttention was tried at loading and given up"
         model.zero_grad()
-        values = scorer(pack(scorer.kind, groups).to(device))
+        values = scorer(pack(scorer.packing, groups).to(device))
         (values * torch.linspace(-1, 2, len(values), device=device)).sum().backward()
         found[name] = [values.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
     return {

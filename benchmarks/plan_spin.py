@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scale import MISTRAL_7B
 
-from sparring.commands.plan import GPUS, TRAIN, Lengths, Shape, gpu_speed, plan
+from sparring.commands.plan import GPUS, TRAIN, ModelSize, RowTokens, gpu_speed, plan
 from sparring.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,21 +41,21 @@ def main() -> None:
 
 def compare(folder: Path) -> dict[str, object]:
     """Hours of iteration 0 for sparring and for the published program, at the same assumed rates."""
-    lengths, gpu = Lengths(ROWS, PROMPT, ANSWER, ANSWER), GPUS["a100"]
+    lengths, gpu = RowTokens(ROWS, PROMPT, ANSWER, ANSWER), GPUS["a100"]
     recipe = load_recipe(ROOT / "recipes" / "spin-zephyr-7b.yaml", [f"model={folder}"])
-    shape = Shape.of(folder, "bfloat16")
+    size = ModelSize.of(folder, "bfloat16")
 
     def hours(batch_size: int) -> dict[str, float]:
         engine = recipe.generate.model_copy(update={"batch_size": batch_size})
         wanted = recipe.model_copy(update={"generate": engine})
-        speed = gpu_speed(gpu, wanted, shape, lengths)
+        speed = gpu_speed(gpu, wanted, size, lengths)
         first = plan(wanted, folder, lengths, GPUS_USED, speed, gpu, parallel="fsdp2").iterations[0]
         return {name: getattr(first, name) / 3600 for name in ("generate", "score", "train")}
 
     ours = hours(64)
-    # theirs: 64 concurrent prompts over 8 devices; one row per answer, all of it through the head; the opponent's forward
-    # pass in every epoch; and one more of the policy, for gradient checkpointing
-    row = shape.forward_flops(0.0, [PROMPT + ANSWER])
+    # theirs: 64 concurrent prompts over 8 devices; one row per answer, all of it through the head; the opponent's
+    # forward pass in every epoch, and one more of the policy for gradient checkpointing
+    row = size.forward_flops(0.0, [PROMPT + ANSWER])
     flops = (4 + 1) * 2 * row * ROWS * recipe.train.epochs
     theirs = {"generate": hours(8)["generate"], "train": flops / (GPUS_USED * gpu.flops * TRAIN) / 3600}
     reached = flops / (GPUS_USED * gpu.flops * PUBLISHED["train"] * 3600)

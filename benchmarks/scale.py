@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from sparring.commands.plan import GPUS, Lengths, Shape, Speed, gpu_speed, score_flops, train_flops
+from sparring.commands.plan import GPUS, ModelSize, RowTokens, Speed, gpu_speed, score_flops, train_flops
 from sparring.data.tables import read_generations, write_generations, write_rows
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary, Iteration
@@ -41,7 +41,7 @@ PROMPTS = 10_000_000
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT_TOKENS, ANSWER_TOKENS = 150, 256
 GPU, GPUS_PER_NODE = "h100", 8
-LENGTHS = Lengths(PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS)
+LENGTHS = RowTokens(PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS)
 MISTRAL_7B = {
     "model_type": "mistral",
     "architectures": ["MistralForCausalLM"],
@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         costs = measure(Path(folder), arguments.rows)
         Path(folder, "config.json").write_text(json.dumps(MISTRAL_7B))
-        work = make_recipe(folder), Shape.of(Path(folder), "bfloat16"), LENGTHS
+        work = make_recipe(folder), ModelSize.of(Path(folder), "bfloat16"), LENGTHS
         speed = gpu_speed(GPUS[GPU], *work)
         found = {
             f"failures_every_{hours:g}_hours_of_a_node": simulate_all(costs, speed, Path(folder), Assumptions(hours))
@@ -236,15 +236,15 @@ def ray_seconds(drawn: list[list[Generation]], texts: list[str]) -> float:
 
 def simulate_all(costs: Costs, speed: Speed, model: Path, assumed: Assumptions) -> list[dict[str, float]]:
     recipe = make_recipe(str(model))
-    shape = Shape.of(model, "bfloat16")
+    size = ModelSize.of(model, "bfloat16")
     table = []
     for nodes in NODES:
         generating = generate(nodes, costs, speed, assumed, np.random.default_rng(nodes))
         alone = alone_seconds(costs)
-        scoring = score_flops(recipe, 0, shape, LENGTHS) / (nodes * GPUS_PER_NODE * speed.score)
-        flops = train_flops(recipe, 0, shape, LENGTHS)
+        scoring = score_flops(recipe, 0, size, LENGTHS) / (nodes * GPUS_PER_NODE * speed.score)
+        flops = train_flops(recipe, 0, size, LENGTHS)
         by_batch = {
-            batch: train(nodes, flops, batch, shape, speed, assumed, np.random.default_rng(nodes))
+            batch: train(nodes, flops, batch, size, speed, assumed, np.random.default_rng(nodes))
             for batch in (64, 1024)
         }
         row = {
@@ -358,21 +358,21 @@ def generate(
 
 
 def train(
-    nodes: int, flops: float, batch: int, shape: Shape, speed: Speed, assumed: Assumptions, draw: np.random.Generator
+    nodes: int, flops: float, batch: int, size: ModelSize, speed: Speed, assumed: Assumptions, draw: np.random.Generator
 ) -> float:
     """Seconds for all steps of `batch` prompts on at most as many ranks. A failure restarts from a checkpoint."""
     steps = 2 * PROMPTS // batch
     nodes = max(1, min(nodes, batch // GPUS_PER_NODE))
     ranks = nodes * GPUS_PER_NODE
     # weights are gathered twice and gradients scattered once, 2 bytes each, through the network of each node
-    talk = 0.0 if nodes == 1 else 3 * shape.weight_bytes / assumed.network_bytes_per_second
+    talk = 0.0 if nodes == 1 else 3 * size.weight_bytes / assumed.network_bytes_per_second
     step = max(flops / steps / (ranks * speed.train), talk)  # communication overlaps with computation
     seconds, at, saved = 0.0, 0, 0
     mean = 3600 * assumed.hours_between_failures / nodes
     until_failure = draw.exponential(mean)
     while at < steps:
         chunk = min(assumed.checkpoint_every, steps - at)
-        length = chunk * step + 8 * (shape.body + 2 * shape.head) / assumed.checkpoint_bytes_per_second
+        length = chunk * step + 8 * (size.body + 2 * size.head) / assumed.checkpoint_bytes_per_second
         if until_failure < length:
             seconds += until_failure + assumed.training_restarts_seconds
             at = saved

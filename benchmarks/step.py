@@ -46,11 +46,11 @@ import numpy as np
 import torch
 from demo_seeds import cpu_name
 from safetensors.torch import load_file, save_file
-from sparring.recipe.hardware import has_bfloat16_products
 from step_arms import MODELS, PROFILES, Case, all_cases, make_groups, make_step
 from transformers import PreTrainedModel
 
 from sparring.model.packing import pack_padded, pack_shared
+from sparring.recipe.schema import has_bfloat16_products
 
 
 def child(arm: str, case: Case, expected: Path, pipe: Connection) -> None:

@@ -108,12 +108,12 @@ def make_groups(case: Case) -> list[Group]:
 
 
 def plain_scores(model: PreTrainedModel, groups: list[Group]) -> Scores:
-    layout = pack_padded(groups)
-    column = torch.arange(layout.input_ids.shape[1])
+    packed = pack_padded(groups)
+    column = torch.arange(packed.input_ids.shape[1])
     prompts = torch.tensor([len(g.prompt_ids) for g in groups for rs in g.responses.values() for _ in rs])
-    is_response = (column >= prompts[:, None]) & layout.attention_mask.bool()
-    logits = model(**model_inputs(layout), use_cache=False).logits
-    return layout.scores(sequence_logprobs(logits, layout.input_ids, is_response))
+    is_response = (column >= prompts[:, None]) & packed.attention_mask.bool()
+    logits = model(**model_inputs(packed), use_cache=False).logits
+    return packed.scores(sequence_logprobs(logits, packed.input_ids, is_response))
 
 
 def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]:
@@ -149,8 +149,8 @@ def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]
         scorer = Scorer(model, dtype, arm)  # type: ignore[arg-type]
 
         def step() -> torch.Tensor:
-            layout = pack(scorer.kind, groups)
-            return mean_loss(layout.scores(scorer(layout)), layout.lengths())
+            packed = pack(scorer.packing, groups)
+            return mean_loss(packed.scores(scorer(packed)), packed.lengths())
 
     else:
         losses = (
