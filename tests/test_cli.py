@@ -23,7 +23,7 @@ def sparring(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finish_generation(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run and its recipe beside it."""
     folder = tmp_path_factory.mktemp("cli")
     recipe = Recipe.model_validate(

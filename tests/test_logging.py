@@ -55,8 +55,8 @@ def test_a_log_has_one_json_object_per_line(
 
 
 def test_words_of_others_stay_inside_their_line(capfd: pytest.CaptureFixture[str]) -> None:
-    progress.say('a "quoted"\nline \x1b[31m {"event": "forged"}\n')
-    progress.say("")
+    logging.info('a "quoted"\nline \x1b[31m {"event": "forged"}\n')
+    logging.info("")
     (only,) = events(capfd.readouterr().err)
     assert only["event"] == "message" and only["message"].startswith('a "quoted"\nline \\u001b[31m')
 
@@ -94,7 +94,7 @@ def test_no_time_left_where_the_end_is_not_known(
 def test_people_see_a_bar_and_plain_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
-    progress.say("a sentence", "stage", seconds=1.0)
+    logging.info("a sentence", "stage", seconds=1.0)
     progress.tell("stage begins", stage="train")
     with progress.track("train 0", 4) as advance:
         advance(2, 1000)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparring
-from sparring.errors import Refused, RunMismatch
+from sparring.errors import UserError, RunMismatch
 from sparring.loop import play, run_one_stage
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -120,23 +120,23 @@ def test_stages_by_hand(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(recipe, tmp_path / "run")
     expected = bytes_of(run.model(1))
     shutil.rmtree(run.iteration(1))
-    with pytest.raises(Refused, match="'generate' of iteration 1 comes first"):
+    with pytest.raises(UserError, match="'generate' of iteration 1 comes first"):
         run_one_stage(run.root, "train", 1)
     for stage in ("generate", "score", "train", "evaluate"):
         assert run_one_stage(run.root, stage, 1)
     assert not run_one_stage(run.root, "evaluate", 1), "done already"
     assert bytes_of(run.model(1)) == expected
-    with pytest.raises(Refused, match="iterations 0 to 1"):
+    with pytest.raises(UserError, match="iterations 0 to 1"):
         run_one_stage(run.root, "train", 2)
-    with pytest.raises(Refused, match="has no stage 'polish'"):
+    with pytest.raises(UserError, match="has no stage 'polish'"):
         run_one_stage(run.root, "polish", 1)
-    with pytest.raises(Refused, match="is not a run yet"):
+    with pytest.raises(UserError, match="is not a run yet"):
         run_one_stage(tmp_path / "nowhere", "train", 0)
 
 
 def test_tspin_has_no_score_stage(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("tspin", iterations=1, train={"epochs": 1}), tmp_path / "run")
-    with pytest.raises(Refused, match="tspin has no stage 'score'"):
+    with pytest.raises(UserError, match="tspin has no stage 'score'"):
         run_one_stage(run.root, "score", 0)
 
 
@@ -147,7 +147,7 @@ def test_one_owner(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     def contend() -> None:
         try:
             play(recipe, tmp_path / "run")
-        except Refused as refusal:
+        except UserError as refusal:
             found.append(str(refusal))
 
     threads = [threading.Thread(target=contend) for _ in range(3)]

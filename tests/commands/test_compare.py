@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from test_report import assert_inert
 
-from sparring.commands.compare import compare, parse_method, take_rows
+from sparring.commands.compare import compare, parse_method, copy_rows
 from sparring.data.tables import read_rendered
-from sparring.errors import Refused, RunMismatch
-from sparring.loop import play, settle
+from sparring.errors import UserError, RunMismatch
+from sparring.loop import play, check_settings
 from sparring.objectives import Space, Spin, Tspin
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Comparison, bootstrap, over_seeds, write_comparison
@@ -66,8 +66,8 @@ def test_what_is_taken_over_is_what_the_arm_would_have_made(made: tuple[Recipe, 
     _, comparison = made
     arm = next(arm for arm in comparison.arms if arm.label == "space")
     alone = RunDir(tmp_path)
-    settle(alone, arm.results.recipe)
-    take_rows(RunDir(comparison.root), alone, arm.share, arm.results.recipe.seed)
+    check_settings(alone, arm.results.recipe)
+    copy_rows(RunDir(comparison.root), alone, arm.share, arm.results.recipe.seed)
     play(arm.results.recipe, alone.root)
     for stage in ("generate", "score", "evaluate"):
         assert alone.digest(alone.stage(0, stage)) == arm.run.digest(arm.run.stage(0, stage))
@@ -169,16 +169,16 @@ def test_refusals(made: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_
         (["spin:mu=1"], "no setting 'method.mu' of spin"),
         (["sft", "sft"], "--methods must differ"),
     ):
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(UserError, match=message):
             compare(recipe, tmp_path / "none", labels)
     assert not (tmp_path / "none").exists(), "nothing is written before the settings are known to be good"
     changed = recipe.model_copy(update={"iterations": 1, "seed": 5})
     with pytest.raises(RunMismatch, match="seed is 5"):
         compare(changed, comparison.root, METHODS)
-    phases = {"data": {"game_rows": 0.5}, "per_iteration": {0: {"method": "sft"}}}
-    with pytest.raises(Refused, match=r"data.game_rows is for one run"):
+    phases = {"data": {"self_play_rows": 0.5}, "per_iteration": {0: {"method": "sft"}}}
+    with pytest.raises(UserError, match=r"data.self_play_rows is for one run"):
         compare(make_recipe("space", **phases), tmp_path / "none", METHODS)
-    with pytest.raises(Refused, match=r"evaluate.held_out is false"):
+    with pytest.raises(UserError, match=r"evaluate.held_out is false"):
         compare(make_recipe(evaluate={"held_out": False}), tmp_path / "none", METHODS)
 
 
@@ -191,5 +191,5 @@ def test_runs_that_were_evaluated_otherwise_are_refused(
     assert is_committed(Iteration(other, recipe, 0).stage("evaluate"))
     arm = comparison.arms[0]
     foreign = type(arm)("space", 0, 1.0, other)
-    with pytest.raises(Refused, match="the held-out rows differs"):
+    with pytest.raises(UserError, match="the held-out rows differs"):
         Comparison(comparison.root, recipe, [arm, foreign])

@@ -10,7 +10,7 @@ import pytest
 
 import sparring.commands.demo
 from sparring.commands.demo import make_tokenizer, play_demo, problem, problems
-from sparring.data.formats import detect_shape, examples
+from sparring.data.formats import detect_format, examples
 from sparring.data.render import Renderer
 from sparring.run.results import Results
 
@@ -47,7 +47,7 @@ def test_the_tokenizer_loses_nothing() -> None:
     rows = problems(200, 0, 12)
     tokenizer = make_tokenizer(rows)
     render = Renderer(tokenizer, template=None, end_token=None, max_length=64, max_response=None)
-    shape = detect_shape(rows[0], {}, None, "rows")
+    shape = detect_format(rows[0], {}, None, "rows")
     for number, row in enumerate(rows):
         rendered = render(examples(row, number, shape, "last")[0])
         assert tokenizer.decode(rendered.real_ids.tolist()) == row["answer"] + "<|end|>"

@@ -24,7 +24,7 @@ from sparring.commands.doctor import MAX_ROWS, examine
 from sparring.commands.forecast import empty_model, forecast, trained_tensors
 from sparring.commands.init import write_recipe
 from sparring.commands.preview import coloured, pieces
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.recipe.load import dump_recipe, json_schema, load_recipe
@@ -128,9 +128,9 @@ def test_preview_shows_tokens_and_a_scored_answer(
 
 
 def test_what_a_terminal_would_act_on_is_visible() -> None:
-    from sparring.visible import visible
+    from sparring.logging import escape_control
 
-    assert visible("a\x1b]0;title\x07b\u202e") == "a\\u001b]0;title\\u0007b\\u202e"
+    assert escape_control("a\x1b]0;title\x07b\u202e") == "a\\u001b]0;title\\u0007b\\u202e"
 
 
 @pytest.mark.parametrize("method", ["spin", "tspin", "space", "sft"])
@@ -150,7 +150,7 @@ def test_init_looks_at_rows_and_tokenizer(tiny: Path, tmp_path: Path) -> None:
     texts_file.write_text('{"text": "One sentence. Another one."}\n')
     write_recipe(tmp_path / "a.yaml", model=str(tiny / "model"), data=str(texts_file), method="spin", lora=False)
     assert load_recipe(tmp_path / "a.yaml").data.split_on == "sentence"
-    with pytest.raises(Refused, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         write_recipe(tmp_path / "a.yaml", model=str(tiny / "model"), data=str(texts_file), method="spin", lora=False)
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"frage": "x", "antwort": "y"}\n')
@@ -161,7 +161,7 @@ def test_init_looks_at_rows_and_tokenizer(tiny: Path, tmp_path: Path) -> None:
     }
     for message, changes in cases.items():
         options = {"model": str(tiny / "model"), "data": str(texts_file), "method": "spin", **changes}
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(UserError, match=message):
             write_recipe(tmp_path / "b.yaml", **options, lora=False)
     assert not (tmp_path / "b.yaml").exists()
 

@@ -22,11 +22,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparring.commands.export import export_model, export_pairs, push
-from sparring.data.formats import detect_shape, examples
+from sparring.data.formats import detect_format, examples
 from sparring.data.read import read_rows
 from sparring.data.render import text_as_jinja
 from sparring.data.tables import read_rendered
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import check_model_folder, load_model, load_tokenizer
 from sparring.model.lora import CONFIG
@@ -144,7 +144,7 @@ def test_the_exported_template_makes_the_run_s_prompts(
     seen = 0
     for number, row in read_rows(str(tiny / "rows.jsonl")):
         assert isinstance(row, dict)
-        for example in examples(row, number, detect_shape(row, {}, None, ""), "last"):
+        for example in examples(row, number, detect_format(row, {}, None, ""), "last"):
             if number in rendered:
                 turns = [dict(m) for m in example.messages]
                 ids = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
@@ -191,9 +191,9 @@ def test_the_best_iteration_and_what_is_refused(runs: dict[str, RunDir], tmp_pat
         "one of float32, bfloat16, float16": {"dtype": "int8"},
     }
     for message, options in cases.items():
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(UserError, match=message):
             export_model(results, **{"out": tmp_path / "new", **options})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(Refused, match="an adapter is kept in float32"):
+    with pytest.raises(UserError, match="an adapter is kept in float32"):
         export_model(Results(runs["adapter"].root), tmp_path / "new", iteration="0", dtype="float16")
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*tmp*")), "nothing half-written"
 
@@ -203,7 +203,7 @@ def test_a_base_that_has_changed_is_refused(runs: dict[str, RunDir], tmp_path: P
     with (Path(json.loads((run.model(0) / "base.json").read_text())["folder"]) / "config.json").open("a") as file:
         file.write(" ")
     try:
-        with pytest.raises(Refused, match="has changed since the adapter was trained on it"):
+        with pytest.raises(UserError, match="has changed since the adapter was trained on it"):
             export_model(Results(run.root), tmp_path / "out", iteration="0")
     finally:
         path = Path(json.loads((run.model(0) / "base.json").read_text())["folder"]) / "config.json"
@@ -239,13 +239,13 @@ def test_push_shows_first_and_takes_known_files_without_secrets(runs: dict[str, 
     export_model(Results(runs["whole"].root), tmp_path / "out", iteration="0")
     names = [file.name for file in push(tmp_path / "out", "me/model")]
     assert "model.safetensors" in names and "README.md" in names and "MANIFEST.json" not in names
-    with pytest.raises(Refused, match="is no name on the hub"):
+    with pytest.raises(UserError, match="is no name on the hub"):
         push(tmp_path / "out", "model")
-    with pytest.raises(Refused, match="was not made by 'sparring export'"):
+    with pytest.raises(UserError, match="was not made by 'sparring export'"):
         push(runs["whole"].model(0), "me/model")
     export_model(Results(runs["adapter"].root), tmp_path / "adapter", iteration="0")
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"].startswith("/")
-    with pytest.raises(Refused, match="nothing is uploaded:\n.*the base is a folder of this machine"):
+    with pytest.raises(UserError, match="nothing is uploaded:\n.*the base is a folder of this machine"):
         push(tmp_path / "adapter", "me/model")
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sparring.cli import app
 from sparring.commands.jobs import job_file
-from sparring.errors import Refused
+from sparring.errors import UserError
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -113,10 +113,10 @@ def test_the_pod_s_script_runs_what_the_recipe_says(played: dict[str, str]) -> N
 
 
 def test_what_cannot_be_a_job_is_refused() -> None:
-    with pytest.raises(Refused, match="a path from /"):
+    with pytest.raises(UserError, match="a path from /"):
         slurm(1, 1, Path("runs/mine"))
-    with pytest.raises(Refused, match="needs --image"):
+    with pytest.raises(UserError, match="needs --image"):
         job_file("kubernetes", RECIPE, AWKWARD, nodes=1, gpus=1, image=None, claim=None)
     result = CliRunner().invoke(app, ["launch", "--print", "slurm", "/r.yaml", "/runs/a", "--nodes", "2"])
     assert result.exit_code == 0 and result.output.startswith("#!/bin/bash")
-    assert isinstance(CliRunner().invoke(app, ["launch", "--print", "pbs", "/r.yaml", "/runs/a"]).exception, Refused)
+    assert isinstance(CliRunner().invoke(app, ["launch", "--print", "pbs", "/r.yaml", "/runs/a"]).exception, UserError)

@@ -22,14 +22,14 @@ from sparring.commands.plan import (
     Shape,
     Speed,
     answers_at_a_time,
-    look_at,
+    measure_rows,
     plan,
     print_plan,
     rounds_of,
-    speed_of_gpu,
-    speed_of_run,
+    gpu_speed,
+    measured_speed,
 )
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.recipe.schema import Recipe
@@ -106,7 +106,7 @@ def test_engines_draw_as_they_do(make_recipe: Callable[..., Recipe], mistral: Pa
 
     def rate(**settings: object) -> float:
         recipe = make_recipe("spin", generate={"max_new_tokens": 256, **settings}, train={"dtype": "bfloat16"})
-        return speed_of_gpu(GPUS["a100"], recipe, shape, lengths).generate
+        return gpu_speed(GPUS["a100"], recipe, shape, lengths).generate
 
     assert rate(batch_size=1) == pytest.approx(200 / 256 / (32 * LAYER_SECONDS), rel=0.1), "it waits for Python"
     assert rate(batch_size=8) > 7 * rate(batch_size=1)
@@ -120,7 +120,7 @@ def test_a_measured_run_is_forecast_as_it_was(make_recipe: Callable[..., Recipe]
     recipe = make_recipe("space", iterations=1)
     run = play(recipe, tmp_path / "run")
     shape = Shape.of(tiny / "model", "float32")
-    speed = speed_of_run(run.root, shape)
+    speed = measured_speed(run.root, shape)
     drawn = read_manifest(run.stage(0, "generate")).info
     data = json.loads((run.data / "summary.json").read_text())
     mean = drawn["tokens"] / drawn["answers"]  # type: ignore[operator]
@@ -128,10 +128,10 @@ def test_a_measured_run_is_forecast_as_it_was(make_recipe: Callable[..., Recipe]
     again = plan(recipe, tiny / "model", lengths, 1, speed, None, parallel="ddp").iterations[0]
     for stage in ("generate", "score", "train"):
         assert getattr(again, stage) == pytest.approx(read_manifest(run.stage(0, stage)).info["seconds"]), stage
-    with pytest.raises(Refused, match="other sizes"):
-        speed_of_run(run.root, Shape.of(tiny / "model", "bfloat16"))
-    with pytest.raises(Refused, match="no run that has finished"):
-        speed_of_run(tmp_path, shape)
+    with pytest.raises(UserError, match="other sizes"):
+        measured_speed(run.root, Shape.of(tiny / "model", "bfloat16"))
+    with pytest.raises(UserError, match="no run that has finished"):
+        measured_speed(tmp_path, shape)
 
 
 def test_the_command_says_what_it_assumes(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
@@ -146,13 +146,13 @@ def test_the_command_says_what_it_assumes(make_recipe: Callable[..., Recipe], ti
         ("h900", None, None, "known are a100-40"),
         ("h100", None, "many", "write two numbers"),
     ):
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(UserError, match=words):
             print_plan(make_recipe("spin"), 1, gpu, measured, None, tokens, None)
 
 
 def test_lengths_that_are_given_need_no_rows_and_no_weights(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
     recipe = make_recipe("spin", generate={"max_new_tokens": 100}).model_copy(update={"model": str(mistral)})
-    folder, lengths = look_at(recipe, 5000, (120.0, 180.0))
+    folder, lengths = measure_rows(recipe, 5000, (120.0, 180.0))
     assert folder == mistral and lengths == Lengths(4988, 120.0, 100.0, 100.0)
 
 

@@ -16,7 +16,7 @@ RECIPE = """\
 model: {model}
 method: spin
 iterations: 1
-data: {{train: {train}, held_out: 4, max_rejected: 0}}
+data: {{train: {train}, held_out: 4, max_skipped: 0}}
 generate: {{max_new_tokens: 4}}
 train: {{epochs: 1, dtype: float32, max_length: 64}}
 threads: 1

@@ -16,7 +16,7 @@ from .conftest import Refusal, lines, rows
 
 GOOD = rows()[6]
 USER = {"role": "user", "content": "2 eggs"}
-MEND = r"Mend them, or raise data\.max_rejected"
+MEND = r"Mend them, or raise data\.max_skipped"
 
 
 def answer(value: object) -> dict[str, object]:

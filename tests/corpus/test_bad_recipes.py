@@ -77,7 +77,7 @@ OVERRIDES = {
     "half an epoch": ("train.epochs=0.5", "train.epochs"),
     "a backend that is none": ("generate.backend=sglang", "generate.backend"),
     "a top_p above 1": ("generate.top_p=1.5", "generate.top_p"),
-    "a share above 1": ("data.max_rejected=2", "data.max_rejected"),
+    "a share above 1": ("data.max_skipped=2", "data.max_skipped"),
     "an escape in a key": ("tr\x1b[31m=1", "there is no setting"),
 }
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparring.data.formats import detect_shape, examples, renamed
+from sparring.data.formats import detect_format, examples, renamed
 from sparring.data.read import BadRow, Row, read_rows
-from sparring.errors import Damaged, Refused
-from sparring.recipe.load import known_keys, load_own_recipe, load_recipe
+from sparring.errors import CorruptedError, UserError
+from sparring.recipe.load import known_keys, load_sealed_recipe, load_recipe
 from sparring.recipe.schema import SECTIONS
 from sparring.run.manifest import MANIFEST, begin_work, commit, read_manifest, verify
 
@@ -112,10 +112,10 @@ def test_recipes(tmp_path: Path) -> None:
         for overridden in ((), overrides):
             try:
                 load_recipe(path, overridden)
-            except Refused as refusal:
+            except UserError as refusal:
                 assert str(refusal)
-        with pytest.raises(Refused):
-            load_own_recipe(path)
+        with pytest.raises(UserError):
+            load_sealed_recipe(path)
 
     assert fuzz(settings_of_a_recipe | yaml_like | st.text(max_size=80) | st.binary(max_size=80), check) >= EXAMPLES
 
@@ -131,7 +131,7 @@ def test_files(suffix: str, tmp_path: Path) -> None:
                 assert number > 0
                 if not isinstance(row, BadRow):
                     use(row)
-        except Refused as refusal:
+        except UserError as refusal:
             assert str(path) in str(refusal)
 
     assert fuzz(files, check) >= EXAMPLES
@@ -139,10 +139,10 @@ def test_files(suffix: str, tmp_path: Path) -> None:
 
 def use(row: Row) -> None:
     try:
-        shape = detect_shape(row, {}, "sentence", "rows")
+        shape = detect_format(row, {}, "sentence", "rows")
         for example in examples(renamed(row, {}), 1, shape, "all"):
             assert example.answer
-    except (BadRow, Refused) as problem:
+    except (BadRow, UserError) as problem:
         assert str(problem)
 
 
@@ -164,9 +164,9 @@ def test_manifests(tmp_path: Path) -> None:
         if content == good:
             verify(folder)
             return
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptedError):
             read_manifest(folder)
-        note = begin_work(tmp_path / "work", {"a": "b"}) / ".reads.json"
+        note = begin_work(tmp_path / "work", {"a": "b"}) / ".input_digests.json"
         note.write_bytes(content)
         begin_work(tmp_path / "work", {"a": "b"})
         assert note.read_bytes() != content, "work with a note that is none is begun anew"

@@ -21,14 +21,14 @@ from sparring import logging as progress
 from sparring.cli import main
 from sparring.commands.status import print_status
 from sparring.data.tables import read_table
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.report import write_report
 from sparring.run.manifest import commit, read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.stages.evaluate.held_out import ANSWERS
-from sparring.visible import visible
+from sparring.logging import escape_control
 
 from .payloads import JS, MARK, PAYLOADS, TERMINAL
 
@@ -62,7 +62,7 @@ def _recipe(folder: Path, tiny: Path) -> Path:
         "model": str(tiny / "model"),
         "method": "sft",
         "iterations": 1,
-        "data": {"train": str(tiny / "rows.jsonl"), "limit": 16, "max_rejected": 1.0},
+        "data": {"train": str(tiny / "rows.jsonl"), "limit": 16, "max_skipped": 1.0},
         "generate": {"max_new_tokens": 2},
         "train": {"epochs": 1, "dtype": "float32", "max_length": 128},
         "threads": 1,
@@ -80,7 +80,7 @@ def rewrite_answers(folder: Path) -> None:
     table = table.set_column(at, ANSWERS.field("text"), pa.array(words, pa.string()))
     metrics = (folder / "metrics.json").read_bytes()
     shutil.rmtree(folder)
-    with commit(folder, reads=manifest.reads, info=manifest.info) as work:
+    with commit(folder, input_digests=manifest.input_digests, info=manifest.info) as work:
         pq.write_table(table, work / "answers.parquet")
         (work / "metrics.json").write_bytes(metrics)
 
@@ -101,8 +101,8 @@ def test_a_parsed_report_holds_only_our_own_elements(hostile: RunDir) -> None:
     held_out = Results(hostile.root).data
     assert held_out is not None and held_out.num_held_out >= 60
     for payload in PAYLOADS:
-        assert shown.count(visible(payload)) >= 2, payload  # as a prompt or a real answer, and as a model's answer
-    assert visible(NAME) in shown
+        assert shown.count(escape_control(payload)) >= 2, payload  # as a prompt or a real answer, and as a model's answer
+    assert escape_control(NAME) in shown
     assert "unknown role" in shown
     assert not CONTROLS.search(html)
 
@@ -141,14 +141,14 @@ def test_a_terminal_gets_no_orders(
     for payload in TERMINAL:
         screen = io.StringIO()
         monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=10_000))
-        progress.say(f"the model says {payload} [bold]and[/bold] [link=http://x]this[/link]")
+        logging.info(f"the model says {payload} [bold]and[/bold] [link=http://x]this[/link]")
         assert not CONTROLS.search(screen.getvalue().replace("\n", "")), payload
         assert "[bold]and[/bold]" in screen.getvalue()
     print_status(Results(hostile.root))
     assert "\x1b[31m" not in capsys.readouterr().out
 
     def refuse() -> None:
-        raise Refused("data: " + "".join(TERMINAL))
+        raise UserError("data: " + "".join(TERMINAL))
 
     monkeypatch.setattr("sparring.cli.app", refuse)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where colours are not stripped again

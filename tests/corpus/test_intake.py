@@ -104,7 +104,7 @@ def test_the_control_that_without_the_filter_nothing_is_refused(
     if not (task / "model" / file).is_file():
         (task / "model" / file).write_text("{}")
     edit_json(task / "model", file, **change)
-    monkeypatch.setattr("sparring.model.load.refuse_orders", lambda *_: None)
+    monkeypatch.setattr("sparring.model.load.refuse_unsafe_settings", lambda *_: None)
     check_model_folder(task / "model")
 
 
@@ -191,7 +191,7 @@ print(f"{len(commands)} commands done")
 """
 
 
-def guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
+def guarded_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process that reports what it would connect to; in a network namespace of its own where that is allowed."""
     unshare = shutil.which("unshare")
     is_allowed = unshare is not None and subprocess.run([unshare, "-rn", "true"], check=False).returncode == 0
@@ -205,7 +205,7 @@ def guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> None:
     """In a namespace without a network, with secrets in the environment."""
-    control = guarded("control")
+    control = guarded_process("control")
     assert "OUTBOUND socket.connect" in control.stderr and "unreachable" in control.stderr
     assert "LISTENS ('0.0.0.0', 0)" in control.stderr
     run = task / "run"
@@ -217,7 +217,7 @@ def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> Non
         f"export {run} {task / 'pairs'} --pairs",
         f"push {task / 'out'} me/it",  # a dry run
     )
-    result = guarded(" ; ".join(commands))
+    result = guarded_process(" ; ".join(commands))
     assert result.returncode == 0 and "6 commands done" in result.stdout, result.stderr
     said = result.stdout + result.stderr
     assert "OUTBOUND" not in said and "LISTENS" not in said

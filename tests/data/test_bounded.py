@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import sparring.data.bounded as bounded
-from sparring.data.bounded import BoundedProcess, UsedUp
+from sparring.data.bounded import BoundedProcess, LimitExceeded
 from sparring.data.render import Renderer
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_tokenizer
 from sparring.types import Message
 
@@ -40,7 +40,7 @@ BOMBS = {
 def test_a_bomb_is_refused(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 0)  # the kernel counts whole ones, and one is added
     before = resource.getrusage(resource.RUSAGE_SELF)
-    with pytest.raises(Refused, match=r"data\.template: the chat template (used up|refuses it)") as refused:
+    with pytest.raises(UserError, match=r"data\.template: the chat template (used up|refuses it)") as refused:
         Renderer(load_tokenizer(tiny / "model"), template=BOMBS[name], end_token=None, max_length=64, max_response=None)
     assert len(str(refused.value)) < 1000
     del refused  # whose frames hold the renderer
@@ -59,7 +59,7 @@ def test_a_template_that_turns_on_its_hundredth_row_is_stopped_there(
     tokenizer = load_tokenizer(tiny / "model")
     renderer = Renderer(tokenizer, template=turns_bad, end_token=None, max_length=64, max_response=None)
     assert [renderer._apply(TURNS) for _ in range(100)] == ["ok<|end|>"] * 100
-    with pytest.raises(Refused, match="used up"):
+    with pytest.raises(UserError, match="used up"):
         renderer._apply([Message(role="user", content="bad")])
 
 
@@ -85,7 +85,7 @@ def test_a_tokenizer_s_regular_expression_is_bounded(
     renderer = Renderer(split_by(RUNS_AWAY), template="{prompt}", end_token=None, max_length=64, max_response=None)
     assert renderer._tokens("ab") == [0, 1]
     began = time.process_time()
-    with pytest.raises(Refused, match=rf"the tokenizer in a folder {says}.*tokenizer\.json"):
+    with pytest.raises(UserError, match=rf"the tokenizer in a folder {says}.*tokenizer\.json"):
         renderer._tokens(text)
     assert time.process_time() - began < 1, "of this process"
     assert "panicked" not in capfd.readouterr().err
@@ -112,7 +112,7 @@ def test_the_child_ends_with_us_and_does_not_hold_the_lock(tmp_path: Path) -> No
     process.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process.child, 0)
-    with pytest.raises(UsedUp):
+    with pytest.raises(LimitExceeded):
         process("twice", "?")
     reader, writer = os.pipe()
     owner = os.fork()

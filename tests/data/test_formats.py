@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparring.data.formats import detect_shape, examples, prompt_key, renamed
+from sparring.data.formats import detect_format, examples, prompt_key, renamed
 from sparring.data.read import BadRow, read_rows
-from sparring.errors import Refused
+from sparring.errors import UserError
 
 Q, A = "What is 2+2?", "4"
 
 
 def turns(row: Mapping[str, object], which: str = "last", **settings: object) -> list[list[tuple[str, str]]]:
     columns = settings.pop("columns", {})
-    shape = detect_shape(row, columns, settings.pop("split_on", None), "rows")  # type: ignore[arg-type]
+    shape = detect_format(row, columns, settings.pop("split_on", None), "rows")  # type: ignore[arg-type]
     found = examples(renamed(row, columns), 1, shape, which)  # type: ignore[arg-type]
     return [[(m["role"], m["content"]) for m in example.messages] for example in found]
 
@@ -85,7 +85,7 @@ def test_shapes(row: Mapping[str, object], expected: list[tuple[str, str]]) -> N
 )
 def test_the_worse_answer_of_a_pair(rejected: object, expected: str | None) -> None:
     row = {"prompt": Q, "chosen": A, "rejected": rejected}
-    (example,) = examples(row, 1, detect_shape(row, {}, None, "rows"), "last")
+    (example,) = examples(row, 1, detect_format(row, {}, None, "rows"), "last")
     assert example.rejected == expected
 
 
@@ -129,7 +129,7 @@ def test_text_is_split_by_rule() -> None:
     assert turns({"text": "Q: a\nA: b"}, split_on="\nA:")[0] == [("user", "Q: a"), ("assistant", "\nA: b")]
     with pytest.raises(BadRow, match="no place to split"):
         turns({"text": "nothing here"}, split_on="sentence")
-    with pytest.raises(Refused, match=r"set data\.split_on"):
+    with pytest.raises(UserError, match=r"set data\.split_on"):
         turns({"text": text})
 
 
@@ -137,14 +137,14 @@ def test_columns_are_mapped() -> None:
     row = {"q": Q, "a": A, "text": "something else"}
     assert turns(row, columns={"question": "q", "answer": "a"}) == [ONE]
     assert turns({"story": "A b. C d."}, columns={"text": "story"}, split_on="sentence")[0][0] == ("user", "A b.")
-    with pytest.raises(Refused, match="has no column 'x'; it has q, a"):
+    with pytest.raises(UserError, match="has no column 'x'; it has q, a"):
         turns({"q": Q, "a": A}, columns={"question": "x"})
-    with pytest.raises(Refused, match="'quest' is none of"):
+    with pytest.raises(UserError, match="'quest' is none of"):
         turns({"q": Q, "a": A}, columns={"quest": "q"})
 
 
 def test_unknown_columns_are_refused_with_what_would_do() -> None:
-    with pytest.raises(Refused, match=r"\(foo, bar\) are none of: messages; .*question \+ answer.*data\.columns"):
+    with pytest.raises(UserError, match=r"\(foo, bar\) are none of: messages; .*question \+ answer.*data\.columns"):
         turns({"foo": 1, "bar": 2})
 
 
@@ -180,7 +180,7 @@ def test_broken_rows_say_why(row: Mapping[str, object], reason: str) -> None:
 
 
 def test_ids_are_of_the_content() -> None:
-    shape = detect_shape({"question": Q, "answer": A}, {}, None, "rows")
+    shape = detect_format({"question": Q, "answer": A}, {}, None, "rows")
     first = examples({"question": Q, "answer": A}, 1, shape, "last")[0]
     moved = examples({"answer": A, "question": Q, "extra": 1}, 99, shape, "last")[0]
     other = examples({"question": Q, "answer": "5"}, 1, shape, "last")[0]
@@ -208,7 +208,7 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     DatasetDict({"train_sft": Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
     assert list(read_rows(str(tmp_path / "plain"))) == list(enumerate(rows, start=1))
     assert list(read_rows(str(tmp_path / "splits"), "train_sft")) == list(enumerate(rows, start=1))
-    with pytest.raises(Refused, match="has the splits train_sft, not 'train'"):
+    with pytest.raises(UserError, match="has the splits train_sft, not 'train'"):
         read_rows(str(tmp_path / "splits"))
 
 
@@ -237,10 +237,10 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, m
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_text(content)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         list(read_rows(str(tmp_path / name)))
 
 
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=f"there is no file {tmp_path}/rows.jsonl"):
+    with pytest.raises(UserError, match=f"there is no file {tmp_path}/rows.jsonl"):
         read_rows(str(tmp_path / "rows.jsonl"))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparring.data.read import BadRow
 from sparring.data.render import Renderer
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.types import Example, Message, Rendered
 
 SPECIAL = [
@@ -170,7 +170,7 @@ def test_a_template_that_does_not_keep_the_prefix_is_refused_row_by_row(tokenize
 
 
 def test_templates_are_sandboxed(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(Refused, match=r"data\.template"):
+    with pytest.raises(UserError, match=r"data\.template"):
         renderer(tokenizer, "{{ ''.__class__.__mro__ }}{{ messages }}")
 
 
@@ -221,16 +221,16 @@ def test_the_answer_gets_all_the_room_that_the_prompt_leaves(tokenizer: PreTrain
 
 
 def test_settings_that_cannot_work_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(Refused, match="no chat template, so give a text"):
+    with pytest.raises(UserError, match="no chat template, so give a text"):
         renderer(tokenizer, None)
-    with pytest.raises(Refused, match="does not say where the {prompt} goes"):
+    with pytest.raises(UserError, match="does not say where the {prompt} goes"):
         renderer(tokenizer, "### Response:")
-    with pytest.raises(Refused, match="no token '<nope>'"):
+    with pytest.raises(UserError, match="no token '<nope>'"):
         renderer(tokenizer, CHATML, end_token="<nope>")
     render = renderer(tokenizer, "{prompt}", end_token="<s>")
     assert render(example()).real_ids[-1] == 1, "an end token of the recipe's own choice"
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(Refused, match="end token"):
+    with pytest.raises(UserError, match="end token"):
         renderer(bare, "{prompt}")
 
 

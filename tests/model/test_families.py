@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparring.commands.demo import END, PAD, SPECIAL, make_tokenizer, problems
 from sparring.data.render import Renderer
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import load_model, load_tokenizer, save_model
 from sparring.model.logprobs import Scorer, score_groups, sequence_logprobs
 from sparring.model.lora import train_adapter
 from sparring.objectives import Spin
 from sparring.stages.generate.hf import HfBackend
-from sparring.stages.train.loop import Play, forward_backward, prove_same_model
+from sparring.stages.train.loop import TrainingExample, forward_backward, check_policy_equals_opponent
 from sparring.types import Example, Group, Message, Prompt
 
 CPU = torch.device("cpu")
@@ -135,11 +135,11 @@ def test_the_core_of_the_loop(folder: Path) -> None:
             expected = sequence_logprobs(logits, ids, is_response).item()
             assert scores[role][index].item() == pytest.approx(expected, abs=2e-4), (role, index)
 
-    plays = [Play(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
+    plays = [TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
     metrics = forward_backward(scorer, Spin(), plays, 256)
-    prove_same_model(Spin(), metrics, "float32")
+    check_policy_equals_opponent(Spin(), metrics, "float32")
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-4)
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -167,14 +167,14 @@ def test_a_frozen_base_in_bfloat16_with_an_adapter(folder: Path) -> None:
     scores = score_groups(Scorer(model, torch.bfloat16), groups, 256)
     targets: object = "all-linear"
     if model.config.model_type == "mamba":  # peft refuses its out_proj, and so do we
-        with pytest.raises(Refused, match="adapter: .*out_proj"):
+        with pytest.raises(UserError, match="adapter: .*out_proj"):
             train_adapter(model, {"r": 4, "target_modules": targets}, seed=0)
         model, targets = load_model(folder, dtype=torch.bfloat16, device=CPU), ["in_proj", "x_proj"]
     train_adapter(model, {"r": 4, "target_modules": targets}, seed=0)
     scorer = Scorer(model.train(), torch.bfloat16)
-    plays = [Play(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
+    plays = [TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
     metrics = forward_backward(scorer, Spin(), plays, 256)
-    prove_same_model(Spin(), metrics, "bfloat16")
+    check_policy_equals_opponent(Spin(), metrics, "bfloat16")
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     torch.optim.SGD(trained, lr=1.0).step()

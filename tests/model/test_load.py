@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.load import declared_end_ids, load_model, load_tokenizer, resolve_model, save_successor
 
 CPU = torch.device("cpu")
@@ -59,19 +59,19 @@ def test_what_is_not_there_is_refused(name: str, message: str, monkeypatch: pyte
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         resolve_model(name)
 
 
 def test_broken_folders_are_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(Refused, match="the tokenizer in .* cannot be loaded"):
+    with pytest.raises(UserError, match="the tokenizer in .* cannot be loaded"):
         load_tokenizer(folder)
     (folder / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_model(folder, dtype=torch.float32, device=CPU)
     (folder / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_model(folder, dtype=torch.float32, device=CPU)
 
 
@@ -81,6 +81,6 @@ def test_code_in_a_model_folder_is_not_run(folder: Path, tmp_path: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         load_model(folder, dtype=torch.float32, device=CPU)
     assert not marker.exists()

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.model.kernels import chunked, linear_logprob
 from sparring.model.logprobs import Scorer, score_groups, sequence_logprobs
-from sparring.model.packing import padded_rows
+from sparring.model.packing import pack_padded
 from sparring.types import Group
 
 VOCAB = 61
@@ -91,7 +91,7 @@ def plain(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> f
 def test_equals_a_plain_forward(family: str) -> None:
     model = make(FAMILIES[family])
     groups = make_groups()
-    scores = score_groups(Scorer(model), groups, token_budget=100)
+    scores = score_groups(Scorer(model), groups, micro_batch_tokens=100)
     for index, group in enumerate(groups):
         for role, responses in group.responses.items():
             for ours, response in zip(np.atleast_1d(scores[role][index]), responses, strict=True):
@@ -109,7 +109,7 @@ def test_hand_computed_shift() -> None:
 
 def test_layout_scores_each_response_token_from_the_position_before() -> None:
     group = Group("a", np.array([5, 6, 7], dtype=np.int32), {"real": (np.array([8, 9, 1], dtype=np.int32),)})
-    layout = padded_rows([group])
+    layout = pack_padded([group])
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 1]]
     assert layout.positions.tolist() == [2, 3, 4]
     assert layout.targets.tolist() == [8, 9, 1]
@@ -164,7 +164,7 @@ def test_micro_batches_do_not_change_scores(llama: PreTrainedModel, budget: int)
 
 
 def test_blocks_of_the_head_change_nothing(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = padded_rows(make_groups())
+    layout = pack_padded(make_groups())
 
     def gradients() -> list[torch.Tensor]:
         llama.zero_grad()
@@ -181,7 +181,7 @@ def test_blocks_of_the_head_change_nothing(llama: PreTrainedModel, monkeypatch: 
 
 def test_no_logits_are_kept_where_memory_was_asked_for(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradient checkpointing the head computes its logits again too; the gradient is the same."""
-    layout = padded_rows(make_groups())
+    layout = pack_padded(make_groups())
     kept: list[int] = []
     blocks = chunked._blocks
 
@@ -217,7 +217,7 @@ def test_an_unknown_head_is_refused() -> None:
         return output
 
     model.forward = twisted  # type: ignore[method-assign]
-    with pytest.raises(Refused, match="does something between its hidden states and its logits"):
+    with pytest.raises(UserError, match="does something between its hidden states and its logits"):
         Scorer(model)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model, resolve_model, save_merged, save_successor
 from sparring.model.lora import BASE, CONFIG, WEIGHTS, train_adapter
@@ -71,7 +71,7 @@ def test_the_opponent_is_the_adapter_before(played: RunDir) -> None:
         opponent = Iteration(played, Results(played.root).recipe, t).opponent
         assert opponent == played.model(t - 1)
         for stage in ("generate", "score", "train"):
-            reads = read_manifest(played.stage(t, stage)).reads
+            input_digests = read_manifest(played.stage(t, stage)).input_digests
             assert reads[f"iter-{t - 1:02d}/train/model"] == played.digest(opponent)
     outputs = [logits(load_model(played.model(t), dtype=torch.float32, device=CPU)) for t in range(3)]
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
@@ -171,27 +171,27 @@ def test_merged_in_each_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> No
 
 def test_what_cannot_be_is_refused(played: RunDir, tiny: Path, tmp_path: Path) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-    with pytest.raises(Refused, match="adapter: Target modules .*no_such"):
+    with pytest.raises(UserError, match="adapter: Target modules .*no_such"):
         train_adapter(model, {"target_modules": ["no_such"]}, seed=0)
     for target in ("lm_head", "embed_tokens"):
         model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-        with pytest.raises(Refused, match="output head cannot have an adapter"):
+        with pytest.raises(UserError, match="output head cannot have an adapter"):
             train_adapter(model, {"target_modules": [target, "q_proj"]}, seed=0)
-    with pytest.raises(Refused, match="is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it"):
+    with pytest.raises(UserError, match="is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it"):
         resolve_model(str(played.model(0)))
     copy = shutil.copytree(played.model(0), tmp_path / "copy")
     weights = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_model(copy, dtype=torch.float32, device=CPU)
     from safetensors.torch import load_file, save_file
 
     (copy / WEIGHTS).write_bytes(weights)
     kept = load_file(copy / WEIGHTS)
     save_file(dict(list(kept.items())[1:]), copy / WEIGHTS)
-    with pytest.raises(Refused, match="does not fit its base"):
+    with pytest.raises(UserError, match="does not fit its base"):
         load_model(copy, dtype=torch.float32, device=CPU)
     text = (copy / CONFIG).read_text().replace(str(tiny), "/nowhere")
     (copy / CONFIG).write_text(text)
-    with pytest.raises(Refused, match="is an adapter of /nowhere/model, which is not there"):
+    with pytest.raises(UserError, match="is an adapter of /nowhere/model, which is not there"):
         load_model(copy, dtype=torch.float32, device=CPU)

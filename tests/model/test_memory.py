@@ -11,12 +11,12 @@ import torch
 
 import sparring.stages.score
 import sparring.stages.train.loop
-from sparring.errors import Stopped
+from sparring.errors import RunError
 from sparring.loop import play
 from sparring.model.logprobs import Scorer
-from sparring.model.memory import find_budget, tokens_at_a_time, where_to_look
-from sparring.model.packing import Layout
-from sparring.parallel.distributed import smaller_budget
+from sparring.model.memory import find_micro_batch_tokens, inference_micro_batch_tokens, search_range
+from sparring.model.packing import PackedBatch
+from sparring.parallel.distributed import halve_micro_batch_tokens
 from sparring.recipe.schema import Recipe
 from sparring.run.rundir import RunDir
 
@@ -29,7 +29,7 @@ class SmallMemory(Scorer):
 
     tokens = 300
 
-    def forward(self, layout: Layout) -> torch.Tensor:
+    def forward(self, layout: PackedBatch) -> torch.Tensor:
         if layout.computed_tokens > self.tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return super().forward(layout)
@@ -45,7 +45,7 @@ def test_a_step_that_runs_out_of_memory_begins_anew_in_smaller_pieces(
     small = play(recipe, tmp_path / "small")
     assert "memory ran out at 2,000 tokens at a time; going on with 1,000" in capsys.readouterr().err
     for t in range(2):
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "grad_norm"):
             values = [
                 [json.loads(line)[name] for line in (run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()]
                 for run in (plain, small)
@@ -58,19 +58,19 @@ def test_a_single_group_that_does_not_fit_stops_with_a_remedy(
 ) -> None:
     monkeypatch.setattr(sparring.stages.train.loop, "Scorer", SmallMemory)
     monkeypatch.setattr(SmallMemory, "tokens", 10)
-    with pytest.raises(Stopped, match=r"single prompt and its answers .* train.max_length"):
+    with pytest.raises(RunError, match=r"single prompt and its answers .* train.max_length"):
         play(make_recipe("tspin", iterations=1), tmp_path / "run")
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        smaller_budget(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1000, 10)
+        halve_micro_batch_tokens(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1000, 10)
 
 
 @pytest.fixture
 def looks_from_128(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search of a GPU, on a small scale: 128 tokens at first, 4,096 at the most."""
-    monkeypatch.setattr(sparring.stages.train.loop, "where_to_look", lambda device, per_token: (128, 4096))
+    monkeypatch.setattr(sparring.stages.train.loop, "search_range", lambda device, per_token: (128, 4096))
 
 
 def budget_of(run: RunDir, index: int) -> int:
@@ -84,7 +84,7 @@ def test_auto_finds_the_largest_budget_that_memory_holds(
 ) -> None:
     """It grows to what fits, halves where the start does not, and ends where a step has no more tokens. The model is,
     byte by byte, that of a recipe which names the budget: the attempts leave nothing behind."""
-    limits = {"data": {"max_rejected": 1.0}, "train": {"max_length": 40, "epochs": 1}, "evaluate": {"held_out": False}}
+    limits = {"data": {"max_skipped": 1.0}, "train": {"max_length": 40, "epochs": 1}, "evaluate": {"held_out": False}}
     limits["evaluate"]["checker"] = None  # type: ignore[assignment]
     monkeypatch.setattr(sparring.stages.train.loop, "Scorer", SmallMemory)
     monkeypatch.setattr(SmallMemory, "tokens", memory)
@@ -112,10 +112,10 @@ def test_a_budget_that_was_found_is_kept_when_the_run_goes_on(
         real(*arguments)  # type: ignore[arg-type]
         calls.append(1)
         if len(calls) == 2:
-            raise Stopped("here")
+            raise RunError("here")
 
     monkeypatch.setattr(sparring.stages.train.loop, "save_checkpoint", stops)
-    with pytest.raises(Stopped, match="here"):
+    with pytest.raises(RunError, match="here"):
         play(recipe, tmp_path / "run")
     monkeypatch.setattr(sparring.stages.train.loop, "save_checkpoint", real)
     monkeypatch.setattr(SmallMemory, "tokens", 10**6)
@@ -137,26 +137,26 @@ def test_the_search_for_a_budget() -> None:
             if budget > memory:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        return find_budget(attempt, start, ceiling, largest), tried
+        return find_micro_batch_tokens(attempt, start, ceiling, largest), tried
 
     assert search(300) == (256, [64, 128, 256, 512])
     assert search(10**6) == (512, [64, 128, 256, 512])
     assert search(40) == (32, [64, 32]), "what was too much is not tried again"
     assert search(25) == (20, [64, 32, 20])
-    with pytest.raises(Stopped, match=r"single prompt and its answers \(20 tokens\)"):
+    with pytest.raises(RunError, match=r"single prompt and its answers \(20 tokens\)"):
         search(19)
 
     def broken(budget: int) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        find_budget(broken, 64, 1000, 20)
+        find_micro_batch_tokens(broken, 64, 1000, 20)
 
 
 def test_auto_on_a_cpu_bounds_what_activations_take() -> None:
-    assert where_to_look(CPU, 10_000) == (4096, 4096)
-    assert where_to_look(CPU, 2**18) == (1024, 1024)
-    assert where_to_look(CPU, 10**12) == (512, 512)
-    start, ceiling = where_to_look(torch.device("cuda"), 10**12)
+    assert search_range(CPU, 10_000) == (4096, 4096)
+    assert search_range(CPU, 2**18) == (1024, 1024)
+    assert search_range(CPU, 10**12) == (512, 512)
+    start, ceiling = search_range(torch.device("cuda"), 10**12)
     assert start < ceiling
-    assert tokens_at_a_time("auto", CPU) == 4096 and tokens_at_a_time(100, CPU) == 100
+    assert inference_micro_batch_tokens("auto", CPU) == 4096 and inference_micro_batch_tokens(100, CPU) == 100

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from sparring.model import attention
 from sparring.model.logprobs import Scorer
 from sparring.model.packing import (
-    arrange,
+    pack,
     group_tokens,
     micro_batches,
-    padded_rows,
+    pack_padded,
     responses_of,
     row_tokens,
-    shared_row,
+    pack_shared,
 )
 from sparring.types import Group
 
@@ -69,7 +69,7 @@ def test_shared_micro_batches_are_a_partition_within_budget(sizes: list[tuple[in
 @given(sizes=sizes)
 def test_padded_rows_hold_every_token_once_per_response(sizes: list[tuple[int, int, int]]) -> None:
     groups = [group(str(i), p, r, [g, r + 1]) for i, (p, r, g) in enumerate(sizes)]
-    layout = padded_rows(groups)
+    layout = pack_padded(groups)
     assert layout.computed_tokens == sum(3 * p + 2 * r + 1 + g for p, r, g in sizes)
     assert layout.num_tokens.tolist() == [n for _, r, g in sizes for n in (r, g, r + 1)]
     assert len(layout.targets) == int(layout.num_tokens.sum())
@@ -78,11 +78,11 @@ def test_padded_rows_hold_every_token_once_per_response(sizes: list[tuple[int, i
 @given(sizes=sizes)
 def test_a_shared_row_holds_every_prompt_once(sizes: list[tuple[int, int, int]]) -> None:
     groups = [group(str(i), p, r, [g, r + 1]) for i, (p, r, g) in enumerate(sizes)]
-    layout = shared_row(groups)
+    layout = pack_shared(groups)
     assert layout.computed_tokens == sum(p + 2 * r + 1 + g for p, r, g in sizes)
     assert layout.input_ids.shape == (1, layout.computed_tokens), "one row, no padding"
-    assert layout.num_tokens.tolist() == padded_rows(groups).num_tokens.tolist()
-    assert layout.targets.tolist() == padded_rows(groups).targets.tolist()
+    assert layout.num_tokens.tolist() == pack_padded(groups).num_tokens.tolist()
+    assert layout.targets.tolist() == pack_padded(groups).targets.tolist()
 
 
 def test_a_shared_row_by_hand() -> None:
@@ -91,7 +91,7 @@ def test_a_shared_row_by_hand() -> None:
         Group("a", ids[0], {"real": (ids[1],), "generated": (ids[2],)}),
         Group("b", ids[3], {"real": (ids[4],), "generated": (ids[5],)}),
     ]
-    layout = shared_row(groups)
+    layout = pack_shared(groups)
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 7, 3, 4, 4, 2]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1]], "a response starts where its prompt ends"
     assert layout.targets.tolist() == [7, 8, 9, 7, 4, 4, 2]
@@ -102,7 +102,7 @@ def test_a_shared_row_by_hand() -> None:
 def test_equal_answers_are_computed_once() -> None:
     answer, other, prompt = (np.array(x, dtype=np.int32) for x in ([7, 8], [7, 9, 9], [5, 6]))
     groups = [Group("a", prompt, {"real": (answer,), "generated": (other, answer.copy()), "proto": (answer,)})]
-    layout = shared_row(groups)
+    layout = pack_shared(groups)
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 9]]
     assert layout.which.tolist() == [0, 1, 0, 0]
     assert layout.num_tokens.tolist() == [2, 3, 2, 2]
@@ -111,12 +111,12 @@ def test_equal_answers_are_computed_once() -> None:
 
 def test_values_go_back_to_their_roles() -> None:
     groups = [group("a", 2, 3, [1, 4]), group("b", 1, 1, [2, 2])]
-    scores = padded_rows(groups).scores(torch.arange(6.0))
+    scores = pack_padded(groups).scores(torch.arange(6.0))
     assert scores["real"].tolist() == [0, 3]
     assert scores["generated"].tolist() == [[1, 2], [4, 5]]
 
 
-@pytest.mark.parametrize("rows", [padded_rows, shared_row])
+@pytest.mark.parametrize("rows", [pack_padded, pack_shared])
 def test_groups_of_other_shapes_are_an_error(rows: object) -> None:
     with pytest.raises(ValueError, match="other responses"):
         rows([group("a", 2, 3, [1]), group("b", 1, 1, [2, 2])])  # type: ignore[operator]
@@ -157,7 +157,7 @@ def values_and_gradients(scorer: Scorer, groups: list[Group], batches: list[list
     scorer.zero_grad()
     values: list[torch.Tensor] = [torch.empty(0)] * len(groups)
     for batch in batches:
-        logprobs = scorer(arrange(scorer.kind, [groups[i] for i in batch])).reshape(len(batch), -1)
+        logprobs = scorer(pack(scorer.kind, [groups[i] for i in batch])).reshape(len(batch), -1)
         (logprobs * torch.tensor([1.0, -0.5, 0.25, -2.0])[: logprobs.shape[1]]).sum().backward()
         for i, row in zip(batch, logprobs.detach(), strict=True):
             values[i] = row
@@ -215,7 +215,7 @@ def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shared, "is_flex", True)
     monkeypatch.setattr(attention, "by_pieces", None)
     with torch.no_grad():
-        torch.testing.assert_close(shared(shared_row(groups)), padded(padded_rows(groups)), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(shared(pack_shared(groups)), padded(pack_padded(groups)), atol=1e-4, rtol=1e-5)
 
 
 def test_plain_products_take_values_of_another_width() -> None:
@@ -254,7 +254,7 @@ def test_bfloat16_is_as_near_to_float32_as_with_torch_s_attention(monkeypatch: p
 
 def test_gradient_checkpointing_recomputes_the_shared_row() -> None:
     groups = [group("a", 5, 7, [3, 4]), group("b", 2, 3, [9, 1])]
-    layout = shared_row(groups)
+    layout = pack_shared(groups)
 
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)

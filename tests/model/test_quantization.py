@@ -19,7 +19,7 @@ import sparring.model.quantization
 from sparring.commands.doctor import examine
 from sparring.commands.export import export_model
 from sparring.commands.forecast import forecast
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model, resolve_model, save_successor
 from sparring.model.lora import CONFIG, WEIGHTS, train_adapter
@@ -120,7 +120,7 @@ def test_the_same_run_gives_the_same_bytes(runs: dict[str, RunDir]) -> None:
 
 def test_another_base_is_found_by_the_proof(tiny: Path, runs: dict[str, RunDir], tmp_path: Path) -> None:
     """A control: an iteration that was scored on the original weights does not pass."""
-    from sparring.errors import Stopped
+    from sparring.errors import RunError
     from sparring.run.iteration import Iteration
     from sparring.stages.score import score
     from sparring.stages.train.loop import train
@@ -131,7 +131,7 @@ def test_another_base_is_found_by_the_proof(tiny: Path, runs: dict[str, RunDir],
     recipe = Results(run.root).recipe
     plain = recipe.model_copy(update={"adapter": Adapter(r=4, lora_alpha=8)})
     score(Iteration(run, plain, 1))
-    with pytest.raises(Stopped, match="before the first update the policy should be its opponent"):
+    with pytest.raises(RunError, match="before the first update the policy should be its opponent"):
         train(Iteration(run, recipe, 1))
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_is_refused(
     recipe = make_recipe(adapter=ADAPTER)
     assert any(f"bitsandbytes {version('bitsandbytes')}" in finding.text for finding in examine(recipe))
     monkeypatch.setattr(sparring.model.quantization, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match=r"bitsandbytes is not installed; pip install 'sparring\[4bit\]'"):
+    with pytest.raises(UserError, match=r"bitsandbytes is not installed; pip install 'sparring\[4bit\]'"):
         play(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing is left in the way"
     assert any(finding.level == "bad" and "pip install" in finding.text for finding in examine(recipe))
@@ -191,14 +191,14 @@ def test_a_device_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)
-    with pytest.raises(Refused, match="bitsandbytes does not run on cpu: RuntimeError: no kernel image.*leave adapter"):
+    with pytest.raises(UserError, match="bitsandbytes does not run on cpu: RuntimeError: no kernel image.*leave adapter"):
         refuse_without_4bit(CPU)
 
 
 def test_weights_that_are_stored_quantized_are_refused(tiny: Path, tmp_path: Path) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU, in_4bit=True)
     save_successor(model, tiny / "model", tmp_path / "model")
-    with pytest.raises(Refused, match="are stored quantized; give the original weights, and adapter.load_in_4bit"):
+    with pytest.raises(UserError, match="are stored quantized; give the original weights, and adapter.load_in_4bit"):
         resolve_model(str(tmp_path / "model"))
 
 

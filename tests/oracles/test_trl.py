@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from sparring.commands.demo import make_model, problems
 from sparring.model.load import load_tokenizer
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import arrange
+from sparring.model.packing import pack
 from sparring.objectives import ChiSquare, Dpo, Sipo, Space, Spin, Ssimpo, Tspin
 from sparring.types import Group, Objective, Role, TokenIds
 
@@ -140,7 +140,7 @@ def ours(
 ) -> tuple[float, dict[str, Tensor]]:
     """The same through our scorer and objective."""
     scorer = Scorer(policy)
-    layout = arrange(scorer.kind, groups)
+    layout = pack(scorer.kind, groups)
     with torch.no_grad():
         against = layout.scores(Scorer(opponent)(layout))
     policy.zero_grad()

@@ -22,22 +22,22 @@ from sparring.model.logprobs import Scorer
 from sparring.model.packing import Kind, group_tokens
 from sparring.objectives import Spin
 from sparring.parallel import distributed
-from sparring.stages.train.loop import Play, forward_backward
+from sparring.stages.train.loop import TrainingExample, forward_backward
 from sparring.types import Group
 
 BATCH = 16
 ARMS: list[tuple[Kind, int]] = [("shared", 1), ("shared", 8), ("padded", 1), ("padded", 8)]
-"""Layout, and about how many micro-batches a rank of one cuts a step into."""
+"""PackedBatch, and about how many micro-batches a rank of one cuts a step into."""
 
 
-def make_plays(vocab: int, count: int = 64) -> list[Play]:
+def make_plays(vocab: int, count: int = 64) -> list[TrainingExample]:
     random = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:
         return random.integers(4, vocab, random.integers(2, 14)).astype(np.int32)
 
     return [
-        Play(
+        TrainingExample(
             Group(str(i), tokens(), {"real": (tokens(),), "generated": (tokens(),)}),
             {"real": np.array(-30.0, dtype=np.float32), "generated": np.array([-31.0], dtype=np.float32)},
         )
@@ -45,7 +45,7 @@ def make_plays(vocab: int, count: int = 64) -> list[Play]:
     ]
 
 
-def begin(folder: Path, kind: Kind) -> tuple[torch.nn.Module, list[Play], Scorer, Any, Any]:
+def begin(folder: Path, kind: Kind) -> tuple[torch.nn.Module, list[TrainingExample], Scorer, Any, Any]:
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
     plays = make_plays(model.config.vocab_size)
     scorer, size = Scorer(model, kind=kind), sum(p.numel() for p in model.parameters())

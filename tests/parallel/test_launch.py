@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sparring.errors import Refused, Stopped
-from sparring.loop import play, settle
+from sparring.errors import UserError, RunError
+from sparring.loop import play, check_settings
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.rundir import RunDir
-from sparring.stages.generate import engine_of, generate
-from sparring.stages.generate.vllm import devices_of
-from sparring.stages.launch import on_ranks
+from sparring.stages.generate import backend_factory, generate
+from sparring.stages.generate.vllm import devices_for_rank
+from sparring.stages.launch import run_on_ranks
 from sparring.stages.prepare import prepare
 
 # 48 rows: 576 answers, two parts
@@ -25,7 +25,7 @@ SETTINGS = {"samples": 12, "max_new_tokens": 3}
 def make_iteration(recipe: Recipe, folder: Path) -> Iteration:
     run = RunDir(folder)
     run.root.mkdir()
-    settle(run, recipe)
+    check_settings(run, recipe)
     prepare(run, recipe)
     return Iteration(run, recipe, 0)
 
@@ -35,20 +35,20 @@ def test_two_processes_draw_the_parts_that_one_would(
 ) -> None:
     recipe = make_recipe("space", generate=SETTINGS, threads=1)
     alone = make_iteration(recipe, tmp_path / "alone")
-    generate(alone, engine_of(alone))
+    generate(alone, backend_factory(alone))
     shared = make_iteration(recipe.model_copy(update={"launch": "torchrun", "processes": 2}), tmp_path / "shared")
     monkeypatch.setenv("SPARRING_FAIL_AT", "before-part")
     with pytest.raises(
-        Stopped, match=r"generate of iteration 0 ended .* rank . ended with status 137.* the same command continues"
+        RunError, match=r"generate of iteration 0 ended .* rank . ended with status 137.* the same command continues"
     ):
-        on_ranks(shared, "generate")
+        run_on_ranks(shared, "generate")
     monkeypatch.delenv("SPARRING_FAIL_AT")
-    on_ranks(shared, "generate")
+    run_on_ranks(shared, "generate")
     stage = shared.stage("generate")
     assert not is_committed(stage), "the processes commit parts; the stage is ours"
 
     few = make_iteration(make_recipe("spin", threads=1, launch="torchrun", processes=2), tmp_path / "few")
-    on_ranks(few, "generate")  # one part: the rank that has none does not keep the other
+    run_on_ranks(few, "generate")  # one part: the rank that has none does not keep the other
 
     def nothing_left(model: Path) -> None:
         raise AssertionError("everything is drawn already")
@@ -70,13 +70,13 @@ def test_a_run_that_a_launcher_started_is_refused(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Refused, match="set 'launch: torchrun'"):
+    with pytest.raises(UserError, match="set 'launch: torchrun'"):
         play(make_recipe("space"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_each_process_s_engine_has_its_own_devices() -> None:
-    assert devices_of({}, 1) is None
-    assert devices_of({"LOCAL_RANK": "1"}, 1) == "1"
-    assert devices_of({"LOCAL_RANK": "1"}, 2) == "2,3"
-    assert devices_of({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2) == "6,7"
+    assert devices_for_rank({}, 1) is None
+    assert devices_for_rank({"LOCAL_RANK": "1"}, 1) == "1"
+    assert devices_for_rank({"LOCAL_RANK": "1"}, 2) == "2,3"
+    assert devices_for_rank({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2) == "6,7"

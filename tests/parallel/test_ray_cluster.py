@@ -23,7 +23,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.rundir import RunDir
 from sparring.stages import launch
-from sparring.stages.launch import on_ranks
+from sparring.stages.launch import run_on_ranks
 
 STEPS = 6  # 48 rows
 SETTINGS: dict[str, Any] = {
@@ -116,4 +116,4 @@ def test_ranks_that_die_again_and_again_end_the_stage(
     monkeypatch.setattr(ranks_on_ray, "RanksOnRay", Dying)
     recipe = make_recipe("sft", launch="ray", address=cluster.address, **SETTINGS)
     with pytest.raises(RankLost, match="ended with status 9"):
-        on_ranks(Iteration(run, recipe, 0), "train")
+        run_on_ranks(Iteration(run, recipe, 0), "train")

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from sparring.errors import Interrupted, Refused, Stopped
-from sparring.loop import play, run_stage, settle
+from sparring.errors import Interrupted, UserError, RunError
+from sparring.loop import play, run_stage, check_settings
 from sparring.parallel import interrupt
-from sparring.recipe.load import own_recipe
+from sparring.recipe.load import seal_recipe
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, replace_file
 from sparring.run.rundir import RunDir
 from sparring.stages import launch
-from sparring.stages.launch import on_ranks
+from sparring.stages.launch import run_on_ranks
 from sparring.stages.prepare import prepare
 from sparring.stages.train.loop import train
 
@@ -37,7 +37,7 @@ def scored(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunDir(tmp_path_factory.mktemp("scored") / "run")
     run.root.mkdir()
     recipe = recipe_for(tiny)
-    settle(run, recipe)
+    check_settings(run, recipe)
     prepare(run, recipe)
     for stage in ("generate", "score"):
         run_stage(Iteration(run, recipe, 0), stage)
@@ -69,7 +69,7 @@ def trainee(scored: Path, tiny: Path, tmp_path: Path) -> Callable[..., Iteration
         if not root.exists():
             shutil.copytree(scored, root)
         run = RunDir(root)
-        replace_file(run.recipe, own_recipe(recipe))
+        replace_file(run.recipe, seal_recipe(recipe))
         return Iteration(run, recipe, 0)
 
     return make
@@ -103,7 +103,7 @@ def test_a_rank_that_dies_ends_the_stage_and_the_same_command_continues(
     if parallel.startswith("zero"):
         pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
     clean = trainee("clean", parallel=parallel)
-    on_ranks(clean, "train")
+    run_on_ranks(clean, "train")
     alone = trainee("alone")
     train(alone)
     for ours, theirs in zip(metrics(clean), metrics(alone), strict=True):
@@ -114,13 +114,13 @@ def test_a_rank_that_dies_ends_the_stage_and_the_same_command_continues(
 
     killed = trainee("killed", parallel=parallel)
     fail_at("train-step-of-rank-1:5")
-    with pytest.raises(Stopped, match=r"train of iteration 0 ended .* rank 1 ended with status 137.* same command"):
-        on_ranks(killed, "train")
+    with pytest.raises(RunError, match=r"train of iteration 0 ended .* rank 1 ended with status 137.* same command"):
+        run_on_ranks(killed, "train")
     fail_at(None)
     work = killed.run.work(killed.stage("train"))
     assert sorted(path.name for path in work.glob("step-*"))[-1] == "step-00000004"
     assert not killed.run.ranks.exists()
-    on_ranks(killed, "train")
+    run_on_ranks(killed, "train")
     assert weights(killed) == weights(clean)
     assert metrics(killed) == metrics(clean)
 
@@ -130,21 +130,21 @@ def test_three_ranks(parallel: str, trainee: Callable[..., Iteration], fail_at: 
     """AdamW, whose step depends on its number; sums of three ranks round in an order that must not change."""
     if parallel.startswith("zero"):
         pytest.importorskip("deepspeed", reason="zero2 and zero3 are DeepSpeed's, which is not installed")
-    settings = {**TRAIN, "epochs": 1, "optimizer": "adamw", "weight_decay": 0.01, "gradient_clipping": 0.5}
+    settings = {**TRAIN, "epochs": 1, "optimizer": "adamw", "weight_decay": 0.01, "max_grad_norm": 0.5}
     clean, killed = (trainee(name, parallel=parallel, processes=3, train=settings) for name in ("clean", "killed"))
-    on_ranks(clean, "train")
+    run_on_ranks(clean, "train")
     fail_at("train-step-of-rank-2:3")
-    with pytest.raises(Stopped, match=r"rank 2 ended with status 137"):
-        on_ranks(killed, "train")
+    with pytest.raises(RunError, match=r"rank 2 ended with status 137"):
+        run_on_ranks(killed, "train")
     fail_at(None)
-    on_ranks(killed, "train")
+    run_on_ranks(killed, "train")
     assert weights(killed) == weights(clean)
     assert metrics(killed) == metrics(clean)
     alone = trainee("alone", train=settings)
     train(alone)
     for ours, theirs in zip(metrics(clean), metrics(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    assert any(line["gradient_norm"] > 0.5 for line in metrics(alone)), "clipping takes part"
+    assert any(line["grad_norm"] > 0.5 for line in metrics(alone)), "clipping takes part"
 
 
 def test_another_number_of_ranks_goes_on_only_when_told_so(
@@ -152,10 +152,10 @@ def test_another_number_of_ranks_goes_on_only_when_told_so(
 ) -> None:
     begun = trainee("run", parallel="fsdp2")
     fail_at("train-step-of-rank-0:5")
-    with pytest.raises(Stopped):
-        on_ranks(begun, "train")
+    with pytest.raises(RunError):
+        run_on_ranks(begun, "train")
     fail_at(None)
-    with pytest.raises(Refused, match=r"by ranks 2 x fsdp2, and this start has 1: .* resume_with_other_ranks=true"):
+    with pytest.raises(UserError, match=r"by ranks 2 x fsdp2, and this start has 1: .* resume_with_other_ranks=true"):
         train(trainee("run"))
     train(trainee("run", resume_with_other_ranks=True))
     alone = trainee("alone")
@@ -177,7 +177,7 @@ def test_the_step_at_hand_is_kept(number: int, trainee: Callable[..., Iteration]
 
     threading.Thread(target=ask, daemon=True).start()
     with interrupt.listening(), pytest.raises(Interrupted, match="the same command continues"):
-        on_ranks(asked, "train")
+        run_on_ranks(asked, "train")
     (kept,) = file.parent.glob("step-*")
     assert int(kept.name[5:]) == file.read_text().count("\n")
 
@@ -197,8 +197,8 @@ def test_a_rank_that_hangs_ends_the_stage(parallel: str, trainee: Callable[..., 
         os.kill(stopped[0], signal.SIGSTOP)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(Stopped, match=r"rank 0 lost another rank, which has died or did not answer in time"):
-        on_ranks(hung, "train")
+    with pytest.raises(RunError, match=r"rank 0 lost another rank, which has died or did not answer in time"):
+        run_on_ranks(hung, "train")
     deadline = time.monotonic() + 60
     while (there := Path(f"/proc/{stopped[0]}").exists()) and time.monotonic() < deadline:
         time.sleep(0.1)  # the kernel takes a moment to clear a killed process away
@@ -240,7 +240,7 @@ def test_memory_that_runs_out_on_one_rank_is_agreed_by_all(
     before = os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{before}")
     small = trainee("small", parallel="fsdp2")
-    on_ranks(small, "train")
+    run_on_ranks(small, "train")
     assert "the ranks of train begin anew with less at a time" in " ".join(capfd.readouterr().err.split())
     monkeypatch.setenv("PYTHONPATH", before)
     alone = trainee("alone")

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.objectives import OBJECTIVES, Dpo, Space, Spin, Tspin
 from sparring.recipe import yaml as strict_yaml
 from sparring.recipe.load import differences, dump_recipe, known_keys, load_recipe, make_recipe
@@ -26,7 +26,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path, text, *overrides)
     return str(caught.value)
 
@@ -42,7 +42,7 @@ iterations: 4
 data: {train: rows.jsonl, held_out: 0.05, columns: {}, template: null, turns: last, limit: null}
 generate: {backend: hf, max_new_tokens: 256, temperature: 1.0, top_p: 1.0, samples: 1}
 train: {optimizer: rmsprop, learning_rate: 5.0e-7, schedule: linear, warmup: 0.1, epochs: 2, batch_size: 64,
-        micro_batch_tokens: auto, max_length: 2048, dtype: bfloat16, gradient_clipping: 1.0}
+        micro_batch_tokens: auto, max_length: 2048, dtype: bfloat16, max_grad_norm: 1.0}
 evaluate: {held_out: true, checker: null, save_best_by: held_out_nll}
 per_iteration: {0: {method.beta: 0.0}}
 seed: 0
@@ -197,7 +197,7 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         value, _ = strict_yaml.parse(text, "text")
         make_recipe(value)
-    except Refused:
+    except UserError:
         pass
 
 

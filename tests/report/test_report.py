@@ -16,11 +16,11 @@ import pytest
 
 import sparring.report
 from sparring.data.tables import read_table
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
-from sparring.report.alarms import alarms, shortcut, tell_apart
+from sparring.report.alarms import alarms, shortcut, classify_by_form
 from sparring.report.bars import time_bars
 from sparring.report.figures import running_mean
 from sparring.report.headline import tiles
@@ -105,7 +105,7 @@ def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: 
     recipe = make_recipe(
         "spin",
         iterations=1,
-        data={"train": str(tmp_path / "rows.jsonl"), "held_out": str(tmp_path / "held.jsonl"), "max_rejected": 1.0},
+        data={"train": str(tmp_path / "rows.jsonl"), "held_out": str(tmp_path / "held.jsonl"), "max_skipped": 1.0},
         generate={"max_new_tokens": 40},
         train={"epochs": 1},
     )
@@ -153,7 +153,7 @@ def test_it_renders_at_every_moment_and_says_what_is_missing(make_recipe: MakeRe
     shutil.rmtree(run.data)
     assert "has not read its data yet" in write_report(RunDir(run.root)).read_text()
     run.recipe.unlink()
-    with pytest.raises(Refused, match="is not a run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         write_report(RunDir(run.root))
 
 
@@ -228,8 +228,8 @@ def test_the_shortcut_classifier_guesses_where_there_is_nothing_to_find() -> Non
             found.append((Rendered(str(row), row, real, real, "stop", "", ""), Generation(str(row), 0, drawn, "stop")))
         return found
 
-    assert 0.42 < tell_apart(pairs(1)) < 0.58
-    assert tell_apart(pairs(3)) > 0.95
+    assert 0.42 < classify_by_form(pairs(1)) < 0.58
+    assert classify_by_form(pairs(3)) > 0.95
 
 
 def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from test_disk import may_mount
 import sparring.report
 from sparring.commands.compare import compare
 from sparring.commands.export import export_model, export_pairs, push
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -44,7 +44,7 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def finish_generation(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     recipe = Recipe.model_validate(
         {
             "model": str(tiny / "model"),
@@ -94,15 +94,15 @@ def test_a_comparison_that_is_killed_goes_on(make_recipe: MakeRecipe, tmp_path: 
 
 
 def test_a_comparison_s_own_settings_are_sealed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    from sparring.commands.compare import keep_settings
+    from sparring.commands.compare import check_comparison_settings
 
     whole = RunDir(tmp_path)
-    keep_settings(whole, make_recipe("spin"))
-    keep_settings(whole, make_recipe("spin"))
+    check_comparison_settings(whole, make_recipe("spin"))
+    check_comparison_settings(whole, make_recipe("spin"))
     file = tmp_path / "comparison.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(Refused, match=r"comparison\.yaml is damaged or was edited"):
-        keep_settings(whole, make_recipe("spin", seed=1))
+    with pytest.raises(UserError, match=r"comparison\.yaml is damaged or was edited"):
+        check_comparison_settings(whole, make_recipe("spin", seed=1))
 
 
 @pytest.mark.parametrize("kind", ["a model", "pairs"])
@@ -153,18 +153,18 @@ def test_an_upload_that_is_killed_is_made_anew(
 
 def test_parts_survive_a_death_between_the_manifest_and_the_rename(tmp_path: Path) -> None:
     """The note of what they were made from is gone by then: the manifest says the same."""
-    final, reads = tmp_path / "generate", {"model": "a"}
+    final, input_digests = tmp_path / "generate", {"model": "a"}
 
     def act() -> None:
-        work = begin_work(tmp_path / ".generate.partial", reads)
+        work = begin_work(tmp_path / ".generate.partial", input_digests)
         commit_part(work / "part-00000.parquet", lambda path: path.write_bytes(b"answers"))
-        commit_folder(work, final, reads=reads)
+        commit_folder(work, final, input_digests=input_digests)
 
     assert die_at("before-rename-generate", act) == 137
-    work = begin_work(tmp_path / ".generate.partial", reads)
+    work = begin_work(tmp_path / ".generate.partial", input_digests)
     assert has_part(work / "part-00000.parquet"), "nothing is drawn again"
-    commit_folder(work, final, reads=reads)
-    assert read_manifest(final).reads == reads and not (final / ".reads.json").exists()
+    commit_folder(work, final, input_digests=input_digests)
+    assert read_manifest(final).input_digests == reads and not (final / ".input_digests.json").exists()
     shutil.rmtree(final)
     assert die_at("before-rename-generate", act) == 137
     assert not has_part(begin_work(tmp_path / ".generate.partial", {"model": "b"}) / "part-00000.parquet")

@@ -13,7 +13,7 @@ import torch
 
 import sparring.loop
 import sparring.run.manifest
-from sparring.errors import Damaged, Refused
+from sparring.errors import CorruptedError, UserError
 from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
@@ -53,7 +53,7 @@ def recipe(tiny: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def finish_generation(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return play(recipe, tmp_path_factory.mktemp("damage") / "run")
 
 
@@ -116,9 +116,9 @@ def test_a_run_s_own_notes_are_sealed(name: str, recipe: Recipe, finished: RunDi
     for _, damaged in hundred([path], seed=2):
         path.write_bytes(damaged)
         if name == "recipe.yaml":  # the only witness of the settings: refused by name
-            with pytest.raises(Refused, match=r"recipe\.yaml (is damaged|cannot be read).*Put the old text back"):
+            with pytest.raises(UserError, match=r"recipe\.yaml (is damaged|cannot be read).*Put the old text back"):
                 play(recipe, finished.root)
-            with pytest.raises(Refused, match=r"recipe\.yaml"):
+            with pytest.raises(UserError, match=r"recipe\.yaml"):
                 write_report(finished)
         else:  # a log: kept aside, begun anew
             sparring.loop.record_session(finished)
@@ -167,7 +167,7 @@ def test_a_report_shows_nothing_damaged(name: str, finished: RunDir) -> None:
     content = path.read_bytes()
     for damaged in damages(content, random.Random(4), 2, 3):
         path.write_bytes(damaged)
-        with pytest.raises(Damaged, match=f"{path.name} is (damaged|missing).*makes .* again"):
+        with pytest.raises(CorruptedError, match=f"{path.name} is (damaged|missing).*makes .* again"):
             write_report(RunDir(finished.root))
         path.write_bytes(content)
 

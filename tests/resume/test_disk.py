@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 import sparring.stages.generate.stage
 from sparring.cli import main
-from sparring.errors import Stopped
+from sparring.errors import RunError
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -46,7 +46,7 @@ while True:
         said = os.open(disk.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 2)
         if len(outcomes) % 4:  # else the forecast, and what is asked for beforehand, come first
-            sparring.loop.say_what_it_needs = lambda *_: None
+            sparring.loop.report_disk_forecast = lambda *_: None
             sparring.run.disk.free_bytes = lambda path: 10**15
         sys.argv = ["sparring", "run", recipe, str(disk / "run")]
         sparring.cli.main()
@@ -149,7 +149,7 @@ def test_a_quota_that_is_reached_loses_nothing(recipe: Path, tmp_path: Path, mon
             try:
                 play(recipe, tmp_path / "run")
                 break
-            except Stopped as stop:
+            except RunError as stop:
                 assert str(tmp_path / "run") in str(stop) and "a quota or a limit is reached" in str(stop)
         times += 1
         for folder in (p for p in (tmp_path / "run").rglob("*") if is_committed(p)):
@@ -169,7 +169,7 @@ def test_a_quota_that_is_reached_loses_nothing(recipe: Path, tmp_path: Path, mon
     ],
 )
 def test_a_quota_in_every_library_s_words(error: Exception, tmp_path: Path) -> None:
-    full = pytest.raises(Stopped, match=r"part could not be written: the disk is full, or a quota")
+    full = pytest.raises(RunError, match=r"part could not be written: the disk is full, or a quota")
     with full, writing(tmp_path / "whole"), writing(tmp_path / "part"):
         raise error
     with pytest.raises(ValueError, match="something else"), writing(tmp_path / "here"):

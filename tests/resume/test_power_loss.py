@@ -16,9 +16,9 @@ from unsynced import Disk, Operation, Promised, Synced, Tree, put, record
 import sparring.loop
 import sparring.report
 import sparring.stages.generate.stage
-from sparring.errors import Refused, Stopped
+from sparring.errors import UserError, RunError
 from sparring.loop import play
-from sparring.recipe.load import load_own_recipe
+from sparring.recipe.load import load_sealed_recipe
 from sparring.recipe.schema import Recipe
 from sparring.run.manifest import copy_committed, has_part, is_committed, read_sealed, verify
 from sparring.run.mirror import Mirror
@@ -85,7 +85,7 @@ def faults(run: RunDir, truth: Tree, lost: int) -> Iterator[str]:
     for folder in (p for p in run.root.rglob("*") if is_committed(p) and "/." not in str(p.relative_to(top))):
         try:
             names = [*verify(folder).files]
-        except Stopped as problem:
+        except RunError as problem:
             yield f"damaged under its final name: {problem}"
             continue
         for name in names:
@@ -101,10 +101,10 @@ def faults(run: RunDir, truth: Tree, lost: int) -> Iterator[str]:
         yield f"goes on from '{found}' where '{expected}' is whole"
     try:
         if run.recipe.is_file() or run.has_begun:
-            load_own_recipe(run.recipe)
+            load_sealed_recipe(run.recipe)
         if run.env.is_file():
             read_sealed(run.env)
-    except (Stopped, Refused) as problem:
+    except (RunError, UserError) as problem:
         yield f"the run cannot go on: {problem}"
 
 

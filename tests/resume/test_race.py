@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.run.rundir import RunDir
 
 RACERS = 8
@@ -27,7 +27,7 @@ def race(root: Path, log: Path, gate: Path) -> None:
             while len(list(log.parent.glob("racer-*"))) < RACERS - 1 and time.monotonic() < began + 60:
                 time.sleep(0.02)  # until every other one has been told
             log.write_text(f"owner {began} {time.monotonic()}")
-    except Refused as refusal:
+    except UserError as refusal:
         log.write_text(f"refused {refusal}")
 
 
@@ -79,5 +79,5 @@ def test_a_lock_that_outlives_its_owner_for_a_moment_is_waited_for(
         pass
     monkeypatch.setattr("sparring.run.rundir.LOCK_SECONDS", 0)  # the control
     die_while_starting_another(tmp_path / "run")
-    with pytest.raises(Refused, match="is in use by another process"), RunDir(tmp_path / "run").own():
+    with pytest.raises(UserError, match="is in use by another process"), RunDir(tmp_path / "run").own():
         pass

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.errors import UserError, RunMismatch, RunError
 from sparring.run.manifest import MANIFEST, commit, commit_part, has_part, hash_path, is_committed, verify
 from sparring.run.rundir import RunDir
 
 
 def make(folder: Path, text: str = "hello") -> Path:
-    with commit(folder, reads={}, info={"seconds": 1}) as work:
+    with commit(folder, input_digests={}, info={"seconds": 1}) as work:
         (work / "a.txt").write_text(text)
         (work / "deep").mkdir()
         (work / "deep" / "b.bin").write_bytes(bytes(range(256)) * 10)
@@ -51,18 +51,18 @@ def test_every_flipped_bit_and_every_cut_is_found(
     else:
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     file.write_bytes(bytes(content))
-    with pytest.raises(Stopped, match="damaged"):
+    with pytest.raises(RunError, match="damaged"):
         verify(folder)
 
 
 def test_a_missing_file_and_a_broken_manifest_are_found(tmp_path: Path) -> None:
     folder = make(tmp_path / "one")
     (folder / "a.txt").unlink()
-    with pytest.raises(Stopped, match=r"a\.txt is missing"):
+    with pytest.raises(RunError, match=r"a\.txt is missing"):
         verify(folder)
     folder = make(tmp_path / "two")
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50])
-    with pytest.raises(Stopped, match="run. makes .*two again"):
+    with pytest.raises(RunError, match="run. makes .*two again"):
         verify(folder)
 
 
@@ -84,7 +84,7 @@ def test_digests_are_of_content(tmp_path: Path) -> None:
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("x")
     assert run.digest(outside) == hash_path(outside)
-    with pytest.raises(Stopped, match="has not been made yet"):
+    with pytest.raises(RunError, match="has not been made yet"):
         run.digest(tmp_path / "nothing")
 
 
@@ -92,7 +92,7 @@ def test_a_stage_made_from_something_else_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     outside = tmp_path.parent / f"{tmp_path.name}-rows.jsonl"
     outside.write_text("rows")
-    with commit(tmp_path / "stage", reads=RunDir(tmp_path).reads(source, outside)) as work:
+    with commit(tmp_path / "stage", input_digests=RunDir(tmp_path).input_digests(source, outside)) as work:
         (work / "x").write_text("made from source")
     RunDir(tmp_path).check_lineage(tmp_path / "stage")
     outside.write_text("other rows")
@@ -104,13 +104,13 @@ def test_a_stage_made_from_something_else_is_refused(tmp_path: Path) -> None:
         file.rmdir() if file.is_dir() else file.unlink()
     source.rmdir()
     make(source, "another model")
-    with pytest.raises(Stopped, match="was made from another source"):
+    with pytest.raises(RunError, match="was made from another source"):
         RunDir(tmp_path).check_lineage(tmp_path / "stage")
 
 
 def test_a_second_owner_is_refused_and_told_who_owns_it(tmp_path: Path) -> None:
     with RunDir(tmp_path).own():
-        with pytest.raises(Refused, match=f"process {os.getpid()} on"), RunDir(tmp_path).own():
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), RunDir(tmp_path).own():
             pass
         assert RunDir(tmp_path).owner() is not None
     assert RunDir(tmp_path).owner() is None
@@ -142,5 +142,5 @@ def test_the_owner_sweeps_what_a_killed_commit_left(tmp_path: Path) -> None:
 
 def test_manifests_hold_no_clock_in_what_is_compared(tmp_path: Path) -> None:
     content = json.loads((make(tmp_path / "one") / MANIFEST).read_text())
-    assert set(content) == {"xxh3", "version", "files", "reads", "info"}
+    assert set(content) == {"xxh3", "version", "files", "input_digests", "info"}
     assert all(set(entry) == {"bytes", "xxh3"} for entry in content["files"].values())

@@ -12,7 +12,7 @@ from pyarrow import fs
 from typer.testing import CliRunner
 
 from sparring.cli import app
-from sparring.errors import Refused, RunMismatch, Stopped
+from sparring.errors import UserError, RunMismatch, RunError
 from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.run import mirror as module
@@ -179,12 +179,12 @@ def test_damage_on_the_store_is_found_and_nothing_is_committed(
         file.write(b"[]\n")
     elsewhere = RunDir(tmp_path / "elsewhere")
     with pytest.raises(
-        Stopped, match=r"metrics.jsonl is damaged.*Delete runs/damaged/iter-00/train/MANIFEST.json there"
+        RunError, match=r"metrics.jsonl is damaged.*Delete runs/damaged/iter-00/train/MANIFEST.json there"
     ):
         Mirror(uri).fetch(elsewhere)
     assert not list(elsewhere.root.rglob("*.*"))
     store.delete_file(f"{root}/iter-00/train/metrics.jsonl")
-    with pytest.raises(Stopped, match="metrics.jsonl is missing"):
+    with pytest.raises(RunError, match="metrics.jsonl is missing"):
         Mirror(uri).fetch(elsewhere)
 
 
@@ -200,7 +200,7 @@ def test_a_stranger_s_store_writes_nowhere_else(folder_of_a_run: tuple[RunDir, P
     for folder in ("iter-00/train", "elsewhere/train"):
         with store.open_output_stream(f"{root}/{folder}/{MANIFEST}") as file:
             file.write(seal_json(content).encode())
-    with pytest.raises(Stopped, match="outside of its folder"):
+    with pytest.raises(RunError, match="outside of its folder"):
         Mirror(uri).fetch(RunDir(tmp_path / "a" / "b" / "run"))
     assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.rglob("elsewhere"))
 
@@ -210,8 +210,8 @@ def test_a_mirror_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tm
         ("ftp://host/x", "none that pyarrow knows"),
         ("s3://key:secret@bucket/x", "leave the secret out"),
     ):
-        with pytest.raises(Refused, match=words) as refusal:
+        with pytest.raises(UserError, match=words) as refusal:
             play(make_recipe("sft", mirror=uri), tmp_path / "run")
         assert "key:secret" not in str(refusal.value)
-    with pytest.raises(Stopped, match="could not be"):
+    with pytest.raises(RunError, match="could not be"):
         play(make_recipe("sft", mirror=s3.format("x").replace("runs", "no-such-bucket")), tmp_path / "run")

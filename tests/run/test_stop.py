@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.load import differences, make_recipe
 from sparring.recipe.schema import Recipe
@@ -59,5 +59,5 @@ def test_equilibrium_needs_level_play_flat_guards_and_enough_rows(
 def test_stop_changes_no_result_and_needs_evaluations() -> None:
     raw = {"model": "m", "method": "spin", "data": {"train": "rows.jsonl"}}
     assert differences(make_recipe(raw), make_recipe({**raw, "stop": {"decline": 3, "equilibrium": True}})) == []
-    with pytest.raises(Refused, match="stop needs evaluate.held_out"):
+    with pytest.raises(UserError, match="stop needs evaluate.held_out"):
         make_recipe({**raw, "stop": {"decline": 1}, "evaluate": {"held_out": False}})

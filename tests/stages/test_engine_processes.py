@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparring.errors import Refused, Stopped
+from sparring.errors import UserError, RunError
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
 from sparring.types import Prompt
@@ -40,13 +40,13 @@ def stand_in(folder: Path, vllm: str) -> None:
 
 def test_an_interpreter_without_vllm_is_refused(folder: Path, tmp_path: Path) -> None:
     engine = VllmBackend(folder, end_ids=[END], max_length=128, python=str(tmp_path / "python"))
-    with pytest.raises(Refused, match=r"generate\.python: .*cannot be started"):
+    with pytest.raises(UserError, match=r"generate\.python: .*cannot be started"):
         list(engine.generate(prompts(1)))
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # no site-packages
     bare.chmod(0o755)
     engine = VllmBackend(folder, end_ids=[END], max_length=128, python=str(bare))
-    with pytest.raises(Refused, match=r"cannot import vllm.*set generate\.python"):
+    with pytest.raises(UserError, match=r"cannot import vllm.*set generate\.python"):
         list(engine.generate(prompts(1)))
 
 
@@ -57,7 +57,7 @@ def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
     stand_in(tmp_path, "__version__ = '0.13.2'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     engine = VllmBackend(folder, end_ids=[END], max_length=128)
-    with pytest.raises(Refused, match=r"it is 0\.13\.2, and before 0\.14 .*CVE-2026-22807"):
+    with pytest.raises(UserError, match=r"it is 0\.13\.2, and before 0\.14 .*CVE-2026-22807"):
         list(engine.generate(prompts(1)))
 
 
@@ -113,7 +113,7 @@ def test_an_engine_that_always_dies_is_started_three_more_times(folder: Path, tm
     dies.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\necho out of memory >&2\nexit 1\n")
     dies.chmod(0o755)
     engine = VllmBackend(folder, end_ids=[END], max_length=128, python=str(dies))
-    with pytest.raises(Stopped, match=r"died 4 times in a row without an answer.*out of memory"):
+    with pytest.raises(RunError, match=r"died 4 times in a row without an answer.*out of memory"):
         list(engine.generate(prompts(3)))
     assert (tmp_path / "starts").read_text() == "\n" * 4
 
@@ -142,14 +142,14 @@ def test_a_server_ends_with_sparring(folder: Path, tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_start_is_refused_with_its_words(folder: Path) -> None:
     fails = "sh -c 'echo no such device; exit 3'"
-    with pytest.raises(Refused, match=r"(?s)status 3.*no such device"), started_server(fails, folder, "float32"):
+    with pytest.raises(UserError, match=r"(?s)status 3.*no such device"), started_server(fails, folder, "float32"):
         pass
     with (
-        pytest.raises(Refused, match="there is no program"),
+        pytest.raises(UserError, match="there is no program"),
         started_server("no-such-server {port}", folder, "float32"),
     ):
         pass
-    with pytest.raises(Refused, match="'gpu'; it may name {model}"), started_server("serve {gpu}", folder, "float32"):
+    with pytest.raises(UserError, match="'gpu'; it may name {model}"), started_server("serve {gpu}", folder, "float32"):
         pass
-    with pytest.raises(Refused, match="there is no server at"):
+    with pytest.raises(UserError, match="there is no server at"):
         ServerBackend("http://127.0.0.1:9", folder, end_ids=[END])

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model, load_tokenizer
 from sparring.model.logprobs import Scorer, score_groups
@@ -297,16 +297,16 @@ def test_a_model_that_vllm_cannot_serve_is_refused(tiny: Path, tmp_path: Path) -
     shutil.copytree(tiny / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
-    with pytest.raises(Refused, match=r"(?s)vLLM does not start with .*NoSuchModel"):
+    with pytest.raises(UserError, match=r"(?s)vLLM does not start with .*NoSuchModel"):
         list(vllm(tmp_path / "model").generate(prompts(tiny / "model", 1)))
 
 
 @needs_vllm
 def test_a_server_of_other_weights_or_without_the_token_is_refused(server: tuple[str, str], tiny: Path) -> None:
     url, token = server
-    with pytest.raises(Refused, match=r"serves .*, but the answers must come from"):
+    with pytest.raises(UserError, match=r"serves .*, but the answers must come from"):
         ServerBackend(url, tiny / "model", end_ids=[END], token=token)
-    with pytest.raises(Refused, match="wants a token: set OPENAI_API_KEY"):
+    with pytest.raises(UserError, match="wants a token: set OPENAI_API_KEY"):
         ServerBackend(url, tiny / "model", end_ids=[END])
 
 
@@ -347,7 +347,7 @@ def test_a_server_that_speaks_text_is_refused(folder: Path) -> None:
     """transformers' own: prompts and answers are texts there."""
     program = Path(cast(str, VLLM_PYTHON)).parent / "transformers"
     serve = f"{program} serve {{model}} --host 127.0.0.1 --port {{port}} --device cpu"
-    refused = pytest.raises(Refused, match="same weights and token ids")
+    refused = pytest.raises(UserError, match="same weights and token ids")
     with started_server(serve, folder, "float32") as (url, token), refused:
         ServerBackend(url, folder, end_ids=[END], token=token)
 
@@ -366,5 +366,5 @@ def test_a_run_starts_and_ends_its_own_server(kind: str, make_recipe: Callable[.
 def test_a_server_with_another_end_token_is_refused(llama_backend: ServerBackend, folder: Path) -> None:
     """It would end answers where the training sees none."""
     other = ServerBackend(llama_backend.url, folder, end_ids=[5], token=llama_backend.headers["Authorization"][7:])
-    with pytest.raises(Refused, match="ended an answer with token 3, which ends none here"):
+    with pytest.raises(UserError, match="ended an answer with token 3, which ends none here"):
         list(other.generate(prompts(folder, 30, 40)))

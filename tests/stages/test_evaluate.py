@@ -15,7 +15,7 @@ from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer, score_groups
 from sparring.objectives import Space, Spin, Tspin
-from sparring.objectives.metrics import game_metrics, quadrants
+from sparring.objectives.metrics import self_play_metrics, quadrants
 from sparring.recipe.schema import Recipe, Regex
 from sparring.run.iteration import Iteration
 from sparring.stages.evaluate.checkers import is_correct, make_extract, number
@@ -90,7 +90,7 @@ def test_game_metrics_by_hand() -> None:
     policy = {"real": torch.tensor([-9.0, -9.0, -9.0]), "generated": torch.tensor([[-10.0], [-8.0], [-9.0]])}
     opponent = {"real": torch.tensor([-11.0, -11.0, -11.0]), "generated": torch.tensor([[-10.0], [-10.5], [-11.0]])}
     lengths = {"real": torch.tensor([3, 3, 3]), "generated": torch.tensor([[2], [4], [3]])}
-    found = game_metrics(Spin(lambda_=0.1), policy, opponent, lengths)
+    found = self_play_metrics(Spin(lambda_=0.1), policy, opponent, lengths)
     assert found["rewards/real"].tolist() == pytest.approx([0.2, 0.2, 0.2])
     assert found["rewards/generated"].tolist() == pytest.approx([0.0, 0.25, 0.2])
     assert found["rewards/margins"].tolist() == pytest.approx([0.2, -0.05, 0.0])
@@ -98,7 +98,7 @@ def test_game_metrics_by_hand() -> None:
     assert found["rewards/ties"].tolist() == [0, 0, 1]
     assert found["mean_logps/generated"].tolist() == [-5, -2, -3]
     assert found["alignment"].tolist() == [1, 1, 1]
-    tspin = game_metrics(
+    tspin = self_play_metrics(
         Tspin(), {**policy, "proto": torch.tensor([-12.0] * 3)}, {}, {**lengths, "proto": lengths["real"]}
     )
     assert tspin["rewards/margins"].tolist() == [1, -1, 0], "T-SPIN's reward is the likelihood"

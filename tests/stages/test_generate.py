@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparring.data.tables import read_rendered, write_rows
-from sparring.errors import Stopped
+from sparring.errors import RunError
 from sparring.model.load import load_model, load_tokenizer
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
@@ -22,11 +22,11 @@ from sparring.run.manifest import commit, read_manifest
 from sparring.run.rundir import RunDir
 from sparring.run.seeds import seed_of
 from sparring.stages.generate import generate, open_backend
-from sparring.stages.generate.answers import failed, finished
+from sparring.stages.generate.answers import failed, finish_generation
 from sparring.stages.generate.hf import HfBackend, choose
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
-from sparring.stages.train.loop import load_plays, train
+from sparring.stages.train.loop import load_training_examples, train
 from sparring.types import Generation, Prompt
 
 CPU = torch.device("cpu")
@@ -67,10 +67,10 @@ def test_global_random_state_changes_nothing(backend: HfBackend, tiny: Path) -> 
 
 def test_an_end_token_on_the_last_place_is_a_stop_and_after_it_a_cut() -> None:
     prompt = Prompt("a", 0, np.array([1], dtype=np.int32), 3, 0)
-    assert finished(prompt, np.array([7, 8, END]), [END]).finish == "stop"
-    cut = finished(prompt, np.array([7, 8, 9, END]), [END])
+    assert finish_generation(prompt, np.array([7, 8, END]), [END]).finish == "stop"
+    cut = finish_generation(prompt, np.array([7, 8, 9, END]), [END])
     assert (cut.finish, cut.token_ids.tolist()) == ("length", [7, 8, 9])
-    assert finished(prompt, np.array([END, END, END]), [END]).token_ids.tolist() == [END]
+    assert finish_generation(prompt, np.array([END, END, END]), [END]).token_ids.tolist() == [END]
 
 
 def test_choose_inverts_the_cumulative_distribution() -> None:
@@ -159,12 +159,12 @@ def test_a_row_without_all_its_answers_is_not_played(
     info = read_manifest(run.stage(0, "generate")).info
     assert (info["answers"], info["failed"]) == (2 * len(rows) - 1, 1)
     score(iteration)
-    assert [play.group.id for play in load_plays(iteration)] == rows[:3] + rows[4:]
+    assert [play.group.id for play in load_training_examples(iteration)] == rows[:3] + rows[4:]
     train(iteration)
 
-    strict = make_recipe("space", generate={"samples": 2, "max_new_tokens": 8}, data={"max_rejected": 0})
+    strict = make_recipe("space", generate={"samples": 2, "max_new_tokens": 8}, data={"max_skipped": 0})
     run = RunDir(tmp_path / "strict")
     prepare(run, strict)
-    with pytest.raises(Stopped, match="cannot answer 1 of 96 prompts, named above"):
+    with pytest.raises(RunError, match="cannot answer 1 of 96 prompts, named above"):
         generate(Iteration(run, strict, 0), stumbles)
     assert not run.stage(0, "generate").exists()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.loop import play
-from sparring.model.load import load_model, load_tokenizer, texts_of
+from sparring.model.load import load_model, load_tokenizer, decode_answers
 from sparring.recipe.benchmarks import SUITES, parse_tasks
 from sparring.recipe.load import differences
 from sparring.recipe.schema import Recipe
@@ -20,7 +20,7 @@ from sparring.report import render
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.run.results import Results
-from sparring.stages.evaluate.harness import in_its_process
+from sparring.stages.evaluate.harness import run_in_subprocess
 from sparring.stages.generate.hf import HfBackend
 from sparring.types import Prompt
 
@@ -69,7 +69,7 @@ def test_every_iteration_is_measured_anew(make_recipe: MakeRecipe, task: Path, t
     for index in (-1, 0):
         iteration = Iteration(run, recipe, index)
         folder = iteration.stage("benchmarks/sums-0shot-first6")
-        assert read_manifest(folder).reads.keys() >= run.reads(iteration.policy).keys()
+        assert read_manifest(folder).input_digests.keys() >= run.input_digests(iteration.policy).keys()
         samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         said[index] = [sample["answers"][0] for sample in samples]
         rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()][:6]
@@ -80,7 +80,7 @@ def test_every_iteration_is_measured_anew(make_recipe: MakeRecipe, task: Path, t
             prompts.append(Prompt(str(number), 0, ids.astype("int32"), 12, 0))
         model = load_model(iteration.policy, dtype=torch.float32, device=torch.device("cpu"))
         engine = HfBackend(model, end_ids=iteration.data.end_ids, batch_size=1)
-        ours = texts_of(tokenizer, list(engine.generate(prompts, greedy=True)))
+        ours = decode_answers(tokenizer, list(engine.generate(prompts, greedy=True)))
         assert said[index] == [text.partition("#")[0] for text in ours]
     assert said[-1] != said[0], "two policies, two answers: nothing of the start is used again"
     page = render(run)
@@ -93,9 +93,9 @@ def test_what_the_harness_refuses_is_one_message(make_recipe: MakeRecipe, task: 
     broken.write_text(task.read_text().replace("test_split: test", "test_split: nowhere"))
     harness = {"tasks": [str(broken)], "limit": 2}
     recipe = make_recipe("sft", iterations=1, evaluate={"checker": None, "held_out": False, "harness": harness})
-    with pytest.raises(Refused, match=r"(?s)evaluate\.harness: .*broken\.yaml of .*nowhere"):
+    with pytest.raises(UserError, match=r"(?s)evaluate\.harness: .*broken\.yaml of .*nowhere"):
         play(recipe, tmp_path / "run")
-    with pytest.raises(Refused, match="there is no file .*other.yaml"):
+    with pytest.raises(UserError, match="there is no file .*other.yaml"):
         play(make_recipe("sft", evaluate={"harness": {"tasks": [str(tmp_path / "other.yaml")]}}), tmp_path / "run2")
 
 
@@ -154,7 +154,7 @@ def test_gsm8k_offline(shared: Path, tmp_path: Path) -> None:
     text = stock.replace("dataset_path: openai/gsm8k\ndataset_name: main\n", local)
     assert text != stock
     (tmp_path / "gsm8k_here.yaml").write_text(text.replace("do_sample: false", "max_gen_toks: 24\n  do_sample: false"))
-    found = in_its_process(request(shared, tmp_path / "gsm8k_here.yaml", num_shots=2))
+    found = run_in_subprocess(request(shared, tmp_path / "gsm8k_here.yaml", num_shots=2))
     assert found["metrics"].keys() >= {"exact_match/strict-match", "exact_match/strict-match_stderr"}
     assert found["shots"] == {"gsm8k": 2} and found["num_rows"]["gsm8k"] == {"original": 1319, "effective": 4}
     assert all("#### " in sample["target"] for sample in found["samples"])
@@ -173,7 +173,7 @@ def test_ifeval_offline(shared: Path, tmp_path: Path) -> None:
     assert "json" in text
     (tmp_path / "ifeval_here.yaml").write_text(text)
     (tmp_path / "utils.py").write_text("from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results\n")
-    found = in_its_process(request(shared, tmp_path / "ifeval_here.yaml", limit=None))
+    found = run_in_subprocess(request(shared, tmp_path / "ifeval_here.yaml", limit=None))
     assert found["num_rows"]["ifeval"]["effective"] == 6
     for row, sample in zip(chosen, found["samples"], strict=True):
         followed = [

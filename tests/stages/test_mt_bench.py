@@ -18,7 +18,7 @@ import sparring.commands.judge
 from sparring.commands.demo import make_model, make_tokenizer
 from sparring.commands.judge import Verdict, conversation, judge, outcome, plain, read_prompts, summary
 from sparring.data.render import Renderer
-from sparring.errors import Refused, Stopped
+from sparring.errors import UserError, RunError
 from sparring.loop import play
 from sparring.model.load import load_tokenizer, save_model
 from sparring.recipe.schema import Recipe
@@ -151,7 +151,7 @@ def test_a_judge_in_both_orders(run: RunDir, monkeypatch: pytest.MonkeyPatch) ->
         name: expected.count(name) / 5 for name in ("win", "tie", "loss", "unclear")
     }
     assert set(expected) > {"tie"}, "not all alike"
-    assert found["prefers_a_place"] == 0
+    assert found["position_bias"] == 0
     assert judge(Results(run.root), index=1, against=-1, url="http://127.0.0.1:9", model="words/1") == found, "kept"
     assert "MT-Bench by words/1" in render(run)
 
@@ -161,7 +161,7 @@ def test_a_judge_that_prefers_the_first_only_makes_ties(run: RunDir, monkeypatch
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = Judge(lambda text: "[[A]]")
     found = judge(Results(run.root), index=0, against=-1, url=server.url, model="first")
-    assert (found["tie"], found["score"], found["prefers_a_place"]) == (1, 0.5, 1)
+    assert (found["tie"], found["score"], found["position_bias"]) == (1, 0.5, 1)
     assert {seen["token"] for seen in server.seen} == {"Bearer none"}, "no token of the hub is handed to a stranger"
 
 
@@ -212,7 +212,7 @@ def test_a_real_server_judges(run: RunDir, tmp_path: Path, monkeypatch: pytest.M
     }
     assert {(v["verdict"], v["text"]) for v in verdicts} == {("A", "[[A]]")}
     assert (found["win"], found["tie"], found["loss"], found["unclear"]) == (0, 1, 0, 0)
-    assert (found["score"], found["prefers_a_place"]) == (0.5, 1)
+    assert (found["score"], found["position_bias"]) == (0.5, 1)
 
 
 def test_a_busy_judge_is_asked_again_and_a_dead_one_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_a_busy_judge_is_asked_again_and_a_dead_one_later(run: RunDir, monkeypat
         return longest(text)
 
     server = Judge(dies, failures=2)
-    with pytest.raises(Stopped, match="the same command continues"):
+    with pytest.raises(RunError, match="the same command continues"):
         judge(Results(run.root), index=1, against=0, url=server.url, model="dies")
     (work,) = (run.root / "judged").glob(".*dies.partial")
     kept = (work / "verdicts.jsonl").read_text()
@@ -273,7 +273,7 @@ def test_what_the_judge_is_shown() -> None:
     own = {"pair-v2": {"system_prompt": "S", "prompt_template": "{question} {answer_a} {answer_b} {x}"}}
     system, user = conversation(question, 0, ["{answer_b}"], ["b"], own, None)
     assert (system["content"], user["content"]) == ("S", "one? {answer_b} b {x}"), "answers are no templates"
-    with pytest.raises(Refused, match="none named pair-math-v1"):
+    with pytest.raises(UserError, match="none named pair-math-v1"):
         conversation(question, 0, ["a"], ["b"], own, ["r"])
 
 
@@ -299,7 +299,7 @@ def test_the_published_questions_and_prompts(shared: Path) -> None:
 )
 def test_bad_questions_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "q.jsonl").write_text(text)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         read_questions(tmp_path / "q.jsonl")
 
 
@@ -310,5 +310,5 @@ def test_what_cannot_be_judged_is_refused(run: RunDir, tmp_path: Path) -> None:
         ({"index": 1, "against": 1}, "against itself"),
         ({"index": 1, "against": 0, "prompts": tmp_path / "none"}, "holds no judge prompts|none"),
     ):
-        with pytest.raises((Refused, FileNotFoundError), match=message):
+        with pytest.raises((UserError, FileNotFoundError), match=message):
             judge(results, url="http://127.0.0.1:9", model="m", **options)  # pyright: ignore[reportArgumentType]

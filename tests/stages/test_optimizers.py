@@ -14,7 +14,7 @@ import sparring.stages.train.optimizers
 from sparring.commands.demo import make_model
 from sparring.commands.doctor import examine
 from sparring.commands.forecast import empty_model, forecast, trained_tensors
-from sparring.errors import Refused, Stopped
+from sparring.errors import UserError, RunError
 from sparring.loop import play
 from sparring.model.load import load_model, load_tokenizer, save_model
 from sparring.model.lora import train_adapter
@@ -140,11 +140,11 @@ def test_a_run_that_is_stopped_ends_with_the_same_bytes(
     def stops(*arguments: object) -> dict[str, float]:
         steps.append(1)
         if len(steps) == 6:
-            raise Stopped("here")
+            raise RunError("here")
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", stops)
-    with pytest.raises(Stopped, match="here"):
+    with pytest.raises(RunError, match="here"):
         play(recipe, tmp_path / "run")
     monkeypatch.undo()
     run = play(recipe, tmp_path / "run")
@@ -190,23 +190,23 @@ def test_pages_are_not_of_the_device() -> None:
 def test_what_does_not_run_is_refused(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ON_CPU:
         refuse_without_bitsandbytes(name, CPU)
-    with pytest.raises(Refused, match="paged_adamw_32bit moves its moments .* set adamw, which"):
+    with pytest.raises(UserError, match="paged_adamw_32bit moves its moments .* set adamw, which"):
         refuse_without_bitsandbytes("paged_adamw_32bit", CPU)
     recipe = make_recipe(train={"optimizer": "paged_adamw_8bit"})
     message = "moves its moments between a GPU and the machine, and this is cpu; set adamw_8bit"
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         play(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing is left in the way"
     assert any(finding.level == "bad" and message in finding.text for finding in examine(recipe))
     later = make_recipe("spin", per_iteration={1: {"train.optimizer": "paged_adamw_8bit"}})
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         play(later, tmp_path / "later")
     for launch in ("torchrun", "ray"):
         with pytest.raises(ValueError, match="fsdp2 cannot share adamw_8bit out; set adamw, or parallel: ddp"):
             make_recipe(train={"optimizer": "adamw_8bit"}, launch=launch, parallel="fsdp2")
     monkeypatch.setattr(sparring.stages.train.optimizers, "find_spec", lambda name: None)
     refuse_without_bitsandbytes("adamw", CPU)
-    with pytest.raises(Refused, match=r"adamw_8bit is bitsandbytes'.*pip install 'sparring\[4bit\]', or set adamw"):
+    with pytest.raises(UserError, match=r"adamw_8bit is bitsandbytes'.*pip install 'sparring\[4bit\]', or set adamw"):
         refuse_without_bitsandbytes("adamw_8bit", CPU)
 
 
@@ -215,5 +215,5 @@ def test_a_device_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("bitsandbytes.functional.optimizer_update_8bit_blockwise", fails)
-    with pytest.raises(Refused, match="does not run rmsprop_bnb_8bit on cpu: RuntimeError: no kernel.*or set rmsprop"):
+    with pytest.raises(UserError, match="does not run rmsprop_bnb_8bit on cpu: RuntimeError: no kernel.*or set rmsprop"):
         refuse_without_bitsandbytes("rmsprop_bnb_8bit", CPU)

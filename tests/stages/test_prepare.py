@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparring.data.tables import read_rendered
-from sparring.errors import Refused
+from sparring.errors import UserError
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary
 from sparring.run.rundir import RunDir
@@ -42,7 +42,7 @@ def test_broken_rows_are_counted_listed_and_passed_over(make_recipe: MakeRecipe,
         good(1)[0],
         {"q": 1},
     ]
-    recipe = make_recipe(data={"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.1, "max_rejected": 0.2})
+    recipe = make_recipe(data={"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.1, "max_skipped": 0.2})
     directory, summary = run(tmp_path, recipe)
     assert (summary.num_train, summary.num_held_out) == (36, 4)
     assert sum(summary.rejected.values()) == 4
@@ -60,7 +60,7 @@ def test_broken_rows_are_counted_listed_and_passed_over(make_recipe: MakeRecipe,
 def test_too_many_broken_rows_stop_the_run_before_anything_is_written(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [*good(8), "{broken", "{broken"])
     with pytest.raises(
-        Refused, match=r"2 of 10 rows of .*rows\.jsonl cannot be used: row 9 .*data\.max_rejected \(0\.1\)"
+        UserError, match=r"2 of 10 rows of .*rows\.jsonl cannot be used: row 9 .*data\.max_skipped \(0\.1\)"
     ):
         run(tmp_path, make_recipe(data={"train": path}))
     assert not (tmp_path / "run" / "data").exists()
@@ -68,7 +68,7 @@ def test_too_many_broken_rows_stop_the_run_before_anything_is_written(make_recip
 
 @pytest.mark.parametrize("rows", [[], ["{broken"], [{"question": "x", "answer": ""}]])
 def test_no_usable_row_is_refused(make_recipe: MakeRecipe, tmp_path: Path, rows: list[str]) -> None:
-    with pytest.raises(Refused, match="has no usable row"):
+    with pytest.raises(UserError, match="has no usable row"):
         run(tmp_path, make_recipe(data={"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0}))
 
 
@@ -90,11 +90,11 @@ PHASES = {0: {"method": "sft"}}
 def test_game_rows_are_kept_from_sft(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Two answers to each prompt; a share of what is not held out."""
     rows = [row for r in good(30) for row in (r, {**r, "answer": r["answer"] + "0"})]
-    data = {"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.2, "game_rows": 0.25}
+    data = {"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.2, "self_play_rows": 0.25}
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
     parts = [read_rendered(directory.data / f"{name}.parquet") for name in ("train", "game", "held_out")]
     assert [len(part) for part in parts] == [36, 12, 12]
-    assert (summary.num_train, summary.num_game, summary.num_held_out) == (48, 12, 12)
+    assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (48, 12, 12)
     assert len({row.prompt for part in parts for row in part}) == 30, "no prompt is on two sides"
 
 
@@ -103,10 +103,10 @@ def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     data = {
         "train": write(tmp_path / "rows.jsonl", good(20)),
         "held_out": write(tmp_path / "held_out.jsonl", good(10, start=20)),
-        "game_rows": write(tmp_path / "game.jsonl", other),
+        "self_play_rows": write(tmp_path / "game.jsonl", other),
     }
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
-    assert (summary.num_train, summary.num_game, summary.num_held_out) == (28, 8, 10)
+    assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (28, 8, 10)
     assert summary.rejected == {
         "the prompt is also in the training data": 2,
         "the prompt is also in the held-out data": 10,
@@ -119,15 +119,15 @@ def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     [
         (0.5, "space", {}, "keeps rows from sft for a game, so it needs both"),
         (0.5, "sft", {}, "keeps rows from sft for a game, so it needs both"),
-        (30, "space", PHASES, "data.game_rows: 30 leaves none of 20 prompts for training"),
-        (0.01, "space", PHASES, "data.game_rows: 0.01 leaves no row to play on"),
+        (30, "space", PHASES, "data.self_play_rows: 30 leaves none of 20 prompts for training"),
+        (0.01, "space", PHASES, "data.self_play_rows: 0.01 leaves no row to play on"),
     ],
 )
 def test_game_rows_that_cannot_be(
     make_recipe: MakeRecipe, tmp_path: Path, amount: float, method: str, phases: dict[int, object], message: str
 ) -> None:
-    data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "game_rows": amount}
-    with pytest.raises(Refused, match=message):
+    data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "self_play_rows": amount}
+    with pytest.raises(UserError, match=message):
         run(tmp_path, make_recipe(method, data=data, per_iteration=phases))
 
 
@@ -147,7 +147,7 @@ def test_all_turns_of_a_conversation_stay_on_one_side(make_recipe: MakeRecipe, t
 
 def test_a_held_out_file_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     train, held_out = write(tmp_path / "a.jsonl", good(20)), write(tmp_path / "b.jsonl", good(10, start=18))
-    recipe = make_recipe(data={"train": train, "held_out": held_out, "limit": 20, "max_rejected": 0.3})
+    recipe = make_recipe(data={"train": train, "held_out": held_out, "limit": 20, "max_skipped": 0.3})
     directory, summary = run(tmp_path, recipe)
     assert (summary.num_train, summary.num_held_out) == (20, 8), "two of the held-out prompts are training prompts"
     ids = {row.id for row in read_rendered(directory.data / "train.parquet")}
@@ -169,7 +169,7 @@ def test_limits(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", good(30))
     _, summary = run(tmp_path, make_recipe(data={"train": path, "held_out": 0, "limit": 10}))
     assert (summary.num_train, summary.num_held_out) == (10, 0)
-    with pytest.raises(Refused, match="leaves none of 30 prompts"):
+    with pytest.raises(UserError, match="leaves none of 30 prompts"):
         prepare(RunDir(tmp_path / "other"), make_recipe(data={"train": path, "held_out": 30}))
 
 
@@ -177,10 +177,10 @@ def test_real_answers_are_cut_where_generated_ones_are(make_recipe: MakeRecipe, 
     path = write(tmp_path / "rows.jsonl", good(20))
     directory, summary = run(tmp_path, make_recipe(data={"train": path, "held_out": 0}, generate={"max_new_tokens": 2}))
     rows = read_rendered(directory.data / "train.parquet")
-    assert summary.num_cut == 20
+    assert summary.num_truncated == 20
     assert all(len(row.real_ids) == 2 and row.real_finish == "length" for row in rows)
-    other = make_recipe(data={"train": path, "held_out": 0, "cap_real": False}, generate={"max_new_tokens": 2})
-    assert prepare(RunDir(tmp_path / "whole"), other).num_cut == 0
+    other = make_recipe(data={"train": path, "held_out": 0, "truncate_real": False}, generate={"max_new_tokens": 2})
+    assert prepare(RunDir(tmp_path / "whole"), other).num_truncated == 0
 
 
 def test_the_summary_reads_back(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_is_not_there_is_refused(
     make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path, make_recipe(**change))
 
 
@@ -216,5 +216,5 @@ def test_weights_that_can_run_code_are_refused(make_recipe: MakeRecipe, tiny: Pa
     folder.mkdir()
     (folder / "config.json").write_text((tiny / "model" / "config.json").read_text())
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(Refused, match=r"pytorch_model\.bin can run code when it is read: convert it to safetensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin can run code when it is read: convert it to safetensors"):
         run(tmp_path, make_recipe(model=str(folder)))

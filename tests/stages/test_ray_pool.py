@@ -17,14 +17,14 @@ import pytest
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
-from sparring.errors import Refused, Stopped
-from sparring.loop import settle
+from sparring.errors import UserError, RunError
+from sparring.loop import check_settings
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
-from sparring.stages.generate import begin_parts, engine_of, generate, parts_of
+from sparring.stages.generate import prepare_parts, backend_factory, generate, plan_parts
 from sparring.stages.generate import ray_pool as on_ray
-from sparring.stages.generate.ray_pool import draw_on_cluster
+from sparring.stages.generate.ray_pool import generate_on_ray
 from sparring.stages.prepare import prepare
 from sparring.types import Backend, Generation, OpenBackend, Prompt
 
@@ -68,7 +68,7 @@ def open_deadly(model: Path) -> Iterator[Backend]:
 
 @contextmanager
 def open_refused(model: Path) -> Iterator[Backend]:
-    raise Refused("generate.backend: it is not installed on this node")
+    raise UserError("generate.backend: it is not installed on this node")
     yield
 
 
@@ -85,7 +85,7 @@ def cluster() -> Iterator[Any]:
 def make_iteration(recipe: Recipe, folder: Path) -> Iteration:
     run = RunDir(folder)
     run.root.mkdir()
-    settle(run, recipe)
+    check_settings(run, recipe)
     prepare(run, recipe)
     return Iteration(run, recipe, 0)
 
@@ -99,16 +99,16 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
 ) -> None:
     recipe = make_recipe("space", iterations=1, generate=SETTINGS, threads=1)
     alone = make_iteration(recipe, tmp_path / "alone")
-    generate(alone, engine_of(alone))
+    generate(alone, backend_factory(alone))
 
     doomed, _ = (cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2))
     note = tmp_path / "stuck"
-    opener = partial(open_stuck, opener=engine_of(alone), doomed=doomed.node_id, note=note)
-    monkeypatch.setattr(on_ray, "engine_of", lambda _: opener)
+    opener = partial(open_stuck, opener=backend_factory(alone), doomed=doomed.node_id, note=note)
+    monkeypatch.setattr(on_ray, "backend_factory", lambda _: opener)
 
     on_cluster = recipe.model_copy(update={"launch": "ray", "address": cluster.address})
     shared = make_iteration(on_cluster, tmp_path / "run")
-    playing = threading.Thread(target=draw_on_cluster, args=(shared,), daemon=True)
+    playing = threading.Thread(target=generate_on_ray, args=(shared,), daemon=True)
     playing.start()  # elsewhere, since nodes are started from the main thread
     run = shared.run
     parts = run.work(run.stage(0, "generate"))
@@ -139,28 +139,28 @@ def test_what_an_engine_refuses_or_dies_of_ends_the_stage(
     monkeypatch.setattr(on_ray, "MAX_DEATHS", 2)
     recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", address=cluster.address)
     iteration = make_iteration(recipe, tmp_path / "run")
-    monkeypatch.setattr(on_ray, "engine_of", lambda _: open_refused)
-    with pytest.raises(Refused, match="not installed on this node"):
-        draw_on_cluster(iteration)
-    monkeypatch.setattr(on_ray, "engine_of", lambda _: open_deadly)
-    with pytest.raises(Stopped, match="2 engines died at part-0000"):
-        draw_on_cluster(iteration)
-    begin_parts(iteration)
-    assert not any(path.exists() for path in parts_of(iteration))
+    monkeypatch.setattr(on_ray, "backend_factory", lambda _: open_refused)
+    with pytest.raises(UserError, match="not installed on this node"):
+        generate_on_ray(iteration)
+    monkeypatch.setattr(on_ray, "backend_factory", lambda _: open_deadly)
+    with pytest.raises(RunError, match="2 engines died at part-0000"):
+        generate_on_ray(iteration)
+    prepare_parts(iteration)
+    assert not any(path.exists() for path in plan_parts(iteration))
 
 
 def test_a_cluster_that_is_not_there_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("space", launch="ray", address="127.0.0.1:1")
-    with pytest.raises(Refused, match="no Ray cluster answers at 127.0.0.1:1:"):
-        draw_on_cluster(make_iteration(recipe, tmp_path / "run"))
+    with pytest.raises(UserError, match="no Ray cluster answers at 127.0.0.1:1:"):
+        generate_on_ray(make_iteration(recipe, tmp_path / "run"))
 
 
 def test_an_address_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     iteration = make_iteration(make_recipe("space"), tmp_path / "run")
     for address in ("head-node", "ray://head:10001"):
         recipe = iteration.recipe.model_copy(update={"launch": "ray", "address": address})
-        with pytest.raises(Refused, match="write HOST:PORT"):
-            draw_on_cluster(replace(iteration, recipe=recipe))
+        with pytest.raises(UserError, match="write HOST:PORT"):
+            generate_on_ray(replace(iteration, recipe=recipe))
 
 
 def test_an_address_without_ray_is_a_mistake(make_recipe: Callable[..., Recipe]) -> None:

@@ -89,7 +89,7 @@ def test_gsm8k_rows_through_rendering_playing_and_checking(shared: Path, gsm8k_m
                 "train": str(shared / "data" / "gsm8k" / "train.jsonl"),
                 "limit": 60,
                 "held_out": 20,
-                "max_rejected": 0.9,
+                "max_skipped": 0.9,
             },
             "generate": {"max_new_tokens": 48},
             "train": {"learning_rate": 1e-3, "batch_size": 16, "epochs": 1, "dtype": "float32"},

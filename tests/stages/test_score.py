@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparring.data.tables import read_scores
-from sparring.loop import run_stage, settle
+from sparring.loop import run_stage, check_settings
 from sparring.recipe.schema import Recipe
 from sparring.report.alarms import alarms
 from sparring.run.iteration import Iteration
@@ -19,7 +19,7 @@ from sparring.run.manifest import read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.stages.prepare import prepare
-from sparring.stages.score import ENGINE_AGREES, compare_engine
+from sparring.stages.score import ENGINE_TOLERANCE, compare_engine
 from sparring.types import Generation
 
 
@@ -36,7 +36,7 @@ def test_an_engine_with_another_model_is_told(
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     recipe = make_recipe("spin", iterations=1)
-    settle(run, recipe)
+    check_settings(run, recipe)
     prepare(run, recipe)
     iteration = Iteration(run, recipe, 0)
     for stage in ("generate", "score"):
@@ -44,7 +44,7 @@ def test_an_engine_with_another_model_is_told(
     assert "engine_difference" not in read_manifest(run.stage(0, "score")).info, "hf reports none"
     scored = read_scores(run.stage(0, "score") / "opponent.parquet")
     shutil.rmtree(run.stage(0, "score"))
-    drawn, by = iteration.generations(0), shift * ENGINE_AGREES["float32"]
+    drawn, by = iteration.generations(0), shift * ENGINE_TOLERANCE["float32"]
 
     def reported(answer: Generation) -> Generation:
         return replace(answer, logprob=scored[answer.id, "generated", 0, answer.sample] + by * len(answer.token_ids))

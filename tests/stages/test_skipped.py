@@ -18,7 +18,7 @@ from sparring.objectives import Space, Spin, Tspin
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
-from sparring.stages.train.loop import Play, forward_backward, inputs, load_plays
+from sparring.stages.train.loop import TrainingExample, forward_backward, inputs, load_training_examples
 from sparring.types import Group, Objective, Role
 
 MakeRecipe = Callable[..., Recipe]
@@ -39,13 +39,13 @@ def one_play(objective: Objective, answers: str) -> Play:
     every: dict[Role, np.ndarray] = dict(zip(("real", "generated", "proto"), ANSWERS[answers], strict=True))
     needs = objective.needs
     opponent = {role: np.float32(-3.5 * len(every[role])) for role in needs.roles} if needs.opponent else {}
-    return Play(
+    return TrainingExample(
         Group("0", PROMPT, {role: (every[role],) for role in needs.roles}),
         {role: np.array([value] if role == "generated" else value) for role, value in opponent.items()},
     )
 
 
-def gradient(tiny: Path, objective: Objective, play: Play, kind: str) -> tuple[torch.Tensor, dict[str, float]]:
+def gradient(tiny: Path, objective: Objective, play: TrainingExample, kind: str) -> tuple[torch.Tensor, dict[str, float]]:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
     metrics = forward_backward(Scorer(model, kind=kind), objective, [play], 10_000)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), metrics
@@ -89,7 +89,7 @@ def test_an_sft_term_keeps_a_pair_that_the_game_would_not_need(tiny: Path) -> No
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) > 1e-3
 
 
-def expected_tokens(plays: list[Play]) -> int:
+def expected_tokens(plays: list[TrainingExample]) -> int:
     """Of one epoch: every prompt once, and the answers to it that differ."""
     return sum(len(one.group.prompt_ids) + sum(map(len, distinct_responses(one.group)[0])) for one in plays)
 
@@ -102,7 +102,7 @@ def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe
     run = play(recipe, tmp_path / "run")
     for index in range(3):
         iteration = Iteration(run, recipe.at(index), index)
-        plays = load_plays(iteration)
+        plays = load_training_examples(iteration)
         has_proto = index == 2
         assert ("proto" in plays[0].group.responses) == has_proto
         assert (run.stage(0, "generate") in inputs(iteration)) == (has_proto or index == 0)
@@ -118,7 +118,7 @@ def test_answers_that_an_earlier_iteration_holds_are_not_drawn_again(make_recipe
     recipe = make_recipe("spin", train={"epochs": 1}, evaluate={"held_out": False, "checker": None})
     run = play(recipe, tmp_path / "run")
     counts = [
-        (len(load_plays(Iteration(run, recipe, t))), read_manifest(run.stage(t, "generate")).info["answers"])
+        (len(load_training_examples(Iteration(run, recipe, t))), read_manifest(run.stage(t, "generate")).info["answers"])
         for t in range(2)
     ]
     assert counts == [(60 - 12, 48), (2 * 48, 48)]

@@ -14,7 +14,7 @@ import torch
 import sparring.stages.score
 import sparring.stages.train.loop
 from sparring.data.tables import read_rendered, read_scores
-from sparring.errors import Stopped
+from sparring.errors import RunError
 from sparring.loop import play
 from sparring.model.load import load_model, load_tokenizer
 from sparring.model.logprobs import Scorer, score_groups
@@ -23,7 +23,7 @@ from sparring.recipe.schema import Recipe, Train
 from sparring.run.iteration import Iteration
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
-from sparring.stages.train.loop import Play, forward_backward, learning_rate, load_plays, prove_same_model
+from sparring.stages.train.loop import TrainingExample, forward_backward, learning_rate, load_training_examples, check_policy_equals_opponent
 from sparring.types import Group, Objective
 
 MakeRecipe = Callable[..., Recipe]
@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def plays() -> list[Play]:
+def plays() -> list[TrainingExample]:
     random = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:
         return random.integers(4, 40, random.integers(1, 12)).astype(np.int32)
 
     return [
-        Play(
+        TrainingExample(
             Group(str(i), tokens(), {"real": (tokens(),), "generated": (tokens(),), "proto": (tokens(),)}),
             {
                 "real": np.array(-30.0 - i, dtype=np.float32),
@@ -51,7 +51,7 @@ def plays() -> list[Play]:
 
 
 @pytest.mark.parametrize("objective", [Spin(), Tspin(), Space(), Sft()], ids=lambda o: o.name)
-def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, plays: list[Play], tiny: Path) -> None:
+def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, plays: list[TrainingExample], tiny: Path) -> None:
     """13 examples of unequal lengths, in one piece, in pieces of other sizes, one by one."""
     results = []
     for budget in (10_000, 150, 1):
@@ -63,7 +63,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, pl
         torch.testing.assert_close(gradient, results[0][1], atol=1e-5, rtol=1e-4)
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[Play], tiny: Path) -> None:
+def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[TrainingExample], tiny: Path) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
     together = forward_backward(Scorer(model), Spin(), plays, 100)["loss"]
     alone = [forward_backward(Scorer(model), Spin(), [one], 100)["loss"] for one in plays]
@@ -86,7 +86,7 @@ def test_step_zero_is_the_published_constant_in_every_iteration(
             assert first["rewards/real"] == pytest.approx(0, abs=1e-5)
             assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-        assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+        assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("budget", [64, 8192])
@@ -107,7 +107,7 @@ def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Pat
         run = play(recipe, tmp_path / method)
         for t in range(3):
             iteration = Iteration(run, recipe.at(t), t)
-            plays = load_plays(iteration)
+            plays = load_training_examples(iteration)
             counts[method, t] = len(plays)
             rows = {row.id for row in iteration.train_rows()}
             assert {p.group.id for p in plays} == rows
@@ -130,8 +130,8 @@ def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Pat
     run = RunDir(tmp_path / "spin")
     assert not (tmp_path / "tspin" / "iter-00" / "score").exists(), "T-SPIN reads no opponent"
     assert not (tmp_path / "sft" / "iter-00" / "generate").exists(), "SFT reads no generated answer"
-    reads = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["reads"]
-    assert set(reads) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
+    input_digests = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["input_digests"]
+    assert set(input_digests) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
     assert reads["iter-01/train/model"] == run.digest(run.model(1)), "iteration t's scores name the model of t-1"
 
 
@@ -141,8 +141,8 @@ def test_the_anchor_mixes_the_starting_model_in(make_recipe: MakeRecipe, tmp_pat
     recipe = make_recipe(method, per_iteration={0: {"method": "sft"}}, train={"epochs": 1})
     run = play(recipe, tmp_path / "run")
     iteration = Iteration(run, recipe.at(1), 1)
-    groups = [one.group for one in load_plays(iteration)]
-    mixed = {role: np.stack([one.opponent[role] for one in load_plays(iteration)]) for role in ("real", "generated")}
+    groups = [one.group for one in load_training_examples(iteration)]
+    mixed = {role: np.stack([one.opponent[role] for one in load_training_examples(iteration)]) for role in ("real", "generated")}
     first, last = (
         score_groups(Scorer(load_model(path, dtype=torch.float32, device=CPU)), groups, 256)
         for path in (Path(iteration.data.model), iteration.opponent)
@@ -156,26 +156,26 @@ def test_the_anchor_mixes_the_starting_model_in(make_recipe: MakeRecipe, tmp_pat
 def test_sft_then_a_game_on_rows_that_it_did_not_see(
     method: str, make_recipe: MakeRecipe, tiny: Path, tmp_path: Path
 ) -> None:
-    """data.game_rows: sft trains on the other rows, the game draws, scores and plays on these; proto is its first."""
-    data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "game_rows": 0.25}
+    """data.self_play_rows: sft trains on the other rows, the game draws, scores and plays on these; proto is its first."""
+    data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "self_play_rows": 0.25}
     recipe = make_recipe(method, iterations=3, data=data, per_iteration={0: {"method": "sft"}})
     run = play(recipe, tmp_path / "run")
     rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "game"))
     assert (len(rows), len(kept)) == (36, 12) and not rows & kept
     first, second, third = (Iteration(run, recipe.at(t), t) for t in range(3))
-    assert {one.group.id for one in load_plays(first)} == rows
+    assert {one.group.id for one in load_training_examples(first)} == rows
     assert not run.stage(0, "generate").exists()
     for iteration in (second, third):
-        assert {one.group.id for one in load_plays(iteration)} == kept == set(iteration.generations(iteration.index))
+        assert {one.group.id for one in load_training_examples(iteration)} == kept == set(iteration.generations(iteration.index))
     assert (second.rounds(), third.rounds()) == ([1], [2, 1] if method == "spin" else [2])
     if method == "tspin":
         drawn = second.generations(1)
-        for one in load_plays(third):
+        for one in load_training_examples(third):
             assert np.array_equal(one.group.responses["proto"][0], drawn[one.group.id][0].token_ids)
     assert Results(run.root).data.num_train == 48  # type: ignore[union-attr]
 
 
-def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(plays: list[Play], tiny: Path) -> None:
+def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(plays: list[TrainingExample], tiny: Path) -> None:
     def gradient(objective: Objective, weight: float = 0.0) -> tuple[float, torch.Tensor]:
         model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
         metrics = forward_backward(Scorer(model), objective, plays, 1000, weight)
@@ -196,7 +196,7 @@ def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_pa
     lines = Results(run.root).training(1)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert lines[-1]["rewards/margins"] > 0 and lines[-1]["rewards/rejected"] < lines[-1]["rewards/real"]
-    plays = load_plays(Iteration(run, recipe.at(1), 1))
+    plays = load_training_examples(Iteration(run, recipe.at(1), 1))
     pairs = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(tiny / "model")
     worse = {tokenizer.decode(p.group.responses["rejected"][0], skip_special_tokens=True) for p in plays}
@@ -207,32 +207,32 @@ def test_both_rounds_are_scored_by_the_current_opponent(make_recipe: MakeRecipe,
     recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
     run = play(recipe, tmp_path / "run")
     iteration = Iteration(run, recipe.at(1), 1)
-    plays = load_plays(iteration)
+    plays = load_training_examples(iteration)
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
     metrics = forward_backward(Scorer(model), recipe.method, plays, 256)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["log_ratio"] < 1e-5
 
 
-def test_another_model_than_the_opponent_is_found_before_the_first_update(plays: list[Play], tiny: Path) -> None:
+def test_another_model_than_the_opponent_is_found_before_the_first_update(plays: list[TrainingExample], tiny: Path) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
     for objective in (Spin(), Space()):
         metrics = forward_backward(Scorer(model), objective, plays, 1000)
-        with pytest.raises(Stopped, match="the policy should be its opponent, but it is not"):
-            prove_same_model(objective, metrics, "float32")
+        with pytest.raises(RunError, match="the policy should be its opponent, but it is not"):
+            check_policy_equals_opponent(objective, metrics, "float32")
     for objective in (Tspin(), Sft()):
-        prove_same_model(objective, {}, "float32")  # they read no opponent
+        check_policy_equals_opponent(objective, {}, "float32")  # they read no opponent
 
 
 def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """In float32 it tells models apart that one update at a usual rate made different."""
     recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
     run = play(recipe, tmp_path / "run")
-    plays = load_plays(Iteration(run, recipe, 0))
+    plays = load_training_examples(Iteration(run, recipe, 0))
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
     metrics = forward_backward(Scorer(model), Space(), plays, 256)
-    with pytest.raises(Stopped):
-        prove_same_model(Space(), metrics, "float32")
+    with pytest.raises(RunError):
+        check_policy_equals_opponent(Space(), metrics, "float32")
 
 
 def test_a_non_finite_loss_stops_before_the_update(
@@ -248,7 +248,7 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", poisoned)
     recipe = make_recipe("space", iterations=1, train={"checkpoint_every": 1})
-    with pytest.raises(Stopped, match=r"iteration 0, step 3: the loss is nan.*Nothing was updated"):
+    with pytest.raises(RunError, match=r"iteration 0, step 3: the loss is nan.*Nothing was updated"):
         play(recipe, tmp_path / "run")
     work = tmp_path / "run" / "iter-00" / ".train.partial"
     assert sorted(p.name for p in work.glob("step-*")) == ["step-00000001", "step-00000002"]
@@ -284,7 +284,7 @@ def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path
 def test_gradient_checkpointing_changes_no_number(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     plain = play(make_recipe("spin", iterations=1), tmp_path / "plain")
     saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved")
-    for name in ("loss", "gradient_norm"):
+    for name in ("loss", "grad_norm"):
         values = [
             [json.loads(line)[name] for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
             for run in (plain, saved)

@@ -149,7 +149,7 @@ def gpu_speed(gpu: Gpu, recipe: Recipe, size: ModelSize, lengths: RowTokens) -> 
     `hf` waits for Python, and draws a batch until its longest answer ends, taken for max_new_tokens steps; the others
     refill as answers end.
     """
-    settings, micro_batch_tokens = recipe.generate, sampling_batch_size(recipe, size, lengths, gpu)
+    settings, batch_size = recipe.generate, sampling_batch_size(recipe, size, lengths, gpu)
     tp = settings.tensor_parallel_size
     read = size.weight_bytes / tp + batch_size * (lengths.prompt + lengths.generated / 2) * size.kv_bytes / tp
     step = read / (gpu.bandwidth * BANDWIDTH)

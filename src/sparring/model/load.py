@@ -120,7 +120,7 @@ def check_model_folder(folder: Path) -> Path:
 
 
 def refuse_unsafe_settings(file: Path, content: object) -> None:
-    """CallFailed settings that would have a loader run code from elsewhere, or read files beside the model's own.
+    """Refuses settings that would have a loader run code from elsewhere, or read files beside the model's own.
 
     `trust_remote_code=False` alone has not been enough: CVE-2026-4372 and CVE-2026-5241 were such keys. `auto_map`
     may stay: nothing of ours follows it, and a model that needs it is refused by transformers.

@@ -43,7 +43,7 @@ def import_bitsandbytes() -> None:
 
 
 def require_4bit(device: torch.device) -> None:
-    """CallFailed where bitsandbytes is not installed, or has no 4-bit kernel for this device: it is tried."""
+    """Refuses where bitsandbytes is not installed, or has no 4-bit kernel for this device: it is tried."""
     other = "or leave adapter.load_in_4bit out: the base is then kept in train.dtype, four times as large"
     if find_spec("bitsandbytes") is None:
         raise UserError(

@@ -189,7 +189,7 @@ class Comparison:
 
 
 def check_comparable(arms: Sequence[Arm]) -> None:
-    """CallFailed arms that were not evaluated on the same rows in the same way."""
+    """Refuses arms that were not evaluated on the same rows in the same way."""
     first: dict[str, object] = {}
     for arm in arms:
         recipe, data = arm.results.recipe, arm.results.data

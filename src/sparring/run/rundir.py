@@ -120,7 +120,7 @@ class RunDir:
         }
 
     def check_lineage(self, path: Path) -> None:
-        """CallFailed a committed directory whose inputs are no longer those that it was made from."""
+        """Refuses a committed directory whose inputs are no longer those that it was made from."""
         for name, digest in read_manifest(path).input_digests.items():
             source = self.root / name  # an absolute name stays as it is
             if not source.is_relative_to(self.root):

@@ -54,7 +54,7 @@ def export_model(
 
 
 def begin_export(out: Path) -> None:
-    """CallFailed a place that is taken, and removes what an export to it left there that was killed."""
+    """Refuses a place that is taken, and removes what an export to it left there that was killed."""
     if out.exists():
         raise UserError(f"{out} is there already; give a new folder, or remove that one")
     remove_leftovers(out.parent.glob(f".{escape(out.name)}.tmp-*"))

@@ -37,8 +37,8 @@ SECRETS = {
 }
 
 
-def push(folder: Path, repo: str, *, is_public: bool = False, is_dry: bool = True) -> list[Path]:
-    """Uploads an exported folder; returns the files that are, or would be, uploaded. CallFailed any secret it finds."""
+def push_folder(folder: Path, repo: str, *, is_public: bool = False) -> list[Path]:
+    """Uploads an exported folder; returns the uploaded files. Refuses a folder that contains a secret."""
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} was not made by 'sparring export'; only such folders are pushed")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
