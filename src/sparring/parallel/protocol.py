@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+@runtime_checkable
 class Parallel(Protocol):
     """One process, or one of several ranks. Methods marked *collective* must be called by every rank."""
 
