@@ -16,13 +16,13 @@ from sparring.logging import info
 from sparring.model.kernels.chunked import BLOCK, KEPT
 from sparring.model.load import load_config, num_parameters, resolve_model
 from sparring.model.memory import activation_bytes
+from sparring.model.optimizers import optimizer_state_bytes, trained_sizes
 from sparring.model.quantization import BYTES_PER_WEIGHT
 from sparring.recipe.schema import Adapter, Recipe
 from sparring.run.disk import format_bytes, free_bytes
 from sparring.run.manifest import is_committed
 from sparring.run.rundir import RunDir
 from sparring.stages.train.checkpoint import NUM_KEPT
-from sparring.stages.train.optimizers import optimizer_state_bytes, trained_sizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 

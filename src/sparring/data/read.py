@@ -1,4 +1,4 @@
-"""Files and data sets as numbered rows. A row that cannot be read is reported in its place, not skipped."""
+"""Reads data files and data sets as numbered rows. A row that cannot be read is reported in place, not skipped."""
 
 from __future__ import annotations
 
@@ -19,47 +19,55 @@ class BadRow(Exception):
     """Why a row cannot be used."""
 
 
-def read_rows(source: str, split: str = "train") -> Iterator[tuple[int, Row | BadRow]]:
-    """(row number from 1, row or why it is none). For JSON lines the number is the line in the file."""
+NumberedRows = Iterator[tuple[int, Row | BadRow]]
+
+
+def read_rows(source: str, split: str = "train") -> NumberedRows:
+    """Yields (row number from 1, row or why it cannot be used). For JSON lines the number is the line in the file."""
     path = Path(source)
     if path.is_dir():
-        return _dataset(path, split)
+        return _dataset_folder(path, split)
     if not path.is_file():
         if path.suffix in READERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise UserError(f"data: there is no file {path.absolute()}; relative paths start at the working directory")
-        return _hub(source, split)
+            raise UserError(f"data: {path.absolute()} does not exist. Relative paths start at the working directory.")
+        return _hub_dataset(source, split)
     if path.suffix not in READERS:
-        raise UserError(f"data: {path} ends in '{path.suffix}'; known are {', '.join(READERS)} and data set folders")
+        raise UserError(
+            f"data: {path} has the unsupported suffix '{path.suffix}'. Use {', '.join(READERS)}, or a folder saved by "
+            "datasets.save_to_disk."
+        )
     try:
         return READERS[path.suffix](path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} cannot be read: {error}. Mend the file, or write it again") from error
+        raise UserError(f"data: {path} cannot be read: {error}. Fix the file or write it again.") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    # bytes, not text lines: U+2028 and its like may stand inside a JSON string
+def _json_lines(path: Path) -> NumberedRows:
+    # bytes, not text lines: a JSON string may contain U+2028, at which Python would split the line
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line := line.removeprefix(b"\xef\xbb\xbf").strip():
                 try:
-                    yield number, _mapping(_loads(line.decode("utf-8")))
+                    yield number, _as_row(_parse_json(line.decode("utf-8")))
                 except (ValueError, RecursionError) as error:
-                    yield number, BadRow(f"not JSON: {error}")
+                    yield number, BadRow(f"not valid JSON: {error}")
                 except BadRow as problem:
                     yield number, problem
 
 
-def _json(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def _json(path: Path) -> NumberedRows:
     try:
-        rows = _loads(path.read_text(encoding="utf-8-sig"))
+        rows = _parse_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError, BadRow) as error:
-        raise UserError(f"data: {path} is not JSON: {error}. One object per line? Then name it .jsonl") from error
+        raise UserError(
+            f"data: {path} is not valid JSON: {error}. If it has one object per line, rename it to .jsonl."
+        ) from error
     if not isinstance(rows, list):
-        raise UserError(f"data: {path} holds a {type(rows).__name__}; a list of rows is needed")
+        raise UserError(f"data: {path} contains a {type(rows).__name__}. Write a list of rows.")
     return _numbered(rows)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def _parquet(path: Path) -> NumberedRows:
     return _numbered(_parquet_rows(path, pq.ParquetFile(path)))
 
 
@@ -71,11 +79,11 @@ def _parquet_rows(path: Path, file: pq.ParquetFile) -> Iterator[object]:
                 number += 1
                 yield row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} cannot be read after row {number}: {error}") from error
+        raise UserError(f"data: {path} cannot be read after row {number}: {error}. Write the file again.") from error
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    read = pyarrow.csv.ReadOptions(use_threads=False)  # else its complaints do not say which row
+def _csv(path: Path) -> NumberedRows:
+    read = pyarrow.csv.ReadOptions(use_threads=False)  # with threads its errors lack the row number
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     return _numbered(pyarrow.csv.read_csv(path, read_options=read, parse_options=parse).to_pylist())
 
@@ -83,8 +91,8 @@ def _csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
 READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
 
 
-def _dataset(folder: Path, split: str) -> Iterator[tuple[int, Row | BadRow]]:
-    from datasets import DatasetDict, load_from_disk  # slow to import, and most data are files
+def _dataset_folder(folder: Path, split: str) -> NumberedRows:
+    from datasets import DatasetDict, load_from_disk  # slow to import, and most users have files
 
     try:
         dataset = load_from_disk(folder)
@@ -93,13 +101,13 @@ def _dataset(folder: Path, split: str) -> Iterator[tuple[int, Row | BadRow]]:
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise UserError(
-                f"data: {folder} has the splits {', '.join(map(str, dataset))}, not '{split}'; set data.split"
+                f"data: {folder} has no split '{split}'. Set data.split to one of {', '.join(map(str, dataset))}."
             )
         dataset = dataset[split]
     return _numbered(dataset)
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[int, Row | BadRow]]:
+def _hub_dataset(name: str, split: str) -> NumberedRows:
     from datasets import load_dataset
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -108,38 +116,39 @@ def _hub(name: str, split: str) -> Iterator[tuple[int, Row | BadRow]]:
         dataset = load_dataset(repo, split=split, revision=revision or None)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"data: there is no file {Path(name).absolute()}, and the hub did not give '{name}' ({split}): {error}"
+            f"data: {Path(name).absolute()} does not exist, and loading split '{split}' of '{name}' from the Hub "
+            f"failed: {error}"
         ) from error
     return _numbered(dataset)
 
 
-def _numbered(rows: Iterable[object]) -> Iterator[tuple[int, Row | BadRow]]:
+def _numbered(rows: Iterable[object]) -> NumberedRows:
     for number, row in enumerate(rows, start=1):
         try:
-            yield number, _mapping(row)
+            yield number, _as_row(row)
         except BadRow as problem:
             yield number, problem
 
 
-def _loads(text: str) -> object:
-    """JSON as its standard has it: no NaN, and no key twice, of which one value would be lost."""
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+def _parse_json(text: str) -> object:
+    """Parses standard JSON: no NaN, and no duplicate keys, of which Python would drop all but the last."""
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique: dict[str, object] = {}
     for key, value in pairs:
-        if key in found:
-            raise BadRow(f"{key!r} is given twice")
-        found[key] = value
-    return found
+        if key in unique:
+            raise BadRow(f"duplicate key {key!r}")
+        unique[key] = value
+    return unique
 
 
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON number")
+def _reject_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _mapping(row: object) -> Row:
+def _as_row(row: object) -> Row:
     if not isinstance(row, dict):
-        raise BadRow(f"a row is a mapping of columns, not a {type(row).__name__}")
+        raise BadRow(f"expected an object with columns, got {type(row).__name__}")
     return row

@@ -29,7 +29,6 @@ from transformers.utils.logging import disable_progress_bar
 from sparring.errors import UserError
 from sparring.model.lora import base_of, has_adapter, is_adapter, load_adapter, merge_adapter, save_adapter
 from sparring.model.quantization import compute_as_in_training, dequantize, nf4, require_4bit
-from sparring.run.manifest import hash_path
 from sparring.types import Generation
 
 disable_progress_bar()  # ours says what takes long
@@ -241,8 +240,7 @@ def save_successor(
     write it (a temperature without do_sample, as some models ship) must not cost a finished training.
     """
     if has_adapter(model):
-        base = base_of(origin)
-        save_adapter(model, base, hash_path(base), folder, state)
+        save_adapter(model, base_of(origin), folder, state)
         return
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, state_dict=None if state is None else dict(state))

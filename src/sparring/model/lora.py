@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from sparring.errors import UserError
 from sparring.model.quantization import import_bitsandbytes
-from sparring.run.manifest import write_json
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."  # what peft and vLLM write before a module's name
@@ -84,17 +83,14 @@ def has_adapter(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_adapter(
-    model: PreTrainedModel, base: Path, digest: str, folder: Path, state: Mapping[str, Tensor] | None = None
-) -> None:
-    """The adapter alone, as peft writes it, and which base it belongs to. `state`: its weights, if not the model's."""
+def save_adapter(model: PreTrainedModel, base: Path, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """The adapter alone, as peft writes it, naming its base. `state`: its weights, if not the model's."""
     config = cast(Any, model).peft_config["default"]
     config.base_model_name_or_path = str(base)
-    config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in every process
+    config.target_modules = sorted(config.target_modules)  # a set, whose order differs between processes
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     save_file(_weights(model, state), folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / BASE, {"folder": str(base), "xxh3": digest})
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -20,13 +20,13 @@ from sparring.data.tables import write_rows
 from sparring.errors import UserError
 from sparring.logging import track
 from sparring.model.load import check_weights, context_length, declared_end_ids, load_tokenizer, resolve_model
+from sparring.model.optimizers import require_bitsandbytes
 from sparring.model.quantization import require_4bit
 from sparring.parallel import local_device
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary, seed_of
 from sparring.run.manifest import commit
 from sparring.run.rundir import RunDir
-from sparring.stages.train.optimizers import require_bitsandbytes
 from sparring.types import Example, Rendered
 
 

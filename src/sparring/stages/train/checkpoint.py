@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from sparring.errors import RunError
 from sparring.logging import info
+from sparring.model.optimizers import restore_state, state_tensors
 from sparring.parallel import Parallel
 from sparring.run.disk import writing
 from sparring.run.manifest import commit, failpoint, verify, write_json
-from sparring.stages.train.optimizers import restore_state, state_tensors
 
 NUM_KEPT = 2
 

@@ -12,11 +12,11 @@ import torch
 from sparring.errors import OutOfMemory
 from sparring.logging import info
 from sparring.model.memory import activation_bytes, find_micro_batch_tokens, run_within_memory, search_range
+from sparring.model.optimizers import optimizer_state_bytes, trained_sizes
 from sparring.model.packing import group_tokens, micro_batches
 from sparring.parallel import Parallel
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import replace_file
-from sparring.stages.train.optimizers import optimizer_state_bytes, trained_sizes
 from sparring.stages.train.policy import Policy
 from sparring.stages.train.step import forward_backward
 from sparring.types import TrainingExample

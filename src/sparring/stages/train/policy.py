@@ -13,9 +13,9 @@ from sparring.logging import info
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
 from sparring.model.lora import train_adapter
+from sparring.model.optimizers import make_optimizer, require_bitsandbytes
 from sparring.parallel import Parallel
 from sparring.run.iteration import Iteration
-from sparring.stages.train.optimizers import make_optimizer, require_bitsandbytes
 
 
 @dataclass
