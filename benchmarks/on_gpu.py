@@ -183,10 +183,10 @@ def layouts(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     groups = make_groups(4, 40, 60, MODELS[size][5])
     found: dict[str, list[Tensor]] = {}
     arms: dict[str, Any] = {"padded": ("padded", False), "pieces": ("shared", False), "flex": ("shared", True)}
-    for name, (kind, is_flex) in arms.items():
+    for name, (packing, is_flex) in arms.items():
         if is_flex and device.type != "cuda":
             continue  # it has no backward pass on CPU
-        scorer = Scorer(model, kind=kind)
+        scorer = Scorer(model, packing=packing)
         is_at_hand, scorer.is_flex = scorer.is_flex, is_flex
         assert is_at_hand or not is_flex, "FlexAttention was tried at loading and given up"
         model.zero_grad()
@@ -211,8 +211,8 @@ def training(device: torch.device, size: str, peak: float, count: int, budget: i
     visible = sum(p**2 // 2 + sum(r * p + r**2 // 2 for r in rest) for p, *rest in shared.shared_prompts.sizes)  # type: ignore[union-attr]
     flops = 6 * body * shared.computed_tokens + 6 * width * vocab * len(shared.targets) + 12 * depth * width * visible
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "least_tflops": flops / 1e12}
-    for kind in ("padded", "shared"):
-        scorer = Scorer(model, FAST, kind)  # type: ignore[arg-type]
+    for packing in ("padded", "shared"):
+        scorer = Scorer(model, FAST, packing)  # type: ignore[arg-type]
 
         def one(scorer: Scorer = scorer) -> dict[str, Any]:
             took = seconds(lambda: step(scorer, groups, budget), device, 3)
@@ -225,7 +225,7 @@ def training(device: torch.device, size: str, peak: float, count: int, budget: i
             }
 
         model.zero_grad(set_to_none=True)
-        found[kind] = attempt(one)
+        found[packing] = attempt(one)
     return found
 
 
