@@ -1,1 +1,1 @@
-"""Rows of any accepted form -> examples -> token ids, and the tables that hold them."""
+"""From data files to token ids: reading, row formats, rendering, and the tables that store the result."""

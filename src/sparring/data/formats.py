@@ -1,4 +1,4 @@
-"""The formats of supervised data, each turned into conversations."""
+"""Detects the format of supervised data and converts its rows to conversations."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ ROLES = {
     "tool": "tool",
 }
 
-BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # white space, and what has no width at all
-
-SENTENCE = r"(?<=[.!?])[\"”']?(?=\s)"  # a sentence ends before the white space that follows it
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+"""White space and zero-width characters."""
+SENTENCE_END = r"(?<=[.!?])[\"”']?(?=\s)"
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns make a row of this format, and how it becomes a conversation."""
+    """The columns of a row in this format, and the function that converts it to a conversation."""
 
     name: str
     columns: tuple[str, ...]
-    conversation: Callable[[Row], list[Message]]
+    to_conversation: Callable[[Row], list[Message]]
     optional: tuple[str, ...] = ()
 
 
@@ -50,15 +50,15 @@ def _conversations(row: Row) -> list[Message]:
 
 
 def _prompt_completion(row: Row) -> list[Message]:
-    return [*_system(row), *_side(row["prompt"], "user"), *_side(row["completion"], "assistant")]
+    return [*_system(row), *_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
 
 
 def _chosen(row: Row) -> list[Message]:
-    return [*_system(row), *_without_prefix(_side(row["prompt"], "user"), _side(row["chosen"], "assistant"))]
+    return [*_system(row), *_join_chosen(_as_messages(row["prompt"], "user"), _as_messages(row["chosen"], "assistant"))]
 
 
 def _rejected(row: Row, example: Example) -> str | None:
-    """The worse answer, if there is one to the same prompt. Only DPO asks for it, so a broken one is no fault here."""
+    """The rejected response to the same prompt, or None. Only DPO reads it, so an invalid one is not an error here."""
     try:
         *before, last = _chosen({**row, "chosen": row["rejected"]})
     except BadRow:
@@ -67,13 +67,13 @@ def _rejected(row: Row, example: Example) -> str | None:
 
 
 def _real(row: Row) -> list[Message]:
-    return _side(row["real"], "assistant")
+    return _as_messages(row["real"], "assistant")
 
 
 def _alpaca(row: Row) -> list[Message]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise BadRow("'history' must be a list of [question, answer]")
+        raise BadRow("'history' must be a list of [question, answer] pairs")
     earlier = [_message(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
     extra = _text(row.get("input") or "")
     question = _text(row["instruction"]) + (f"\n\n{extra}" if extra.strip() else "")
@@ -96,41 +96,41 @@ FORMATS = (
 
 
 def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, source: str) -> RowFormat:
-    """The first format whose columns the row has; `columns` maps our names to the user's."""
+    """The first format whose columns the row has. `columns` maps the names used here to the user's."""
     known = {name for row_format in FORMATS for name in (*row_format.columns, *row_format.optional)} | {"text"}
-    for ours, theirs in columns.items():
-        if ours not in known:
-            raise UserError(f"data.columns: '{ours}' is none of {', '.join(sorted(known))}")
-        if theirs not in row:
-            raise UserError(f"data.columns: {source} has no column '{theirs}'; it has {', '.join(map(str, row))}")
-    available = renamed(row, columns)
+    for name, column in columns.items():
+        if name not in known:
+            raise UserError(f"data.columns: unknown name '{name}'. Use one of {', '.join(sorted(known))}.")
+        if column not in row:
+            raise UserError(f"data.columns: {source} has no column '{column}'. It has {', '.join(map(str, row))}.")
+    available = rename_columns(row, columns)
     formats = (*FORMATS, RowFormat("text", ("text",), _splitter(split_on)))
     for row_format in formats:
         uses = {*row_format.columns, *row_format.optional}
         if all(name in available for name in row_format.columns) and set(columns) <= uses:
             if row_format.name == "text" and split_on is None:
                 raise UserError(
-                    f"data: {source} has rows of plain text; set data.split_on to 'sentence' or to a regular "
-                    "expression, so that the prompt ends where its first match begins"
+                    f"data: the rows of {source} are plain text. Set data.split_on to 'sentence', or to a regular "
+                    "expression at whose first match the prompt ends."
                 )
             return row_format
-    wanted = "; ".join(" + ".join(row_format.columns) for row_format in formats)
+    supported = "; ".join(" + ".join(row_format.columns) for row_format in formats)
     raise UserError(
-        f"data: the columns of {source} ({', '.join(map(str, row))}) are none of: {wanted}. "
-        "Map them with data.columns, for example {question: your_column, answer: another}"
+        f"data: the columns of {source} ({', '.join(map(str, row))}) match no known format ({supported}). Map them "
+        "with data.columns, for example {question: your_column, answer: other_column}."
     )
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
 
 
 def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list[Example]:
-    """The examples of one row: a conversation up to each assistant turn that `turns` selects."""
+    """The examples of a row: its conversation up to each assistant turn that `turns` selects."""
     missing = [name for name in row_format.columns if row.get(name) is None]
     if missing:
-        raise BadRow(f"no '{missing[0]}'")
-    conversation = row_format.conversation(row)
+        raise BadRow(f"'{missing[0]}' is missing")
+    conversation = row_format.to_conversation(row)
     seen_user, targets = False, []
     for index, message in enumerate(conversation):
         seen_user = seen_user or message["role"] == "user"
@@ -138,39 +138,39 @@ def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list
             targets.append(index)
     if not targets:
         raise BadRow("no assistant turn after a user turn")
-    chosen = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
-    found = [Example(_id(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in chosen]
+    selected = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
+    result = [Example(_hash(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in selected]
     if row_format.name == "prompt/chosen" and row.get("rejected") is not None:
-        found = [replace(example, rejected=_rejected(row, example)) for example in found]
-    for example in found:
+        result = [replace(example, rejected=_rejected(row, example)) for example in result]
+    for example in result:
         if BLANK.fullmatch(example.answer):
-            raise BadRow("the answer is empty")
+            raise BadRow("the response is empty")
         if not any(m["role"] == "user" and not BLANK.fullmatch(m["content"]) for m in example.messages):
             raise BadRow("the prompt is empty")
-    return found
+    return result
 
 
 def prompt_key(example: Example) -> str:
-    """What the held-out split must not tear apart: everything up to the first user turn."""
+    """Hash of everything up to the first user turn. Rows with the same key stay on one side of the held-out split."""
     first_user = next(i for i, m in enumerate(example.messages) if m["role"] == "user")
-    return _id(list(example.messages[: first_user + 1]))
+    return _hash(list(example.messages[: first_user + 1]))
 
 
-def _id(messages: list[Message]) -> str:
+def _hash(messages: list[Message]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode())
 
 
 def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
     try:
-        boundary = re.compile(SENTENCE if split_on == "sentence" else split_on or "")
+        boundary = re.compile(SENTENCE_END if split_on == "sentence" else split_on or "")
     except re.error as error:
-        raise UserError(f"data.split_on: '{split_on}' is not a regular expression: {error}") from error
+        raise UserError(f"data.split_on: '{split_on}' is not a valid regular expression: {error}.") from error
 
     def split(row: Row) -> list[Message]:
         text = _text(row["text"])
         match = boundary.search(text)
         if not match:
-            raise BadRow("data.split_on finds no place to split the text")
+            raise BadRow("data.split_on matches nothing in the text")
         end = match.end() if split_on == "sentence" else match.start()
         return [_message("user", text[:end]), _message("assistant", text[end:])]
 
@@ -181,19 +181,19 @@ def _system(row: Row) -> list[Message]:
     return [_message("system", row["system"])] if row.get("system") else []
 
 
-def _side(value: object, role: str) -> list[Message]:
-    """A prompt or a completion: a text, or the messages themselves."""
+def _as_messages(value: object, role: str) -> list[Message]:
+    """A prompt or a completion, given as a text or as messages."""
     return _turns(value, "role", "content") if isinstance(value, list) else [_message(role, value)]
 
 
-def _without_prefix(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    """Preference data often repeat the prompt inside `chosen`."""
-    return answer if answer[: len(prompt)] == prompt else [*prompt, *answer]
+def _join_chosen(prompt: list[Message], chosen: list[Message]) -> list[Message]:
+    """The conversation, whether or not `chosen` repeats the prompt, as it does in some preference data."""
+    return chosen if chosen[: len(prompt)] == prompt else [*prompt, *chosen]
 
 
 def _turns(value: object, role_key: str, content_key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise BadRow("a conversation must be a list of turns")
+        raise BadRow("the conversation must be a list of turns")
     turns = []
     for index, turn in enumerate(value, start=1):
         if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
@@ -204,19 +204,19 @@ def _turns(value: object, role_key: str, content_key: str) -> list[Message]:
 
 def _message(role: object, content: object) -> Message:
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"unknown role {role!r}; known are {', '.join(ROLES)}")
+        raise BadRow(f"unknown role {role!r} (known roles: {', '.join(ROLES)})")
     return Message(role=ROLES[role], content=_text(content))
 
 
 def _text(value: object) -> str:
     if isinstance(value, list):  # typed parts
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise BadRow("content has parts that are not text")
+            raise BadRow("the content has parts that are not text")
         value = "".join(_text(part.get("text", part.get("value"))) for part in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a checkable answer is often a bare number
+        value = str(value)  # numeric answers are common
     if not isinstance(value, str):
-        raise BadRow(f"expected a text, found {'nothing' if value is None else type(value).__name__}")
+        raise BadRow(f"expected a string, got {'null' if value is None else type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet with page checksums, lists of token ids as NumPy arrays without a copy."""
+"""Reads and writes Parquet tables with page checksums. Lists of token ids become NumPy arrays without a copy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GENERATIONS = pa.schema(
         "sample": pa.int16(),
         "token_ids": IDS,
         "finish": pa.string(),
-        "logprob": pa.float32(),  # as the engine reports it; null where it does not
+        "logprob": pa.float32(),  # as the engine reports it, or null
         "text": pa.string(),
     }
 )
@@ -43,7 +43,7 @@ SCORES = pa.schema(
 )
 
 OpponentScores = Mapping[tuple[str, str, int, int], float]
-"""(row id, role, iteration, sample) -> log-prob. A real answer has iteration and sample 0."""
+"""(row id, role, iteration, sample) -> log-prob. A real response has iteration 0 and sample 0."""
 
 
 def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
@@ -86,7 +86,7 @@ def write_generations(path: Path, generations: Sequence[Generation], texts: Sequ
 
 
 def read_generations(paths: Iterable[Path]) -> list[Generation]:
-    """Generations of several parts, in the order of the parts."""
+    """Generations of several files, in the order of the files."""
     generations = []
     for path in paths:
         table = read_table(path)

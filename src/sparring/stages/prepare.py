@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sparring.data.formats import detect_format, examples, prompt_key, renamed
+from sparring.data.formats import detect_format, examples, prompt_key, rename_columns
 from sparring.data.read import BadRow, read_rows
 from sparring.data.render import Renderer
 from sparring.data.tables import write_rows
@@ -182,7 +182,9 @@ class DataReader:
                 row_format = detect_format(row, self.settings.columns, self.settings.split_on, source)
                 self.format = self.format or row_format.name
             try:
-                for example in examples(renamed(row, self.settings.columns), number, row_format, self.settings.turns):
+                for example in examples(
+                    rename_columns(row, self.settings.columns), number, row_format, self.settings.turns
+                ):
                     yield number, example
             except BadRow as problem:
                 yield number, problem
