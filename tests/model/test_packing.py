@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from sparring.model import attention
 from sparring.model.logprobs import Scorer
 from sparring.model.packing import (
-    pack,
     group_tokens,
     micro_batches,
+    pack,
     pack_padded,
+    pack_shared,
     responses_of,
     row_tokens,
-    pack_shared,
 )
 from sparring.types import Group
 
@@ -193,20 +193,6 @@ def test_long_responses_are_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("least_rows", [1, 4, 64])  # all heads at a time, some of them, rows as they are
-@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
-def test_plain_products_equal_torch_s_attention(family: str, least_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of bfloat16 on CPU; here in float32, where nothing hides a mistake."""
-    monkeypatch.setattr(attention, "PIECE", 500)
-    monkeypatch.setattr(attention, "LEAST_ROWS", least_rows)
-    shared, padded = twins(family)
-    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
-    torchs = values_and_gradients(padded, groups, [[0, 1, 2]])
-    monkeypatch.setattr(attention, "by_pieces", attention._ByProducts.apply)
-    for one, other in zip(values_and_gradients(shared, groups, [[0, 2], [1]]), torchs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
 def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU gets. Its forward pass alone: there is no backward pass on CPU."""
@@ -216,40 +202,6 @@ def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "by_pieces", None)
     with torch.no_grad():
         torch.testing.assert_close(shared(pack_shared(groups)), padded(pack_padded(groups)), atol=1e-4, rtol=1e-5)
-
-
-def test_plain_products_take_values_of_another_width() -> None:
-    """As DeepSeek's latent attention has them."""
-    torch.manual_seed(0)
-    shared = attention.SharedPrompts(((5, 7, 3), (2, 4)))
-    query, key = (torch.randn(1, heads, 21, 6, requires_grad=True) for heads in (4, 2))
-    value = torch.randn(1, 2, 21, 10, requires_grad=True)
-    found = [how(query, key, value, shared, 21, 0.3) for how in (attention.by_pieces, attention._ByProducts.apply)]
-    torch.testing.assert_close(found[1], found[0])
-    slopes = torch.randn(1, 21, 4, 10)
-    gradients = [torch.autograd.grad(one, (query, key, value), slopes) for one in found]
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
-
-
-def test_bfloat16_is_as_near_to_float32_as_with_torch_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients, over models whose attention chooses: a single sum of log-probs is off by chance."""
-    groups = [group("a", 30, 41, [20, 50]), group("b", 12, 24, [11, 1])]
-    products, errors = attention._ByProducts.apply, np.zeros((2, 2))
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
-        for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                parameter.data.mul_(4)
-        exact = values_and_gradients(Scorer(model), groups, [[0, 1]])
-        scorer = Scorer(model, torch.bfloat16)
-        for row, how in enumerate((products, attention.by_pieces)):
-            monkeypatch.setattr(attention._ByProducts, "apply", how)
-            found = values_and_gradients(scorer, groups, [[0, 1]])
-            errors[row] += [float((one - truth).square().sum()) for one, truth in zip(found, exact, strict=True)]
-    ours, torchs = np.sqrt(errors)
-    assert (torchs > 5e-3).all(), "bfloat16 rounds"
-    assert (ours < 1.3 * torchs).all(), (ours, torchs)
 
 
 def test_gradient_checkpointing_recomputes_the_shared_row() -> None:

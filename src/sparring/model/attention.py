@@ -1,15 +1,14 @@
-"""Attention over shared prompts: the responses of a group see their prompt and themselves, nothing else.
+"""Attention over shared prompts: each response attends to its prompt and itself, and to nothing else in the row.
 
-A packed row holds prompt, response, response, ..., prompt, response, ... Each prompt attends to itself once,
-and each response to its prompt and itself, as calls of torch's attention of their own: no work is spent on
-what a mask would hide. On a GPU that has Triton, one call of FlexAttention does the row, and skips the blocks that
-its mask hides. (It has no backward pass on CPU. Its forward pass is compared there; it was not run on a GPU yet.)
+A packed row holds prompt, response, response, ..., prompt, response, ... Each prompt attends to itself once, and each
+response to its prompt and itself, in separate calls of torch's attention, so nothing masked is computed. On a GPU with
+Triton one call of FlexAttention covers the row and skips masked blocks. FlexAttention has no backward pass on CPU:
+tests compare its forward pass there, and it has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,36 +17,30 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "sparring"
-"""The attention implementation a model is set to. Where no `shared_prompts` are passed it is torch's, as ever."""
+"""The attention implementation that a model is set to. Without `shared_prompts` it is torch's SDPA."""
 
 QUERIES = 256
-"""Positions of a response that are attended at a time, so that what a mask hides is a small share of what is computed:
-measured on CPU, a fifth off the attention of 800 tokens and a third off that of 1,600, and nothing lost below."""
-
-PIECE = 2**19
-"""Attention weights of a piece in bfloat16 on CPU, all heads together: 2 MiB of float32."""
-LEAST_ROWS = 64
-"""Queries of such a piece at least: with fewer, products are slow, so that fewer heads are taken together."""
+"""Queries per call for a long response: fewer masked scores are computed. Measured on CPU: a fifth less attention time
+at 800 tokens, a third less at 1,600, and no difference below."""
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Where the groups of a packed row lie: in order, the tokens of each prompt and of its responses."""
+    """The groups of a packed row: in order, the number of tokens of each prompt and of its responses."""
 
     sizes: tuple[tuple[int, ...], ...]
-    is_flex: bool = False  # by FlexAttention
-    masks: dict[tuple[int, int, int], Bool[Tensor, "queries keys"]] = field(default_factory=dict)  # made once per row
-    block_masks: dict[int, BlockMask] = field(default_factory=dict)  # likewise, by window
+    is_flex: bool = False  # use FlexAttention
+    masks: dict[tuple[int, int, int], Bool[Tensor, "queries keys"]] = field(default_factory=dict)  # built once per row
+    block_masks: dict[int, BlockMask] = field(default_factory=dict)  # built once per row and window
 
     def mask(self, queries: int, keys: int, window: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-        """Which keys each of the last `queries` positions sees: at most `window`, the last its own."""
+        """Which keys each of the last `queries` positions attends to: up to `window`, its own the last."""
         window = min(window, keys)
         if (queries, keys, window) not in self.masks:
             before = keys - queries
@@ -56,9 +49,9 @@ class SharedPrompts:
         return self.masks[queries, keys, window]
 
     def block_mask(self, window: int, device: torch.device) -> BlockMask:
-        """Which positions of the whole row each position sees, in blocks."""
+        """Which positions of the whole row each position attends to, in blocks."""
         if window not in self.block_masks:
-            # for each position of the row: its group, its response (0: the prompt), its place after the prompt's start
+            # for each position: its group, its response (0 is the prompt), and its offset from the start of the prompt
             rows = [
                 (group, response, place)
                 for group, (prompt, *sizes) in enumerate(self.sizes)
@@ -92,7 +85,7 @@ def attention(
     sliding_window: int | None = None,
     **rest: Any,
 ) -> tuple[Float[Tensor, "rows time heads value_width"], None]:
-    """The signature is transformers'. Dropout is refused at loading: a policy that drops is not its opponent."""
+    """With the signature of transformers' attention functions. Dropout is 0: models are loaded that way."""
     if shared_prompts is None:
         settings = {"scaling": scaling, "sliding_window": sliding_window, **rest}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
@@ -103,15 +96,12 @@ def attention(
         states = (x.to(dtype) for x in (query, key, value))
         mask = shared_prompts.block_mask(window, query.device)
         return flex(query.device)(*states, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2), None
-    if (dtype := _dtype(query)) == torch.bfloat16 and query.device.type == "cpu":
-        states = (x.to(dtype) for x in (query, key, value))
-        return _ByProducts.apply(*states, shared_prompts, window, scale), None  # type: ignore[return-value]
     return by_pieces(query, key, value, shared_prompts, window, scale), None
 
 
 @cache
 def flex(device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on a GPU, for any length: compiling anew for each would take longer than it saves."""
+    """FlexAttention, compiled on a GPU for dynamic lengths: compiling for each length would cost more than it saves."""
     return torch.compile(flex_attention, dynamic=True) if device.type == "cuda" else flex_attention  # type: ignore[return-value]
 
 
@@ -123,7 +113,7 @@ def by_pieces(
     window: int,
     scale: float,
 ) -> Float[Tensor, "1 time heads value_width"]:
-    """A call of torch's attention for each prompt, and for each piece of each response."""
+    """One call of torch's attention for each prompt, and for each QUERIES positions of each response."""
     settings = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -150,133 +140,21 @@ def by_pieces(
     return torch.cat(attended, dim=1)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Positions of a prompt or a response, and what they see: slices of the row, and of the heads."""
-
-    heads: slice
-    kv_heads: slice
-    queries: slice
-    prompt: slice
-    own: slice
-
-    @property
-    def count(self) -> int:
-        return self.queries.stop - self.queries.start
-
-    def of_queries(self, x: Tensor) -> Tensor:
-        """[heads, time, ...] to [its key-value heads, its heads of each and its queries, ...]"""
-        kv_heads = self.kv_heads.stop - self.kv_heads.start
-        return x[self.heads, self.queries].reshape(kv_heads, -1, *x.shape[2:])
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        return torch.cat([x[self.kv_heads, self.prompt], x[self.kv_heads, self.own]], dim=1)
-
-
-def _pieces(shared: SharedPrompts, heads: int, kv_heads: int, window: int) -> Iterator[_Piece]:
-    """All positions of a row in pieces of about `PIECE` weights, of fewer heads at a time where many keys are seen."""
-    sharing, start = heads // kv_heads, 0
-    for prompt, *responses in shared.sizes:
-        nothing, whole = slice(start, start), slice(start, start + prompt)
-        for seen, size in ((nothing, prompt), *((whole, size) for size in responses)):
-            before = seen.stop - seen.start
-            together = min(kv_heads, max(1, PIECE // (LEAST_ROWS * sharing * (before + size))))
-            rows = max(LEAST_ROWS, PIECE // (together * sharing * (before + size)))
-            for kv_head in range(0, kv_heads, together):
-                some = slice(kv_head, min(kv_head + together, kv_heads))
-                for place in range(0, size, rows):
-                    queries = slice(start + place, start + min(place + rows, size))
-                    first = max(0, before + place + 1 - window)
-                    yield _Piece(
-                        slice(sharing * some.start, sharing * some.stop),
-                        some,
-                        queries,
-                        slice(seen.start + min(first, before), seen.stop),
-                        slice(start + max(0, first - before), queries.stop),
-                    )
-            start += size
-
-
-def _weights(
-    q: Float[Tensor, "kv_heads rows width"],
-    k: Float[Tensor, "kv_heads keys width"],
-    piece: _Piece,
-    shared: SharedPrompts,
-    window: int,
-    scale: float,
-) -> Float[Tensor, "kv_heads rows keys"]:
-    """What each query gives each key, in float32."""
-    keys = k.shape[1]
-    weights = (q @ k.transpose(1, 2)).float().mul_(scale).view(-1, piece.count, keys)
-    hidden = keys if window < keys else piece.count  # without a window only the last keys are hidden
-    mask = shared.mask(piece.count, hidden, window, q.device)
-    weights[..., -hidden:].masked_fill_(~mask, -math.inf)
-    return weights.softmax(-1).view(len(q), -1, keys)
-
-
-class _ByProducts(torch.autograd.Function):
-    """`by_pieces` in plain products over pieces that fit a CPU's cache.
-
-    In bfloat16 torch's own attention for CPUs reaches a sixth of what products reach; this takes half its time, and
-    rounds the scores to bfloat16, as transformers' eager attention does. (In float32 torch's is as fast or faster.)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, window: int, scale: float
-    ) -> Tensor:
-        query, key, value = query[0], key[0], value[0]
-        heads, time, width = *query.shape[:2], value.shape[2]
-        out = query.new_empty(time, heads, width)
-        for piece in _pieces(shared, heads, len(key), window):
-            weights = _weights(piece.of_queries(query), piece.of_keys(key), piece, shared, window, scale)
-            attended = weights.to(query.dtype) @ piece.of_keys(value)
-            out[piece.queries, piece.heads] = attended.view(-1, piece.count, width).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, out)
-        ctx.settings = shared, window, scale
-        return out[None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out = ctx.saved_tensors
-        shared, window, scale = ctx.settings
-        # d softmax needs sum(p * dp) of each query, which is the product of what came out and its gradient
-        inner = (gradient[0].float() * out.float()).sum(-1, keepdim=True).transpose(0, 1)  # [heads, time, 1]
-        outer = gradient[0].transpose(0, 1)
-        for_query = torch.empty_like(query)
-        for_key, for_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for piece in _pieces(shared, len(query), len(key), window):
-            q, k, g = piece.of_queries(query), piece.of_keys(key), piece.of_queries(outer)
-            weights = _weights(q, k, piece, shared, window, scale)
-            slopes = (g @ piece.of_keys(value).transpose(1, 2)).float()
-            slopes = slopes.sub_(piece.of_queries(inner)).mul_(weights).to(q.dtype)
-            for_query[piece.heads, piece.queries] = (slopes @ k).mul_(scale).view(-1, piece.count, q.shape[2])
-            before = piece.prompt.stop - piece.prompt.start
-            key_slopes = slopes.transpose(1, 2) @ q
-            value_slopes = weights.to(q.dtype).transpose(1, 2) @ g
-            for whole, part in ((for_key, key_slopes), (for_value, value_slopes)):
-                whole[piece.kv_heads, piece.prompt] += part[:, :before]
-                whole[piece.kv_heads, piece.own] += part[:, before:]
-        found = (for_query, for_key.mul_(scale).to(key.dtype), for_value.to(value.dtype))
-        return *(x[None] for x in found), None, None, None
-
-
 def _dtype(states: Tensor) -> torch.dtype:
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
-    """The named rules: what a model's config says that makes it unable to share a prompt. None: nothing does."""
+    """Why this architecture cannot share prompts, by its config; None if nothing there rules it out."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"layers of kind {', '.join(sorted(kinds))} read a row from its start to its end"
+        return f"its layers of type {', '.join(sorted(kinds))} process a row from start to end"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention logits are capped, which torch's attention cannot do"
+        return "it caps attention logits, which torch's SDPA cannot do"
     if not model.is_backend_compatible():
-        return "transformers cannot exchange its attention"
+        return "transformers cannot replace its attention"
     return None
 
 
