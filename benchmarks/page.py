@@ -125,7 +125,7 @@ def step(name: str) -> Table:
     arms, cases = STEP_CASES[name]
     details = [] if name == "headline" else ["range", "of peak"]
     rows = [["", "sparring, s", *details, *(STEP_ARMS[arm] for arm in arms)]]
-    for case in cases:
+    for case in measured(cases):
         found = results("step")["results"][case]["summary"]["arms"]
         ours = found["shared"]
         seconds = ours["seconds"]
@@ -139,10 +139,14 @@ def step_memory() -> Table:
     """MiB over the weights at the peak of a step."""
     arms = ("plain", "trl", "trl-tuned", "padded")
     rows = [["", "sparring", *(STEP_ARMS[arm] for arm in arms)]]
-    for case in PAIRS:
+    for case in measured(PAIRS):
         found = results("step")["results"][case]["summary"]["arms"]
         rows.append([short(case), *(f"{found[arm]['mib_over_weights']:,}" for arm in ("shared", *arms))])
     return rows
+
+
+def measured(cases: Sequence[str]) -> list[str]:
+    return [case for case in cases if case in results("step")["results"]]
 
 
 def short(case: str) -> str:
@@ -151,10 +155,8 @@ def short(case: str) -> str:
 
 def epoch() -> Table:
     labels = {
-        "epoch": "SPIN, GSM8K, fp32",
-        "epoch_bf16": "SPIN, GSM8K, bf16",
-        "epoch_triplets": "T-SPIN, GSM8K, fp32",
-        "epoch_long_prompt_triplets_bf16": "T-SPIN, long prompts, bf16",
+        "epoch": "SPIN",
+        "epoch_triplets": "T-SPIN",
     }
     rows = [["", "rounds", "sparring, s", "plain loop", "TRL", "peak MiB: sparring, plain loop, TRL"]]
     for name, label in labels.items():
