@@ -1,4 +1,4 @@
-"""One way to ask: a folder with a recipe, rows and a model, the command line, and what it may say and leave behind."""
+"""Shared fixtures: a task folder that tests break, and a check of how the command line refuses it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows(count: int = 20) -> list[dict[str, object]]:
 
 
 def lines(*changed: object, at: int = 7) -> bytes:
-    """JSON lines, good but for those from line `at` on; a changed line is bytes as they are, or a value."""
+    """JSON lines with valid rows, except that line `at` is replaced by `changed`: raw bytes or values."""
     good = [json.dumps(row).encode() for row in rows()]
     good[at - 1 : at] = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in changed]
     return b"\n".join(good) + b"\n"
@@ -48,7 +48,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def task(tiny: Path, tmp_path: Path) -> Path:
-    """A folder with model/, rows.jsonl and recipe.yaml, all good, to be broken."""
+    """A folder with a valid model/, rows.jsonl and recipe.yaml."""
     shutil.copytree(tiny / "model", tmp_path / "model")
     (tmp_path / "rows.jsonl").write_bytes(lines(rows()[6]))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", train=tmp_path / "rows.jsonl"))
@@ -57,7 +57,7 @@ def task(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal(task: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refusal:
-    """Runs the command line in this process. It must refuse with one message, and leave no half-written run."""
+    """Runs the command line in this process. It must refuse with one message and leave no partial run directory."""
 
     def refuse(*overrides: str) -> str:
         monkeypatch.setattr(
@@ -66,12 +66,12 @@ def refusal(task: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capfd.readouterr().err
-        assert ended.value.code == 2, said
-        assert "Traceback" not in said
-        message = said[said.index("error: ") :]
-        assert said.count("error: ") - message[7:].count("error: ") == 1
-        assert len(message) < 3000, "a message is read by a person"
+        output = capfd.readouterr().err
+        assert ended.value.code == 2, output
+        assert "Traceback" not in output
+        message = output[output.index("error: ") :]
+        assert output.count("error: ") - message[7:].count("error: ") == 1
+        assert len(message) < 3000, "short enough to read"
         left = [p.name for p in (task / "run").rglob("*")] if (task / "run").exists() else []
         assert set(left) <= {".lock"}, left
         return message

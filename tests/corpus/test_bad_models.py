@@ -1,4 +1,4 @@
-"""Broken model folders and tokenizers: refused at the door, by name, before a run directory holds anything."""
+"""Bad model folders and tokenizers are refused by name before the run directory contains anything."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def remove(*names: str) -> Callable[[Path], None]:
 
 
 def shard(folder: Path, *, lose: str | None = None) -> None:
-    """The same weights in two files with an index, one of them lost or both there."""
+    """Splits the weights into two files with an index; `lose` deletes one of them."""
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -89,7 +89,7 @@ def template(text: str | None) -> Callable[[Path], None]:
     return change
 
 
-def no_tokens_of_the_end(folder: Path) -> None:
+def without_end_tokens(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -99,7 +99,7 @@ def no_tokens_of_the_end(folder: Path) -> None:
 
 
 def runaway(folder: Path) -> None:
-    """A regular expression that tries every way to cut a text in pieces, and finds that none will do."""
+    """A regular expression that backtracks through every way to split a text."""
     split = {
         "type": "Split",
         "pattern": {"Regex": r"(.|..|...|..?.?)+$(?<=z)"},
@@ -127,7 +127,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "another width": (config(hidden_size=64, head_dim=None), "cannot be loaded"),
     "a vocabulary of nothing": (config(vocab_size=0), "cannot be loaded"),
     "more layers than weights": (config(num_hidden_layers=3), r"lack model\.layers\.2\.\S+ and 8 more"),
-    "a weight lost": (
+    "a missing weight": (
         lambda f: edit_weights(f, lambda w: w.pop("model.layers.0.self_attn.q_proj.weight")),
         r"lack model\.layers\.0\.self_attn\.q_proj\.weight",
     ),
@@ -137,8 +137,8 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a header that promises too much": (write("model.safetensors", b"\xff" * 8 + b"{}"), "cannot be loaded"),
     "not a number": (poison(float("nan")), r"model\.layers\.1\.mlp\.down_proj\.weight .*not finite"),
     "infinite": (poison(float("-inf")), "not finite"),
-    "a shard lost": (lambda f: shard(f, lose="model-00002-of-00002.safetensors"), "cannot be loaded.*model-00002"),
-    "an index of nothing": (
+    "a missing shard": (lambda f: shard(f, lose="model-00002-of-00002.safetensors"), "cannot be loaded.*model-00002"),
+    "an empty index": (
         lambda f: (shard(f), (f / "model.safetensors.index.json").write_text("{}"), None)[-1],
         "cannot be loaded",
     ),
@@ -148,22 +148,22 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tokenizer cut": (cut("tokenizer.json"), "the tokenizer in .* cannot be loaded"),
     "tokenizer of bytes": (write("tokenizer.json", bytes(range(256))), "the tokenizer in .* cannot be loaded"),
     "tokenizer config cut": (cut("tokenizer_config.json"), r"tokenizer_config\.json cannot be read"),
-    "a tokenizer that never ends": (runaway, r"the tokenizer in .* broke down .*tokenizer\.json"),
+    "a tokenizer that backtracks": (runaway, r"the tokenizer in .* failed .*tokenizer\.json"),
     "more tokens than embeddings": (
         lambda f: (config(vocab_size=8)(f), edit_weights(f, lambda w: w.update(
             {"model.embed_tokens.weight": w["model.embed_tokens.weight"][:8].clone()})))[-1],
         r"token \d+, .*embeddings for 8: tokens 0 to 7",
     ),
-    "no chat template": (template(None), "data.template: the tokenizer has no chat template, so give a text"),
+    "no chat template": (template(None), "data.template: the tokenizer has no chat template. Set a text"),
     "a template with a fault": (template("{% for %}"), "data.template"),
     "a template that raises": (template("{{ raise_exception('no') }}"), "data.template.*no"),
     "a template that divides by zero": (template("{{ 1 // 0 }}"), "data.template.*zero"),
-    "a template that counts for ever": (template("{% for i in range(10**12) %}{% endfor %}"), "data.template"),
-    "a template that looks around": (template("{{ ''.__class__.__mro__ }}"), "data.template.*unsafe"),
-    "a template that says nothing": (template("{{ '' }}"), "the prompt has no tokens"),
-    "a template without answers": (template("{{ messages[0]['content'] }}"), "row 1 .*not a prefix|end"),
-    "a template that forgets its prefix": (template(FORGETFUL), "row 1 .*not a prefix of the whole"),
-    "no end token anywhere": (no_tokens_of_the_end, "data.end_token: neither the template nor the tokenizer"),
+    "a template with an endless loop": (template("{% for i in range(10**12) %}{% endfor %}"), "data.template"),
+    "a template that reads internals": (template("{{ ''.__class__.__mro__ }}"), "data.template.*unsafe"),
+    "an empty template": (template("{{ '' }}"), "the prompt has no tokens"),
+    "a template without responses": (template("{{ messages[0]['content'] }}"), "row 1 .*not a prefix|end"),
+    "a template that forgets its prefix": (template(FORGETFUL), "row 1 .*not a prefix of the conversation"),
+    "no end token anywhere": (without_end_tokens, "data.end_token: neither the template nor the tokenizer"),
 }  # fmt: skip
 
 
@@ -171,9 +171,9 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_broken_model_is_named(name: str, task: Path, refusal: Refusal) -> None:
     change, message = MODELS[name]
     change(task / "model")
-    said = refusal()
-    assert re.search(message, said, re.DOTALL), said
-    assert str(task) in said or "data." in said
+    output = refusal()
+    assert re.search(message, output, re.DOTALL), output
+    assert str(task) in output or "data." in output
 
 
 def test_a_model_that_is_a_file(task: Path, refusal: Refusal) -> None:
@@ -191,8 +191,8 @@ WORKS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_odd_models_that_are_whole_are_played(name: str, task: Path) -> None:
-    """The control of this page: it is the damage that is refused, not what is merely unusual."""
+def test_unusual_but_valid_models_are_played(name: str, task: Path) -> None:
+    """Control: damage is refused, and unusual models are not."""
     WORKS[name](task / "model")
-    assert play(task / "recipe.yaml", task / "run", ["evaluate.held_out=false"]).report.is_file()
+    assert play(task / "recipe.yaml", task / "run", ["data.held_out=0"]).report.is_file()
     shutil.rmtree(task / "run")

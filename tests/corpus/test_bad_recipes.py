@@ -1,4 +1,4 @@
-"""Broken recipes: one message with the file, the line where there is one, and what is wrong; exit code 2."""
+"""Bad recipes: one message with file, line and problem, and exit code 2."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ OVERRIDES = {
     "no key": ("=3", "write key=value"),
     "an unknown key": ("train.epoch=3", "did you mean 'train.epochs'"),
     "a value that is no YAML": ("train.epochs=[", "override 'train.epochs=\\['"),
-    "below a value": ("model.name=x", "has no place, since model is not a mapping"),
+    "below a value": ("model.name=x", "model is not a mapping"),
     "not a number": ("train.learning_rate=.nan", "train.learning_rate"),
     "an infinite rate": ("train.learning_rate=1e400", "train.learning_rate"),
     "a negative rate": ("train.learning_rate=-1", "train.learning_rate: input should be greater than 0"),
@@ -87,24 +87,24 @@ def test_a_line_is_named(name: str, task: Path, refusal: Refusal) -> None:
     text, message = ADDED[name]
     with (task / "recipe.yaml").open("a") as file:
         file.write(text)
-    said = refusal()
-    assert re.search(message, said) and str(task / "recipe.yaml") in said, said
+    output = refusal()
+    assert re.search(message, output) and str(task / "recipe.yaml") in output, output
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_broken_recipe_is_named(name: str, task: Path, refusal: Refusal) -> None:
     content, message = WHOLE[name]
     (task / "recipe.yaml").write_bytes(content)
-    said = refusal()
-    assert re.search(message, said) and str(task / "recipe.yaml") in said, said
+    output = refusal()
+    assert re.search(message, output) and str(task / "recipe.yaml") in output, output
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_an_override_is_named(name: str, refusal: Refusal) -> None:
     override, message = OVERRIDES[name]
-    said = refusal(override)
-    assert re.search(message, said), said
-    assert "\x1b" not in said
+    output = refusal(override)
+    assert re.search(message, output), output
+    assert "\x1b" not in output
 
 
 def test_a_recipe_that_is_a_folder_or_not_there(task: Path, refusal: Refusal) -> None:

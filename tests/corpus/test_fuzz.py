@@ -1,6 +1,6 @@
-"""Anything at all into the readers: a value or a refusal, never a traceback, never a hang.
+"""Random input to every reader gives a value or a `UserError`, never a traceback or a hang.
 
-Short here. By hand, longer: scripts/fuzz 600
+Short here; `scripts/fuzz 600` runs longer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparring.data.formats import detect_format, examples, renamed
+from sparring.data.formats import detect_format, examples, rename_columns
 from sparring.data.read import BadRow, Row, read_rows
 from sparring.errors import CorruptedError, UserError
-from sparring.recipe.load import known_keys, load_sealed_recipe, load_recipe
+from sparring.recipe.load import known_keys, load_recipe
 from sparring.recipe.schema import SECTIONS
 from sparring.run.manifest import MANIFEST, begin_work, commit, read_manifest, verify
+from sparring.run.session import load_sealed_recipe
 
 SECONDS = float(os.environ.get("SPARRING_FUZZ_SECONDS", "0"))
 EXAMPLES = 60
@@ -81,7 +82,7 @@ files = (
 
 
 def fuzz(strategy: st.SearchStrategy, check: Callable) -> int:
-    """Runs `check` on so many examples, or for so many seconds of processor time. Returns how many there were."""
+    """Runs `check` on EXAMPLES examples, and on more until SECONDS of CPU time. Returns their number."""
     count, until = 0, time.process_time() + SECONDS
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -139,8 +140,8 @@ def test_files(suffix: str, tmp_path: Path) -> None:
 
 def use(row: Row) -> None:
     try:
-        shape = detect_format(row, {}, "sentence", "rows")
-        for example in examples(renamed(row, {}), 1, shape, "all"):
+        row_format = detect_format(row, {}, "sentence", "rows")
+        for example in examples(rename_columns(row, {}), 1, row_format, "all"):
             assert example.answer
     except (BadRow, UserError) as problem:
         assert str(problem)
@@ -169,7 +170,7 @@ def test_manifests(tmp_path: Path) -> None:
         note = begin_work(tmp_path / "work", {"a": "b"}) / ".input_digests.json"
         note.write_bytes(content)
         begin_work(tmp_path / "work", {"a": "b"})
-        assert note.read_bytes() != content, "work with a note that is none is begun anew"
+        assert note.read_bytes() != content, "partial work with an invalid note is discarded"
 
     edits = st.tuples(st.integers(0, len(good)), st.integers(0, 20), st.binary(max_size=20))
     assert fuzz(edits | st.binary(max_size=100), check) >= EXAMPLES

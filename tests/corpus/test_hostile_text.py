@@ -22,13 +22,13 @@ from sparring.cli import main
 from sparring.commands.status import print_status
 from sparring.data.tables import read_table
 from sparring.errors import UserError
+from sparring.logging import escape_control
 from sparring.loop import play
 from sparring.report import write_report
 from sparring.run.manifest import commit, read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.stages.evaluate.held_out import ANSWERS
-from sparring.logging import escape_control
 
 from .payloads import JS, MARK, PAYLOADS, TERMINAL
 
@@ -101,7 +101,9 @@ def test_a_parsed_report_holds_only_our_own_elements(hostile: RunDir) -> None:
     held_out = Results(hostile.root).data
     assert held_out is not None and held_out.num_held_out >= 60
     for payload in PAYLOADS:
-        assert shown.count(escape_control(payload)) >= 2, payload  # as a prompt or a real answer, and as a model's answer
+        assert shown.count(escape_control(payload)) >= 2, (
+            payload
+        )  # as a prompt or a real answer, and as a model's answer
     assert escape_control(NAME) in shown
     assert "unknown role" in shown
     assert not CONTROLS.search(html)

@@ -1,4 +1,4 @@
-"""Every accepted shape becomes the same conversations; broken rows say why."""
+"""Every supported format gives the same conversations, and every bad row gives a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparring.data.formats import detect_format, examples, prompt_key, renamed
+from sparring.data.formats import detect_format, examples, prompt_key, rename_columns
 from sparring.data.read import BadRow, read_rows
 from sparring.errors import UserError
 
@@ -19,8 +19,8 @@ Q, A = "What is 2+2?", "4"
 
 def turns(row: Mapping[str, object], which: str = "last", **settings: object) -> list[list[tuple[str, str]]]:
     columns = settings.pop("columns", {})
-    shape = detect_format(row, columns, settings.pop("split_on", None), "rows")  # type: ignore[arg-type]
-    found = examples(renamed(row, columns), 1, shape, which)  # type: ignore[arg-type]
+    row_format = detect_format(row, columns, settings.pop("split_on", None), "rows")  # type: ignore[arg-type]
+    found = examples(rename_columns(row, columns), 1, row_format, which)  # type: ignore[arg-type]
     return [[(m["role"], m["content"]) for m in example.messages] for example in found]
 
 
@@ -68,7 +68,7 @@ SYSTEM = [("system", "Be brief."), *ONE]
         ),
     ],
 )
-def test_shapes(row: Mapping[str, object], expected: list[tuple[str, str]]) -> None:
+def test_formats(row: Mapping[str, object], expected: list[tuple[str, str]]) -> None:
     assert turns(row) == [expected]
 
 
@@ -83,7 +83,7 @@ def test_shapes(row: Mapping[str, object], expected: list[tuple[str, str]]) -> N
         (None, None),
     ],
 )
-def test_the_worse_answer_of_a_pair(rejected: object, expected: str | None) -> None:
+def test_the_rejected_response_of_a_pair(rejected: object, expected: str | None) -> None:
     row = {"prompt": Q, "chosen": A, "rejected": rejected}
     (example,) = examples(row, 1, detect_format(row, {}, None, "rows"), "last")
     assert example.rejected == expected
@@ -109,7 +109,7 @@ def test_which_turns_become_examples() -> None:
     assert turns(row, "all") == [conversation[:3], conversation[:5]]
 
 
-def test_an_assistant_turn_before_any_user_turn_is_no_target() -> None:
+def test_an_assistant_turn_before_any_user_turn_is_not_a_target() -> None:
     row = {
         "messages": [
             {"role": "assistant", "content": "Welcome!"},
@@ -127,7 +127,7 @@ def test_text_is_split_by_rule() -> None:
         ("assistant", " she said. Then it rained. The end."),
     ]
     assert turns({"text": "Q: a\nA: b"}, split_on="\nA:")[0] == [("user", "Q: a"), ("assistant", "\nA: b")]
-    with pytest.raises(BadRow, match="no place to split"):
+    with pytest.raises(BadRow, match="matches nothing in the text"):
         turns({"text": "nothing here"}, split_on="sentence")
     with pytest.raises(UserError, match=r"set data\.split_on"):
         turns({"text": text})
@@ -137,25 +137,27 @@ def test_columns_are_mapped() -> None:
     row = {"q": Q, "a": A, "text": "something else"}
     assert turns(row, columns={"question": "q", "answer": "a"}) == [ONE]
     assert turns({"story": "A b. C d."}, columns={"text": "story"}, split_on="sentence")[0][0] == ("user", "A b.")
-    with pytest.raises(UserError, match="has no column 'x'; it has q, a"):
+    with pytest.raises(UserError, match="has no column 'x'. It has q, a"):
         turns({"q": Q, "a": A}, columns={"question": "x"})
-    with pytest.raises(UserError, match="'quest' is none of"):
+    with pytest.raises(UserError, match="unknown name 'quest'"):
         turns({"q": Q, "a": A}, columns={"quest": "q"})
 
 
-def test_unknown_columns_are_refused_with_what_would_do() -> None:
-    with pytest.raises(UserError, match=r"\(foo, bar\) are none of: messages; .*question \+ answer.*data\.columns"):
+def test_unknown_columns_are_refused_with_the_supported_ones() -> None:
+    with pytest.raises(
+        UserError, match=r"\(foo, bar\) match no known format .messages; .*question \+ answer.*data\.columns"
+    ):
         turns({"foo": 1, "bar": 2})
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": Q, "answer": "  \n"}, "the answer is empty"),
+        ({"question": Q, "answer": "  \n"}, "the response is empty"),
         ({"question": " ", "answer": A}, "the prompt is empty"),
-        ({"question": Q, "answer": None}, "no 'answer'"),
+        ({"question": Q, "answer": None}, "'answer' is missing"),
         ({"question": Q, "answer": ["x"]}, "not text"),
-        ({"question": Q, "answer": True}, "expected a text, found bool"),
+        ({"question": Q, "answer": True}, "expected a string, got bool"),
         ({"question": Q, "answer": "\ud800"}, "not valid Unicode"),
         ({"messages": []}, "must be a list of turns"),
         ({"messages": "hi"}, "must be a list of turns"),
@@ -180,10 +182,10 @@ def test_broken_rows_say_why(row: Mapping[str, object], reason: str) -> None:
 
 
 def test_ids_are_of_the_content() -> None:
-    shape = detect_format({"question": Q, "answer": A}, {}, None, "rows")
-    first = examples({"question": Q, "answer": A}, 1, shape, "last")[0]
-    moved = examples({"answer": A, "question": Q, "extra": 1}, 99, shape, "last")[0]
-    other = examples({"question": Q, "answer": "5"}, 1, shape, "last")[0]
+    row_format = detect_format({"question": Q, "answer": A}, {}, None, "rows")
+    first = examples({"question": Q, "answer": A}, 1, row_format, "last")[0]
+    moved = examples({"answer": A, "question": Q, "extra": 1}, 99, row_format, "last")[0]
+    other = examples({"question": Q, "answer": "5"}, 1, row_format, "last")[0]
     assert first.id == moved.id != other.id
     assert prompt_key(first) == prompt_key(other), "answers to one prompt stay on one side of the split"
 
@@ -208,26 +210,26 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     DatasetDict({"train_sft": Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
     assert list(read_rows(str(tmp_path / "plain"))) == list(enumerate(rows, start=1))
     assert list(read_rows(str(tmp_path / "splits"), "train_sft")) == list(enumerate(rows, start=1))
-    with pytest.raises(UserError, match="has the splits train_sft, not 'train'"):
+    with pytest.raises(UserError, match="no split 'train'. Set data.split to one of train_sft"):
         read_rows(str(tmp_path / "splits"))
 
 
 def test_broken_lines_keep_their_numbers(tmp_path: Path) -> None:
-    good = b'{"question": "a\xe2\x80\xa8b", "answer": "1"}'  # U+2028 inside a string is no end of line
+    good = b'{"question": "a\xe2\x80\xa8b", "answer": "1"}'  # U+2028 inside a string is not a line break
     lines = [good, b"", b"{broken", b"[1]", b'{"question": "\xff"}', good]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     found = dict(read_rows(str(tmp_path / "rows.jsonl")))
     assert sorted(found) == [1, 3, 4, 5, 6]
-    assert "not JSON" in str(found[3]) and "list" in str(found[4]) and "utf-8" in str(found[5])
+    assert "not valid JSON" in str(found[3]) and "list" in str(found[4]) and "utf-8" in str(found[5])
     assert found[6] == {"question": "a\u2028b", "answer": "1"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.txt", "x", "ends in '.txt'; known are .jsonl"),
-        ("rows.json", '{"a": 1}', "a list of rows is needed"),
-        ("rows.json", '{"a": 1}\n{"a": 2}\n', "name it .jsonl"),
+        ("rows.txt", "x", "unsupported suffix '.txt'. Use .jsonl"),
+        ("rows.json", '{"a": 1}', "Write a list of rows"),
+        ("rows.json", '{"a": 1}\n{"a": 2}\n', "rename it to .jsonl"),
         ("rows.parquet", "no parquet", "cannot be read"),
         ("folder/", "", "not a folder saved by datasets"),
     ],
@@ -241,6 +243,6 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, m
         list(read_rows(str(tmp_path / name)))
 
 
-def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"there is no file {tmp_path}/rows.jsonl"):
+def test_a_missing_file_is_named_with_its_full_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/rows.jsonl does not exist"):
         read_rows(str(tmp_path / "rows.jsonl"))

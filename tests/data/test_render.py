@@ -1,4 +1,4 @@
-"""The token contract, over the chat templates that people use."""
+"""The token contract, for widely used chat templates."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_prompt_is_a_strict_prefix_and_the_answer_ends_with_its_token(
+def test_the_prompt_is_a_strict_prefix_and_the_response_ends_with_its_token(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
     template, end = TEMPLATES[name]
@@ -129,43 +129,43 @@ THINKING = (
 
 
 def thinking(*, empty: bool = False, opened: str = "") -> str:
-    """Templates of models that think: `empty` writes a block without thoughts before the last answer; `opened` begins
-    the thoughts in the prompt."""
+    """A reasoning model's template: `empty` writes an empty block before the last response; `opened` opens the block in
+    the prompt."""
     block = "('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' else '')" if empty else "''"
     return THINKING.replace("EMPTY", block).replace("OPENED", repr(opened))
 
 
-def test_thoughts_are_part_of_the_answer_and_leave_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_is_part_of_the_response_and_dropped_from_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     before = (("user", "Hello"), ("assistant", "<think>so?</think>Hi."), ("user", "how are you"))
     row = renderer(tokenizer, thinking())(example("<think>well</think>Yes", *before))
     assert text(tokenizer, row.real_ids) == "<think>well</think>Yes<|im_end|>"
     assert "Hi." in text(tokenizer, row.prompt_ids) and "so?" not in text(tokenizer, row.prompt_ids)
 
 
-def test_an_empty_block_of_thoughts_is_scored_with_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The model is asked without it, so it is the model's to write; a prompt that had it would be another one."""
+def test_an_empty_reasoning_block_is_scored_with_the_response(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The prompt does not contain the block, so the model must write it."""
     row = renderer(tokenizer, thinking(empty=True))(example("Yes"))
     assert text(tokenizer, row.real_ids) == "<think>\n\n</think>\n\nYes<|im_end|>"
 
 
-def test_a_prompt_that_opens_the_thoughts_needs_answers_that_have_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Rows without thoughts are refused one by one with the reason, never cut to fit."""
+def test_a_prompt_that_opens_the_reasoning_needs_responses_that_have_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A row without reasoning is skipped with the reason, never truncated to fit."""
     render = renderer(tokenizer, thinking(opened="<think>"))
     row = render(example("<think>well</think>Yes"))
     assert text(tokenizer, row.prompt_ids).endswith("assistant\n<think>")
     assert text(tokenizer, row.real_ids) == "well</think>Yes<|im_end|>"
-    with pytest.raises(BadRow, match="the prompt's tokens are not a prefix of the whole"):
+    with pytest.raises(BadRow, match="the prompt's tokens are not a prefix of the conversation"):
         render(example("Yes"))
 
 
-def test_a_template_that_refuses_a_row_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_raises_an_error_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BadRow, match="System role not supported"):
         renderer(tokenizer, GEMMA)(example("Yes", ("system", "s"), ("user", "u")))
 
 
-def test_a_template_that_does_not_keep_the_prefix_is_refused_row_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_breaks_the_prefix_is_reported_per_row(tokenizer: PreTrainedTokenizerFast) -> None:
     changing = CHATML.replace("{% for m in messages %}", "{{ messages | length }}{% for m in messages %}")
-    with pytest.raises(BadRow, match="not a prefix of the whole: token 0 is .* in the prompt alone"):
+    with pytest.raises(BadRow, match="not a prefix of the conversation's: token 0 is .* in the prompt alone"):
         renderer(tokenizer, changing)(example())
 
 
@@ -174,12 +174,14 @@ def test_templates_are_sandboxed(tokenizer: PreTrainedTokenizerFast) -> None:
         renderer(tokenizer, "{{ ''.__class__.__mro__ }}{{ messages }}")
 
 
-def test_text_template_gives_its_last_space_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_trailing_space_of_a_text_template_belongs_to_the_response(tokenizer: PreTrainedTokenizerFast) -> None:
     row = renderer(tokenizer, "### Instruction: {prompt}\n\n### Response: ")(example())
     assert text(tokenizer, row.prompt_ids) == "<s>### Instruction: Hello there\n\n### Response:"
     assert text(tokenizer, row.real_ids) == " Yes, it is!</s>"
     whole = tokenizer("### Instruction: Hello there\n\n### Response: Yes, it is!")["input_ids"]
-    assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], "the tokens of the whole text, one start, one end"
+    assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], (
+        "the tokens of the full text, with one BOS and one end token"
+    )
 
 
 def test_text_template_slots_are_filled_once(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -192,7 +194,7 @@ def test_text_template_slots_are_filled_once(tokenizer: PreTrainedTokenizerFast)
         render(example("Yes", ("user", "u"), ("assistant", "a"), ("user", "v")))
 
 
-def test_answers_that_hold_an_end_token_s_text_survive(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_responses_that_contain_the_text_of_an_end_token_survive(tokenizer: PreTrainedTokenizerFast) -> None:
     row = renderer(tokenizer, ZEPHYR)(example("a </s> b"))
     assert text(tokenizer, row.real_ids) == "a </s> b</s>"
     row = renderer(tokenizer, CHATML)(example("He is my friend"))
@@ -200,7 +202,7 @@ def test_answers_that_hold_an_end_token_s_text_survive(tokenizer: PreTrainedToke
 
 
 @pytest.mark.parametrize("template", [CHATML, "{prompt}\n"])
-def test_a_cut_answer_is_marked_and_gets_no_end(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+def test_a_truncated_response_is_marked_and_has_no_end_token(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     whole = renderer(tokenizer, template)(example("The answer is 42. " * 5))
     n = len(whole.real_ids)
 
@@ -210,37 +212,39 @@ def test_a_cut_answer_is_marked_and_gets_no_end(tokenizer: PreTrainedTokenizerFa
     for row in (cut(max_response=n - 1), cut(max_length=len(whole.prompt_ids) + n - 1)):
         assert row.real_finish == "length"
         assert row.real_ids.tolist() == whole.real_ids[:-1].tolist()
-    assert cut(max_response=n).real_finish == "stop", "an answer that just fits is whole"
+    assert cut(max_response=n).real_finish == "stop", "a response that just fits is not truncated"
 
 
-def test_the_answer_gets_all_the_room_that_the_prompt_leaves(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_response_may_use_all_tokens_that_the_prompt_leaves(tokenizer: PreTrainedTokenizerFast) -> None:
     row = renderer(tokenizer, "{prompt}:", max_length=40)(example("The answer is 42. " * 30))
     assert len(row.prompt_ids) + len(row.real_ids) == 40
-    with pytest.raises(BadRow, match=r"the prompt has \d+ tokens, which leaves no room \(train.max_length is 40\)"):
+    with pytest.raises(
+        BadRow, match=r"the prompt has \d+ tokens, which leaves no room for a response \(train.max_length is 40\)"
+    ):
         renderer(tokenizer, "{prompt}:", max_length=40)(example("Yes", ("user", "Hello there " * 40)))
 
 
 def test_settings_that_cannot_work_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="no chat template, so give a text"):
+    with pytest.raises(UserError, match="no chat template. Set a text"):
         renderer(tokenizer, None)
-    with pytest.raises(UserError, match="does not say where the {prompt} goes"):
+    with pytest.raises(UserError, match="has no {prompt}"):
         renderer(tokenizer, "### Response:")
     with pytest.raises(UserError, match="no token '<nope>'"):
         renderer(tokenizer, CHATML, end_token="<nope>")
     render = renderer(tokenizer, "{prompt}", end_token="<s>")
-    assert render(example()).real_ids[-1] == 1, "an end token of the recipe's own choice"
+    assert render(example()).real_ids[-1] == 1, "the end token that the recipe sets"
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="end token"):
         renderer(bare, "{prompt}")
 
 
-def test_one_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_one_bos_token(tokenizer: PreTrainedTokenizerFast) -> None:
     for template in (LLAMA3, "{prompt}"):
         ids = renderer(tokenizer, template)(example()).prompt_ids.tolist()
         assert ids.count(1) == 1 and ids[0] == 1
-    assert 1 not in renderer(tokenizer, CHATML)(example()).prompt_ids, "none where the template has none"
+    assert 1 not in renderer(tokenizer, CHATML)(example()).prompt_ids, "no BOS where the template has none"
 
 
-def test_the_template_has_a_name_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_each_template_has_its_own_digest(tokenizer: PreTrainedTokenizerFast) -> None:
     digests = {renderer(tokenizer, template).template_digest for template in (CHATML, ZEPHYR, "{prompt}", "{prompt} ")}
     assert len(digests) == 4

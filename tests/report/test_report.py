@@ -1,4 +1,4 @@
-"""The report: renders at every moment, holds no foreign script or markup, asks for nothing."""
+"""The report renders at any point of a run, contains no foreign script or markup, and sends no request."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
-from sparring.report.alarms import alarms, shortcut, classify_by_form
 from sparring.report.bars import time_bars
 from sparring.report.figures import running_mean
-from sparring.report.headline import tiles
-from sparring.report.samples import collect
-from sparring.report.samples import shown as visible
-from sparring.report.story import story
+from sparring.report.samples import collect, display_text
+from sparring.report.summary import headline_cards, summary
+from sparring.report.warnings import classify_by_form, find_warnings, shortcut_accuracy
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.types import Generation, Rendered
@@ -115,7 +113,7 @@ def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: 
     elements = assert_inert(html)
     shown = "".join(elements.text)
     for payload in PAYLOADS:
-        assert visible(payload) in shown, payload
+        assert display_text(payload) in shown, payload
     assert name in shown
     assert "49" not in re.findall(r"row \d+: .*?(49)", shown), "templates in data are not rendered"
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
@@ -139,8 +137,8 @@ def test_the_same_run_gives_the_same_bytes(make_recipe: MakeRecipe, tmp_path: Pa
     assert text() == text()
 
 
-def test_it_renders_at_every_moment_and_says_what_is_missing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Stage by stage taken away again, from the end to the start."""
+def test_it_renders_at_any_point_and_lists_what_is_missing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Removes one stage after the other, from the end to the start."""
     run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
     stages = Results(run.root).stages()
     for count, stage in enumerate(reversed(stages), start=1):
@@ -148,7 +146,7 @@ def test_it_renders_at_every_moment_and_says_what_is_missing(make_recipe: MakeRe
         shutil.rmtree(folder / stage.stage)
         html = write_report(RunDir(run.root)).read_text()
         assert_inert(html)
-        assert "Not there yet" in html
+        assert "Not finished" in html
         assert [s.state for s in Results(run.root).stages()].count("to do") == count
     shutil.rmtree(run.data)
     assert "has not read its data yet" in write_report(RunDir(run.root)).read_text()
@@ -166,20 +164,20 @@ def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_pa
             assert f"{metrics[name]:.4g}" in shown
 
 
-def test_the_story_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_the_summary_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
-    told = story(Results(run.root))
-    assert "No iteration beats the starting model" in told or "a change of -0.0000" in told
+    text = summary(Results(run.root))
+    assert "No iteration improves the held-out NLL" in text or "a change of -0.0000" in text
     worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
-    assert "No iteration beats the starting model" in story(Results(worse.root))
-    assert {tile.verdict for tile in tiles(Results(worse.root))} <= {"worse", "no difference shown"}
-    assert tiles(Results(worse.root))[0].verdict == "worse", "held-out NLL"
-    assert tiles(Results(run.root))[0].verdict == "no difference shown"
-    told = "".join(parse(worse.report.read_text()).text)
-    assert "To worry about: the likelihood of real answers falls" in told
+    assert "No iteration improves the held-out NLL" in summary(Results(worse.root))
+    assert {card.verdict for card in headline_cards(Results(worse.root))} <= {"worse", "no difference shown"}
+    assert headline_cards(Results(worse.root))[0].verdict == "worse", "held-out NLL"
+    assert headline_cards(Results(run.root))[0].verdict == "no difference shown"
+    page = "".join(parse(worse.report.read_text()).text)
+    assert "Warnings: the likelihood of real responses falls" in page
 
 
-def test_where_the_time_went_adds_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_time_bars_add_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
     results = Results(run.root)
     stages, within = time_bars(results)
@@ -193,40 +191,37 @@ def test_where_the_time_went_adds_up(make_recipe: MakeRecipe, tmp_path: Path) ->
         assert all(step["update_seconds"] < step["seconds"] for step in steps)
     html = run.report.read_text()
     assert "Where the time went" in html and "Within training" in html
-    old = [{name: value for name, value in step.items() if name != "update_seconds"} for step in results.training(0)]
-    results.training = lambda index: old  # type: ignore[method-assign]
-    assert [bars.title for bars in time_bars(results)] == ["By stage"], "a run of an older version"
 
 
-def test_running_means_stay_inside_and_keep_the_level() -> None:
+def test_running_means() -> None:
     assert running_mean(np.full(7, 3.0), 2) == pytest.approx([3.0] * 7)
     assert running_mean(np.array([0.0, 3.0, 6.0]), 1) == pytest.approx([1.5, 3.0, 4.5])
     assert running_mean(np.array([1.0, 2.0]), 0) == pytest.approx([1.0, 2.0])
 
 
-def test_alarms_are_raised_and_silent_where_they_should_be(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A random model that is pushed too hard, and one that is hardly touched."""
+def test_warnings_appear_where_they_should_and_nowhere_else(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One random model trained with a huge learning rate, one with a tiny rate."""
     wild = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "wild")
-    found = alarms(Results(wild.root))
-    assert any(alarm.startswith("The likelihood of real answers falls: held-out NLL is ") for alarm in found)
-    assert "likelihood of real answers falls" in wild.report.read_text()
+    warnings = find_warnings(Results(wild.root))
+    assert any(text.startswith("The likelihood of real responses falls: after iteration 0 ") for text in warnings)
+    assert "likelihood of real responses falls" in wild.report.read_text()
     still = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
-    told = alarms(Results(still.root))
-    assert not any("likelihood" in alarm or "Lengths" in alarm or "stop" in alarm for alarm in told)
-    assert any(alarm.startswith("A shortcut is open in iteration 0") for alarm in told), "random answers never end"
-    assert (share := shortcut(Results(still.root), 0)) is not None and share > 0.9
+    warnings = find_warnings(Results(still.root))
+    assert not any("likelihood" in text or "length drifts" in text or "stops" in text for text in warnings)
+    assert any(text.startswith("Iteration 0 has a shortcut") for text in warnings), "random responses never end"
+    assert (accuracy := shortcut_accuracy(Results(still.root), 0)) is not None and accuracy > 0.9
 
 
-def test_the_shortcut_classifier_guesses_where_there_is_nothing_to_find() -> None:
-    """Answers of one distribution: half of them right. Longer ones on one side: nearly all."""
+def test_the_shortcut_classifier_is_at_chance_without_a_shortcut() -> None:
+    """One distribution: half of the guesses are correct. Longer responses on one side: nearly all are."""
     random = np.random.default_rng(0)
 
     def pairs(factor: int) -> list[tuple[Rendered, Generation]]:
-        found = []
+        result = []
         for row in range(400):
             real, drawn = (random.integers(5, 9, size=random.integers(4, 9) * f).astype(np.int32) for f in (1, factor))
-            found.append((Rendered(str(row), row, real, real, "stop", "", ""), Generation(str(row), 0, drawn, "stop")))
-        return found
+            result.append((Rendered(str(row), row, real, real, "stop", "", ""), Generation(str(row), 0, drawn, "stop")))
+        return result
 
     assert 0.42 < classify_by_form(pairs(1)) < 0.58
     assert classify_by_form(pairs(3)) > 0.95
@@ -240,11 +235,11 @@ def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe,
         metrics = results.evaluations()[1]
         assert np.mean([s.margin for s in samples]) == pytest.approx(metrics["rewards/margins"], abs=1e-5)
         assert np.mean([not s.is_misaligned for s in samples]) == pytest.approx(metrics["alignment"], abs=1e-6)
-        assert np.mean([not s.is_cut for s in samples]) == pytest.approx(metrics["end_rate"])
+        assert np.mean([not s.is_truncated for s in samples]) == pytest.approx(metrics["end_rate"])
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -255,22 +250,22 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_contrast_is_wcag_aa_in_light_and_dark() -> None:
-    """Of what the style names: words at 4.5 and what is drawn at 3. The browser's test looks at what is shown."""
+    """The colors in style.css: text at 4.5, graphics at 3. The browser test checks what is displayed."""
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     style = (Path(sparring.report.__file__).parent / "style.css").read_text()
     schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(schemes) == 2
     for scheme in schemes:
-        colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
+        colors = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
         for paper in ("paper", "card"):
             for ink in ("ink", "soft", "good", "bad", "warn", "link"):
-                assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+                assert contrast(colors[ink], colors[paper]) >= 4.5, (ink, paper)
         for drawn in ("real", "generated", "proto", "fifth", "other", "rest"):
-            assert contrast(colours[drawn], colours["paper"]) >= 3, drawn
+            assert contrast(colors[drawn], colors["paper"]) >= 3, drawn
 
 
 def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Against the plain formulas: the change is that of the metrics, its error that of the row-wise differences."""
+    """Compared to the plain formulas: the change of the metrics, and the error of the row-wise differences."""
     run = play(make_recipe("sft", iterations=1, train={"learning_rate": 3e-3}), tmp_path / "run")
     results = Results(run.root)
     before, after = results.evaluations()[-1], results.evaluations()[0]
@@ -284,7 +279,7 @@ def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Pat
     assert 0 < error < after["held_out_nll_stderr"] + before["held_out_nll_stderr"]
 
 
-def test_long_texts_are_cut_and_controls_spelled_out() -> None:
-    assert visible("a\x1bb\u202ec") == "a\\u001bb\\u202ec"
-    assert visible("line\nnext\ttab") == "line\nnext\ttab"
-    assert visible("x" * 10_000).endswith("[...]") and len(visible("x" * 10_000)) < 5_000
+def test_long_texts_are_truncated_and_control_characters_visible() -> None:
+    assert display_text("a\x1bb\u202ec") == "a\\u001bb\\u202ec"
+    assert display_text("line\nnext\ttab") == "line\nnext\ttab"
+    assert display_text("x" * 10_000).endswith("[...]") and len(display_text("x" * 10_000)) < 5_000

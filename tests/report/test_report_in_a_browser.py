@@ -1,4 +1,4 @@
-"""The report in headless Chromium, opened from disk: no request, no console error, filters and search work."""
+"""The report in headless Chromium, opened from disk: no request, no console error, working filters and search."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_filters_and_search(browser: Any, report: Path) -> None:
     page, heard = open_page(browser, report)
     shown = page.locator("#samples > details:visible")
     assert shown.count() == 12
-    for kind in ("misaligned", "cut", "wrong"):
+    for kind in ("misaligned", "truncated", "wrong"):
         page.select_option("#kind", kind)
         expected = page.locator(f"#samples > details[data-{kind}=yes]").count()
         assert shown.count() == expected
@@ -84,7 +84,7 @@ def test_two_answers_side_by_side(browser: Any, report: Path) -> None:
     """Only the two are shown, their different words marked; and all of them again."""
     page, heard = open_page(browser, report)
     first = page.locator("#samples > details").first
-    answers = first.locator(".answer:visible")
+    answers = first.locator(".response:visible")
     assert answers.count() == 4 and first.locator("mark").count() == 0
     before = answers.locator("pre").all_inner_texts()
     page.select_option("#left", "real")

@@ -11,7 +11,7 @@ from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.load import differences, make_recipe
 from sparring.recipe.schema import Recipe
-from sparring.report.story import story
+from sparring.report.summary import summary
 from sparring.run.results import Results
 
 MakeRecipe = Callable[..., Recipe]
@@ -28,7 +28,7 @@ def test_a_run_that_declines_ends_and_stays_ended(make_recipe: MakeRecipe, tmp_p
     best = results.best()
     assert best is not None and best.iteration == -1
     assert all(stage.state == "done" for stage in results.stages()), "nothing is missing from a run that ended"
-    assert "stopped by itself after iteration 1" in story(results) and "Not there yet" not in run.report.read_text()
+    assert "stopped early, after iteration 1" in summary(results) and "Not finished" not in run.report.read_text()
     written = run.report.stat().st_mtime_ns
     play(recipe, run.root)
     assert not run.iteration(2).exists() and run.report.stat().st_mtime_ns == written
@@ -57,7 +57,7 @@ def test_equilibrium_needs_level_play_flat_guards_and_enough_rows(
 
 
 def test_stop_changes_no_result_and_needs_evaluations() -> None:
-    raw = {"model": "m", "method": "spin", "data": {"train": "rows.jsonl"}}
+    raw: dict[str, object] = {"model": "m", "method": "spin", "data": {"train": "rows.jsonl"}}
     assert differences(make_recipe(raw), make_recipe({**raw, "stop": {"decline": 3, "equilibrium": True}})) == []
-    with pytest.raises(UserError, match="stop needs evaluate.held_out"):
-        make_recipe({**raw, "stop": {"decline": 1}, "evaluate": {"held_out": False}})
+    with pytest.raises(UserError, match="stop needs held-out rows"):
+        make_recipe({**raw, "stop": {"decline": 1}, "data": {"train": "rows.jsonl", "held_out": 0}})

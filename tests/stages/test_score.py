@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from sparring.data.tables import read_scores
-from sparring.loop import run_stage, check_settings
+from sparring.loop import run_stage
 from sparring.recipe.schema import Recipe
-from sparring.report.alarms import alarms
+from sparring.report.warnings import find_warnings
+from sparring.run.examples import JoinedRow, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.run.session import check_settings
 from sparring.stages.prepare import prepare
-from sparring.stages.score import ENGINE_TOLERANCE, compare_engine
-from sparring.types import Generation
+from sparring.stages.score import ENGINE_TOLERANCE, engine_difference
+from sparring.types import Generation, Rendered
 
 
 @pytest.mark.parametrize(("shift", "is_wrong"), [(0.9, False), (1.1, True), (-1.1, True), (float("nan"), True)])
@@ -44,22 +46,23 @@ def test_an_engine_with_another_model_is_told(
     assert "engine_difference" not in read_manifest(run.stage(0, "score")).info, "hf reports none"
     scored = read_scores(run.stage(0, "score") / "opponent.parquet")
     shutil.rmtree(run.stage(0, "score"))
-    drawn, by = iteration.generations(0), shift * ENGINE_TOLERANCE["float32"]
+    drawn, by = read_iteration(iteration, 0), shift * ENGINE_TOLERANCE["float32"]
 
     def reported(answer: Generation) -> Generation:
         return replace(answer, logprob=scored[answer.id, "generated", 0, answer.sample] + by * len(answer.token_ids))
 
-    ids = list(drawn)[:5]
-    doctored = {id: [reported(a) if id in ids else a for a in answers] for id, answers in drawn.items()}
-    monkeypatch.setattr(Iteration, "generations", lambda self, index: doctored)
+    doctored = [reported(answer) if place < 5 else answer for place, answer in enumerate(drawn)]
+    monkeypatch.setattr("sparring.run.examples.read_iteration", lambda iteration, index: doctored)
     capsys.readouterr()
     run_stage(iteration, "score")
     info = read_manifest(run.stage(0, "score")).info
     assert info["engine_answers"] == 5
     assert info["engine_difference"] == pytest.approx(abs(by), rel=0.05, nan_ok=True)
     said = " ".join(capsys.readouterr().err.split())
-    assert ("it has drawn from another model than is scored" in said) == is_wrong
-    told = [alarm for alarm in alarms(Results(run.root)) if "draws from another model in iteration 0" in alarm]
+    assert ("The engine serves another model than the one that is scored" in said) == is_wrong
+    told = [
+        text for text in find_warnings(Results(run.root)) if "samples from a different model in iteration 0" in text
+    ]
     assert len(told) == is_wrong
 
 
@@ -69,5 +72,7 @@ def test_only_answers_with_a_log_prob_count() -> None:
         [Generation("a", 0, tokens, "stop", -8.0), Generation("a", 1, tokens[:2], "stop", None)],
         [Generation("b", 0, tokens[:0], "failed", None), Generation("b", 1, tokens[:2], "length", -3.0)],
     ]
-    found = compare_engine(answers, np.array([[-6.0, -1.0], [0.0, -4.0]], dtype=np.float32), "bfloat16")
+    row = Rendered("a", 1, tokens, tokens, "stop", "", "")
+    joined = [JoinedRow(row, {3: tuple(drawn)}) for drawn in answers]
+    found = engine_difference(joined, 3, np.array([[-6.0, -1.0], [0.0, -4.0]], dtype=np.float32), "bfloat16")
     assert found == {"engine_difference": 0.5, "engine_allowed": 1 / 16, "engine_answers": 2}

@@ -1,4 +1,4 @@
-"""A run directory -> one self-contained HTML file: no request, one script of ours, model text escaped."""
+"""Renders a run directory as one self-contained HTML file. It sends no request, and all text in it is escaped."""
 
 from __future__ import annotations
 
@@ -13,46 +13,41 @@ import jinja2
 from markupsafe import Markup
 
 from sparring.recipe.load import dump_recipe
-from sparring.report.alarms import alarms
 from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
 from sparring.report.figures import Z95, draw_held_out, draw_training
-from sparring.report.headline import headline_index, readable, tiles
-from sparring.report.samples import collect, shown
-from sparring.report.story import story, worries
+from sparring.report.samples import collect, display_text
+from sparring.report.summary import format_metric, headline_cards, headline_index, summary, warning_summary
+from sparring.report.warnings import find_warnings
 from sparring.run.manifest import replace_file
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 
-TABLE = (
-    ("held_out_nll", "held-out NLL", "nats per token of the real answers; lower is better"),
-    ("greedy_accuracy", "greedy accuracy", "share of right answers, decoded greedily"),
-    ("sampled_accuracy", "sampled accuracy", "share of right answers, one sample each"),
+METRICS = (
+    ("held_out_nll", "held-out NLL", "nats per token of the real responses; lower is better"),
+    ("greedy_accuracy", "greedy accuracy", "fraction of correct responses, greedy decoding"),
+    ("sampled_accuracy", "sampled accuracy", "fraction of correct responses, one sample per prompt"),
     (
         "rewards/accuracies",
         "won",
-        "share of rows whose real answer has the higher reward; at equilibrium as many as lost",
+        "fraction of rows whose real response has the higher reward; 0.5 at equilibrium without ties",
     ),
-    ("rewards/ties", "tied", "share of rows on which both answers have the same reward"),
-    ("rewards/margins", "reward margin", "reward of the real answer minus that of the opponent's"),
-    ("advantages/current", "current advantage", "log p(real) - log p(opponent's answer), nats"),
-    (
-        "advantages/history_logps",
-        "historical advantage",
-        "log p(opponent's answer) - log p(first model's), nats",
-    ),
-    ("kl_from_opponent", "KL from opponent", "nats per answer"),
-    ("kl_from_start", "KL from start", "nats per answer"),
-    ("entropy", "entropy", "nats per token of its own samples"),
-    ("length", "answer length", "tokens, mean"),
-    ("length_ratio", "length / real", "mean length over that of the real answers"),
-    ("end_rate", "ended", "share of answers with an end token"),
-    ("distinct_2", "distinct-2", "different pairs of tokens over all pairs"),
-    ("repetition", "repetition", "share of 4-grams that an answer repeats"),
-    ("copy_rate", "copies", "share of answers equal to the real one"),
+    ("rewards/ties", "tied", "fraction of rows whose two responses have the same reward"),
+    ("rewards/margins", "reward margin", "reward of the real response minus that of the opponent's"),
+    ("advantages/current", "current advantage", "log p(real) - log p(opponent's response), nats"),
+    ("advantages/history_logps", "historical advantage", "log p(opponent's) - log p(starting model's response), nats"),
+    ("kl_from_opponent", "KL from opponent", "nats per response"),
+    ("kl_from_start", "KL from start", "nats per response"),
+    ("entropy", "entropy", "nats per token of the policy's own samples"),
+    ("length", "response length", "mean tokens"),
+    ("length_ratio", "length / real", "mean length divided by that of the real responses"),
+    ("end_rate", "ended", "fraction of responses with an end token"),
+    ("distinct_2", "distinct-2", "distinct token pairs divided by all pairs"),
+    ("repetition", "repetition", "fraction of 4-grams that repeat within a response"),
+    ("copy_rate", "copies", "fraction of responses equal to the real one"),
 )
-"""Metric, its heading, what it means."""
+"""Metric, its heading, and its meaning."""
 
-HEADLINE = (
+MAIN_METRICS = (
     "held_out_nll",
     "greedy_accuracy",
     "sampled_accuracy",
@@ -61,20 +56,20 @@ HEADLINE = (
     "end_rate",
     "repetition",
 )
-"""The columns of the table by iteration; every metric stands in the table below it."""
+"""The columns of the table by iteration. The table below it has every metric."""
 
 
 def write_report(run: RunDir) -> Path:
-    """Writes report.html from whatever is there, also in the middle of a run."""
+    """Writes report.html from what the run contains so far."""
     replace_file(run.report, render(run))
     return run.report
 
 
 def render(run: RunDir) -> str:
     results = Results(run.root)
-    evaluations, found = results.evaluations(), alarms(results)
-    table = [row for row in TABLE if any(row[0] in metrics for metrics in evaluations.values())]
-    return page(
+    evaluations, warnings = results.evaluations(), find_warnings(results)
+    metrics = [row for row in METRICS if any(row[0] in values for values in evaluations.values())]
+    return render_page(
         "report.html.j2",
         name=run.root.name,
         method=results.recipe.method,
@@ -82,20 +77,20 @@ def render(run: RunDir) -> str:
         results=results,
         data=results.data,
         best=results.best(),
-        story=story(results),
-        worries=worries(found) if len(evaluations) > 1 else "",
-        alarms=found,
-        tiles=tiles(results),
+        summary=summary(results),
+        warning_summary=warning_summary(warnings) if len(evaluations) > 1 else "",
+        warnings=warnings,
+        cards=headline_cards(results),
         headline_index=headline_index(results),
         z95=Z95,
-        readable=readable,
+        format_metric=format_metric,
         evaluations=evaluations,
-        table=table,
-        headline=[row for row in table if row[0] in HEADLINE],
+        metrics=metrics,
+        main_metrics=[row for row in metrics if row[0] in MAIN_METRICS],
         quadrants=QUADRANTS,
         benchmarks=results.benchmarks(),
         stages=results.stages(),
-        missing=[s for s in results.stages() if s.state != "done"],
+        missing=[stage for stage in results.stages() if stage.state != "done"],
         held_out=draw_held_out(results),
         quadrant_bars=quadrant_bars(results),
         training=draw_training(results),
@@ -108,8 +103,8 @@ def render(run: RunDir) -> str:
     )
 
 
-def page(template: str, **values: object) -> str:
-    """A template with the style and the script that the pages share."""
+def render_page(template: str, **values: object) -> str:
+    """Renders a template with the style and the script that all pages share."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparring.report", "."),
         autoescape=True,
@@ -117,12 +112,12 @@ def page(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = shown
+    environment.filters["display"] = display_text
     style, script = (
         files("sparring.report").joinpath(f).read_text(encoding="utf-8") for f in ("style.css", "filter.js")
     )
     return environment.get_template(template).render(
-        style=Markup(style),  # noqa: S704  (files of ours, and the script is the only one that the policy lets run)
+        style=Markup(style),  # noqa: S704  (our own files; the policy lets only this script run)
         script=Markup(script),  # noqa: S704
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **values,

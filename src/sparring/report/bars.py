@@ -1,4 +1,4 @@
-"""Bars of shares as plain markup: they stay readable on a phone. Quadrants, and where the time went."""
+"""Stacked bars as plain markup, readable on a phone: reward against likelihood, and where the time went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUADRANTS = (
     ("quadrants/lower_reward_lower_likelihood", "lower reward, lower likelihood"),
     ("quadrants/ties", "ties"),
 )
-QUADRANT_COLOURS = ("real", "generated", "fifth", "proto", "rest")
+QUADRANT_COLORS = ("real", "generated", "fifth", "proto", "rest")
 
 STAGES = (
     ("generate", "generated"),
@@ -24,15 +24,15 @@ STAGES = (
     ("evaluate", "rest"),
     ("benchmarks", "fifth"),
 )
-WITHIN = (("forward and backward", "real"), ("update", "fifth"), ("loading, checkpoints, saving", "rest"))
+TRAINING_PARTS = (("forward and backward", "real"), ("update", "fifth"), ("loading, checkpoints, saving", "rest"))
 
 
 @dataclass(frozen=True)
 class Bars:
     title: str
     caption: str
-    legend: Sequence[tuple[str, str]]  # label, colour: a variable of style.css
-    rows: Sequence[tuple[str, Sequence[float], str]]  # label, a value per part, the row in words at its end
+    legend: Sequence[tuple[str, str]]  # label, color: a variable of style.css
+    rows: Sequence[tuple[str, Sequence[float], str]]  # label, a value per part, the text after the bar
     full: float  # the value that fills the width
 
 
@@ -40,78 +40,71 @@ def quadrant_bars(results: Results) -> Bars | None:
     evaluations = {i: m for i, m in results.evaluations().items() if QUADRANTS[0][0] in m}
     if not evaluations:
         return None
-    legend = [(heading, colour) for (_, heading), colour in zip(QUADRANTS, QUADRANT_COLOURS, strict=True)]
+    legend = [(heading, color) for (_, heading), color in zip(QUADRANTS, QUADRANT_COLORS, strict=True)]
     rows = []
     for index, metrics in evaluations.items():
         won = metrics[QUADRANTS[0][0]] + metrics[QUADRANTS[1][0]]
-        rows.append((f"iteration {index}", [metrics[key] for key, _ in QUADRANTS], f"{100 * won:.1f} % won"))
+        rows.append((f"iteration {index}", [metrics[key] for key, _ in QUADRANTS], f"{won:.1%} won"))
     caption = (
-        "Held-out rows by whether the real answer has the higher reward, and the higher likelihood, than the "
-        "opponent's. Higher reward with lower likelihood is a reward that does not help generation."
+        "Held-out rows by whether the real response has the higher reward, and the higher likelihood, than the "
+        "opponent's. A higher reward with a lower likelihood does not improve generation."
     )
     return Bars("Reward against likelihood", caption, legend, rows, 1.0)
 
 
 def time_bars(results: Results) -> list[Bars]:
-    """Seconds of every stage that is done, and what training spent them on."""
-    spent: dict[int, dict[str, float]] = {}
+    """Seconds of every finished stage, and how training spent them."""
+    seconds: dict[int, dict[str, float]] = {}
     for stage in results.stages():
         if stage.seconds is not None:
-            seconds, name = spent.setdefault(stage.iteration, {}), stage.stage.partition("/")[0]
-            seconds[name] = seconds.get(name, 0.0) + stage.seconds
-    if not spent:
+            of_iteration, name = seconds.setdefault(stage.iteration, {}), stage.stage.partition("/")[0]
+            of_iteration[name] = of_iteration.get(name, 0.0) + stage.seconds
+    if not seconds:
         return []
-    used = [(name, colour) for name, colour in STAGES if any(name in seconds for seconds in spent.values())]
+    legend = [(name, color) for name, color in STAGES if any(name in stages for stages in seconds.values())]
     rows = [
         (
             "start" if index < 0 else f"iteration {index}",
-            [seconds.get(name, 0.0) for name, _ in used],
-            duration(sum(seconds.values())),
+            [stages.get(name, 0.0) for name, _ in legend],
+            format_duration(sum(stages.values())),
         )
-        for index, seconds in spent.items()
+        for index, stages in seconds.items()
     ]
-    found = [Bars("By stage", describe(results, spent), used, rows, max(sum(row[1]) for row in rows))]
-    within = {
-        index: parts
-        for index, seconds in spent.items()
-        if "train" in seconds and (parts := within_training(results, index, seconds["train"])) is not None
-    }
-    if within:
-        rows = [(f"iteration {index}", parts, duration(sum(parts))) for index, parts in within.items()]
+    charts = [Bars("By stage", describe_time(results, seconds), legend, rows, max(sum(row[1]) for row in rows))]
+    parts = {i: split_training(results, i, stages["train"]) for i, stages in seconds.items() if "train" in stages}
+    if parts:
+        rows = [(f"iteration {index}", values, format_duration(sum(values))) for index, values in parts.items()]
         caption = (
-            "Forward and backward passes; the update, which clips the gradient and takes the optimizer's step (on a "
-            "GPU its last part overlaps the next step); and what is not in a step: loading, checkpoints, saving."
+            "Forward and backward passes; the update, which clips the gradient and runs the optimizer step (on a GPU "
+            "its last part overlaps the next step); and everything outside of steps: loading, checkpoints, saving."
         )
-        found.append(Bars("Within training", caption, WITHIN, rows, max(sum(row[1]) for row in rows)))
-    return found
+        charts.append(Bars("Within training", caption, TRAINING_PARTS, rows, max(sum(row[1]) for row in rows)))
+    return charts
 
 
-def within_training(results: Results, index: int, whole: float) -> Sequence[float] | None:
-    """Seconds of WITHIN, in its order; None where the steps did not count them apart."""
+def split_training(results: Results, index: int, total: float) -> Sequence[float]:
+    """Seconds of each of TRAINING_PARTS."""
     steps = results.training(index)
-    if not steps or "update_seconds" not in steps[0]:
-        return None
     update = sum(step["update_seconds"] for step in steps)
     in_steps = sum(step["seconds"] for step in steps)
-    return in_steps - update, update, max(0.0, whole - in_steps)
+    return in_steps - update, update, max(0.0, total - in_steps)
 
 
-def describe(results: Results, spent: dict[int, dict[str, float]]) -> str:
-    """The whole time, the share of each stage, and how fast the two long ones were."""
-    totals = {name: sum(seconds.get(name, 0.0) for seconds in spent.values()) for name, _ in STAGES}
-    whole = sum(totals.values())
-    shares = ", ".join(f"{name} {100 * seconds / whole:.0f} %" for name, seconds in totals.items() if seconds)
-    text = f"{duration(whole)} in all: {shares}."
-    folders = [results.run.stage(index, "generate") for index in spent if index >= 0]
-    drawn = sum(int(str(read_manifest(folder).info["tokens"])) for folder in folders if is_committed(folder))
-    if drawn:
-        text += f" Generation drew {drawn / totals['generate']:,.0f} tokens per second."
-    trained = sum(step["num_tokens"] for i in spent if "train" in spent[i] for step in results.training(i))
-    return text + (f" Training computed {trained / totals['train']:,.0f} tokens per second." if trained else "")
+def describe_time(results: Results, seconds: dict[int, dict[str, float]]) -> str:
+    """The total time, each stage's share, and the throughput of generation and training."""
+    totals = {name: sum(stages.get(name, 0.0) for stages in seconds.values()) for name, _ in STAGES}
+    total = sum(totals.values())
+    shares = ", ".join(f"{name} {value / total:.0%}" for name, value in totals.items() if value)
+    text = f"{format_duration(total)} in total: {shares}."
+    folders = [results.run.stage(index, "generate") for index in seconds if index >= 0]
+    generated = sum(int(str(read_manifest(folder).info["tokens"])) for folder in folders if is_committed(folder))
+    if generated:
+        text += f" Generation: {generated / totals['generate']:,.0f} tokens per second."
+    trained = sum(step["num_tokens"] for i in seconds if "train" in seconds[i] for step in results.training(i))
+    return text + (f" Training: {trained / totals['train']:,.0f} tokens per second." if trained else "")
 
 
-def duration(seconds: float) -> str:
-    """As a person reads it: seconds, minutes or hours."""
+def format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"

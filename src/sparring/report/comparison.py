@@ -1,8 +1,8 @@
-"""Several runs of one comparison -> numbers with their uncertainty, as JSON and as one HTML file.
+"""Turns the runs of one comparison into numbers with uncertainty, as JSON and as one HTML file.
 
-Two kinds of uncertainty are told apart: between seeds (Student's t), and between held-out rows (paired bootstrap of the
-difference to the control, averaged over seeds). Which iteration an arm is judged by is chosen on one half of the
-held-out rows and judged on the other, for every method alike: for SFT that is early stopping.
+It separates two kinds of uncertainty: between seeds (Student's t), and between held-out rows (paired bootstrap of the
+difference to the control, averaged over seeds). The iteration that represents an arm is chosen on one half of the
+held-out rows and evaluated on the other, for every method alike. For SFT that is early stopping.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
+from scipy import stats
 
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import UserError
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
-from sparring.report import page
+from sparring.report import render_page
 from sparring.report.bars import QUADRANTS
-from sparring.report.figures import COLOURS, Figure, svg
+from sparring.report.figures import COLORS, Figure, error_bars, iteration_ticks, to_svg
 from sparring.report.samples import Sample, collect
-from sparring.report.story import NAMES
+from sparring.report.summary import NAMES
 from sparring.run.iteration import seed_of
 from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file, verified
 from sparring.run.results import Results
@@ -37,16 +38,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESAMPLES = 2000
-STYLES = [(colour, style) for style in ("-", "--", ":", "-.") for colour in COLOURS.values()]
-"""Colour and dashes of the arms, in their order."""
-
-# quantiles of Student's t at 97.5 %, by degrees of freedom; 1.96 + 2.7 / n is within 0.01 above the true one from 10 on
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STYLES = [(color, style) for style in ("-", "--", ":", "-.") for color in COLORS.values()]
+"""Color and line style of the arms, in their order."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method with one seed on one share of the rows: a run directory."""
+    """One method with one seed on one fraction of the training rows: a run directory."""
 
     label: str
     seed: int
@@ -63,14 +61,14 @@ class Arm:
 
     @cached_property
     def tables(self) -> list[pa.Table]:
-        """What was answered on the held-out rows, by the start and after each iteration."""
+        """Responses to the held-out rows, of the start and of each iteration."""
         return [
             read_table(verified(iteration.stage("evaluate"), "answers.parquet"))
             for iteration in self.results.iterations
         ]
 
     def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
-        """The metric of each held-out row after an iteration: nats of the real answer, or 0 and 1; NaN: unchecked."""
+        """The metric of each held-out row after an iteration: nats of the real response, or 0 and 1; NaN: unchecked."""
         table = self.tables[index + 1]
         if metric == "held_out_nll":
             return -table["real_logprob"].to_numpy().astype(np.float64)
@@ -78,7 +76,7 @@ class Arm:
         return np.array([np.nan if value is None else float(value) for value in column])
 
     def budget(self) -> dict[str, float]:
-        """What it was given: annotations, tokens through the optimizer, seconds of all stages, shared ones included."""
+        """What the arm used: annotated rows, trained tokens, and seconds of all stages, shared ones included."""
         lines = [line for index in range(self.last + 1) for line in self.results.training(index)]
         stages = [stage for stage in self.results.stages() if stage.iteration >= 0 and stage.stage != "evaluate"]
         return {
@@ -89,7 +87,7 @@ class Arm:
 
 
 class Comparison:
-    """All arms of a comparison, refused unless they were evaluated alike."""
+    """All arms of a comparison. Raises `UserError` unless they were evaluated in the same way."""
 
     def __init__(self, root: Path, recipe: Recipe, arms: Sequence[Arm]) -> None:
         self.root, self.recipe, self.arms = root, recipe, arms
@@ -104,7 +102,7 @@ class Comparison:
         self.tokens = np.array([len(row.real_ids) for row in rows], dtype=np.float64)
         self.is_dev: Bool[np.ndarray, " rows"] = np.array([seed_of("dev", row.id) % 2 == 0 for row in rows])
 
-    def of(self, label: str, share: float) -> list[Arm]:
+    def select(self, label: str, share: float) -> list[Arm]:
         return [arm for arm in self.arms if (arm.label, arm.share) == (label, share)]
 
     def weights(self, metric: str) -> np.ndarray:
@@ -112,70 +110,65 @@ class Comparison:
 
     def value(self, arm: Arm, metric: str, index: int, rows: np.ndarray) -> float:
         per_row, weights = arm.per_row(metric, index)[rows], self.weights(metric)[rows]
-        counted = ~np.isnan(per_row)
-        return float(per_row[counted].sum() / weights[counted].sum())
+        is_checked = ~np.isnan(per_row)
+        return float(per_row[is_checked].sum() / weights[is_checked].sum())
 
-    def chosen(self, arm: Arm) -> int:
-        """The iteration that is best on one half of the held-out rows, by the recipe's save_best_by; -1: the start."""
+    def choose_iteration(self, arm: Arm) -> int:
+        """The best iteration by the recipe's save_best_by on one half of the held-out rows; -1 is the start."""
         metric = self.recipe.evaluate.save_best_by
         sign = 1 if metric == "held_out_nll" else -1
         return min(range(-1, arm.last + 1), key=lambda t: (sign * self.value(arm, metric, t, self.is_dev), t))
 
     def curve(self, label: str, share: float, metric: str) -> list[Json]:
-        everything = np.ones_like(self.is_dev)
-        arms = self.of(label, share)
+        all_rows = np.ones_like(self.is_dev)
+        arms = self.select(label, share)
         return [
-            {"iteration": t, **over_seeds([self.value(arm, metric, t, everything) for arm in arms])}
+            {"iteration": t, **over_seeds([self.value(arm, metric, t, all_rows) for arm in arms])}
             for t in range(-1, arms[0].last + 1)
         ]
 
-    def judged(self, label: str, share: float, metric: str) -> Json:
-        """At its chosen iteration, on the rows that did not choose it."""
-        arms = self.of(label, share)
-        found = over_seeds([self.value(arm, metric, self.chosen(arm), ~self.is_dev) for arm in arms])
-        return {**found, "iterations": [self.chosen(arm) for arm in arms]}
+    def at_chosen(self, label: str, share: float, metric: str) -> Json:
+        """The metric at each arm's chosen iteration, on the rows that did not choose it."""
+        iterations = {arm: self.choose_iteration(arm) for arm in self.select(label, share)}
+        values = [self.value(arm, metric, index, ~self.is_dev) for arm, index in iterations.items()]
+        return {**over_seeds(values), "iterations": list(iterations.values())}
 
-    def difference(self, label: str, share: float, metric: str, *, against: float, at: str) -> Json:
-        """To the control on the share `against`, paired by seed and row; `at` the last or the chosen iteration."""
+    def difference(self, label: str, share: float, metric: str, *, control_share: float, at: str) -> Json:
+        """The difference to the control, paired by seed and row. `at`: the "last" or the "chosen" iteration."""
         rows = np.ones_like(self.is_dev) if at == "last" else ~self.is_dev
         weights = self.weights(metric)[rows]
         per_seed = []
-        for arm, control in zip(self.of(label, share), self.of(self.control, against), strict=True):
-            where = [(a, a.last if at == "last" else self.chosen(a)) for a in (arm, control)]
-            ours, theirs = (a.per_row(metric, index)[rows] for a, index in where)
-            per_seed.append(ours - theirs)
-        counted = ~np.isnan(per_seed[0])
-        kept, of_rows = np.array(per_seed)[:, counted], weights[counted]
-        by_seed = kept.sum(axis=1) / of_rows.sum()
-        return {**over_seeds(by_seed.tolist()), "rows_95": bootstrap(kept.mean(axis=0), of_rows)}
+        for pair in zip(self.select(label, share), self.select(self.control, control_share), strict=True):
+            indices = [arm.last if at == "last" else self.choose_iteration(arm) for arm in pair]
+            treated, control = (arm.per_row(metric, t)[rows] for arm, t in zip(pair, indices, strict=True))
+            per_seed.append(treated - control)
+        is_checked = ~np.isnan(per_seed[0])
+        differences, weights = np.array(per_seed)[:, is_checked], weights[is_checked]
+        means = differences.sum(axis=1) / weights.sum()
+        return {**over_seeds(means.tolist()), "rows_95": bootstrap(differences.mean(axis=0), weights)}
+
+    def arm_json(self, label: str, share: float) -> Json:
+        arms = self.select(label, share)
+        budgets = [arm.budget() for arm in arms]
+        ends = [arm.results.evaluation(arm.last) or {} for arm in arms]
+
+        def differences(control_share: float, at: str) -> Json:
+            return {m: self.difference(label, share, m, control_share=control_share, at=at) for m in self.metrics}
+
+        return {
+            "method": label,
+            "share": share,
+            "budget": {key: mean([budget[key] for budget in budgets]) for key in budgets[0]},
+            "curves": {metric: self.curve(label, share, metric) for metric in self.metrics},
+            "chosen": {metric: self.at_chosen(label, share, metric) for metric in self.metrics},
+            "to_control": {at: differences(share, at) for at in ("last", "chosen")},
+            "to_control_on_all_rows": differences(self.shares[-1], "chosen"),
+            "quadrants": {
+                key: mean([end[key] for end in ends]) for key, _ in QUADRANTS if all(key in end for end in ends)
+            },
+        }
 
     def as_json(self) -> Json:
-        every = [(label, share) for share in reversed(self.shares) for label in self.labels]
-        budgets = {arm: arm.budget() for arm in self.arms}
-        found = []
-        for label, share in every:
-            arms = self.of(label, share)
-            ends = [arm.results.evaluation(arm.last) or {} for arm in arms]
-            found.append(
-                {
-                    "method": label,
-                    "share": share,
-                    "budget": {key: mean([budgets[arm][key] for arm in arms]) for key in budgets[arms[0]]},
-                    "curves": {metric: self.curve(label, share, metric) for metric in self.metrics},
-                    "chosen": {metric: self.judged(label, share, metric) for metric in self.metrics},
-                    "to_control": {
-                        at: {m: self.difference(label, share, m, against=share, at=at) for m in self.metrics}
-                        for at in ("last", "chosen")
-                    },
-                    "to_control_on_all_rows": {
-                        metric: self.difference(label, share, metric, against=self.shares[-1], at="chosen")
-                        for metric in self.metrics
-                    },
-                    "quadrants": {
-                        key: mean([end[key] for end in ends]) for key, _ in QUADRANTS if all(key in end for end in ends)
-                    },
-                }
-            )
         env = json.loads(read_sealed(self.arms[0].run.env))["sessions"][0]
         return {
             "control": self.control,
@@ -183,19 +176,18 @@ class Comparison:
             "held_out_rows": len(self.tokens),
             "chosen_by": self.recipe.evaluate.save_best_by,
             "machine": {key: env[key] for key in ("machine", "device", "threads", "versions", "commit")},
-            "arms": found,
+            "arms": [self.arm_json(label, share) for share in reversed(self.shares) for label in self.labels],
             "recipe": self.recipe.model_dump(by_alias=True, mode="json"),
         }
 
 
 def check_comparable(arms: Sequence[Arm]) -> None:
-    """Refuses arms that were not evaluated on the same rows in the same way."""
+    """Raises `UserError` unless all arms were evaluated on the same rows in the same way."""
     first: dict[str, object] = {}
     for arm in arms:
         recipe, data = arm.results.recipe, arm.results.data
-        files = read_manifest(arm.run.data).files
-        ways: dict[str, object] = {
-            "the held-out rows": files["held_out.parquet"]["xxh3"],
+        conditions: dict[str, object] = {
+            "the set of held-out rows": read_manifest(arm.run.data).files["held_out.parquet"]["xxh3"],
             "the starting model": data.model if data else None,
             "the template": data.template_digest if data else None,
             "evaluate.checker": recipe.evaluate.checker,
@@ -203,19 +195,17 @@ def check_comparable(arms: Sequence[Arm]) -> None:
             "train.dtype": recipe.train.dtype,
             "iterations": recipe.iterations,
         }
-        for what, value in ways.items():
-            if first.setdefault(what, value) != value:
+        for name, value in conditions.items():
+            if first.setdefault(name, value) != value:
                 raise UserError(
-                    f"{arm.run.root} cannot be compared with {arms[0].run.root}: {what} differs. Move it "
-                    "away and run the same command again"
+                    f"{arm.run.root} cannot be compared with {arms[0].run.root}: {name} differs. Move it away and run "
+                    "the same command again."
                 )
 
 
 def over_seeds(values: Sequence[float]) -> Json:
-    """Mean, and the half-width of the 95 % interval between seeds; None for a single one."""
-    n = len(values)
-    quantile = T[n - 2] if 2 <= n <= len(T) + 1 else 1.96 + 2.7 / n
-    half = quantile * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+    """Mean, and half of the 95% t interval between seeds; None for one seed."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
     return {"mean": mean(values), "half_width_95": half, "seeds": list(values)}
 
 
@@ -224,13 +214,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def bootstrap(values: Float[np.ndarray, " rows"], weights: Float[np.ndarray, " rows"]) -> list[float]:
-    """95 % percentile interval of sum(values) / sum(weights), rows drawn with replacement."""
+    """95% percentile interval of sum(values) / sum(weights), with rows drawn with replacement."""
     random = np.random.Generator(np.random.Philox(key=seed_of("bootstrap", len(values))))
-    found = []
+    ratios = []
     for _ in range(RESAMPLES):
-        drawn = random.integers(0, len(values), len(values))
-        found.append(values[drawn].sum() / weights[drawn].sum())
-    low, high = np.quantile(found, [0.025, 0.975])
+        rows = random.integers(0, len(values), len(values))
+        ratios.append(values[rows].sum() / weights[rows].sum())
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return [float(low), float(high)]
 
 
@@ -238,13 +228,13 @@ def write_comparison(comparison: Comparison) -> Path:
     """Writes comparison.json and report.html."""
     numbers = comparison.as_json()
     replace_file(comparison.root / "comparison.json", json.dumps(numbers, indent=1) + "\n")
-    html = page(
+    html = render_page(
         "comparison.html.j2",
         name=comparison.root.name,
         names=NAMES,
         metrics=comparison.metrics,
         quadrants=QUADRANTS,
-        figures=figures(comparison, numbers),
+        figures=draw_figures(comparison, numbers),
         samples=side_by_side(comparison),
         settings=dump_recipe(comparison.recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -256,66 +246,56 @@ def write_comparison(comparison: Comparison) -> Path:
 
 
 def side_by_side(comparison: Comparison) -> list[Sample]:
-    """The first held-out rows: the real answer, the start's, and that of every method after its last iteration.
+    """The first held-out rows: the real response, the start's, and that of every method after its last iteration.
 
-    Of the first seed, on the largest share of the rows.
+    From the first seed, on the largest fraction of the rows.
     """
-    arms = [comparison.of(label, comparison.shares[-1])[0] for label in comparison.labels]
-    found = [collect(arm.results) for arm in arms]
-    for number, sample in enumerate(found[0]):
-        last = [(arm.label, samples[number].answers[-1]) for arm, samples in zip(arms, found, strict=True)]
-        sample.answers = [*sample.answers[:2], *(replace(answer, source=label) for label, answer in last)]
-        sample.is_cut = any(answer.finish == "length" for _, answer in last)
-        sample.is_wrong = any(answer.is_correct is False for _, answer in last)
+    arms = [comparison.select(label, comparison.shares[-1])[0] for label in comparison.labels]
+    by_arm = [collect(arm.results) for arm in arms]
+    for number, sample in enumerate(by_arm[0]):
+        last = [(arm.label, samples[number].responses[-1]) for arm, samples in zip(arms, by_arm, strict=True)]
+        sample.responses = [*sample.responses[:2], *(replace(response, source=label) for label, response in last)]
+        sample.is_truncated = any(response.finish == "length" for _, response in last)
+        sample.is_wrong = any(response.is_correct is False for _, response in last)
         sample.margin, sample.is_misaligned = None, False
-    return found[0]
+    return by_arm[0]
 
 
-def figures(comparison: Comparison, numbers: Json) -> list[Figure]:
-    """Per metric: curves over iterations on all rows, and, with several shares, the value against the annotations."""
-    found = []
+def draw_figures(comparison: Comparison, numbers: Json) -> list[Figure]:
+    """Per metric: curves over iterations on all rows and, with several fractions, the value by annotated rows."""
+    figures = []
     arms: list[dict] = numbers["arms"]  # type: ignore[assignment]
     for metric in comparison.metrics:
-        whole = [arm for arm in arms if arm["share"] == comparison.shares[-1]]
+        name = NAMES[metric]
         curves = [
-            (arm["method"], [p["iteration"] for p in arm["curves"][metric]], arm["curves"][metric]) for arm in whole
+            (arm["method"], [p["iteration"] for p in arm["curves"][metric]], arm["curves"][metric])
+            for arm in arms
+            if arm["share"] == comparison.shares[-1]
         ]
-        caption = "Mean over seeds on all held-out rows, bars the 95 % interval between seeds."
-        found.append(Figure(NAMES[metric], caption, svg(lines(curves, "iteration"), NAMES[metric], has_legend=True)))
+        caption = "Mean over seeds on all held-out rows. Error bars: 95% intervals between seeds."
+        figures.append(Figure(name, caption, to_svg(plot_arms(curves, "iteration"), name, has_legend=True)))
         if len(comparison.shares) > 1:
             curves = []
             for label in comparison.labels:
-                mine = [arm for arm in reversed(arms) if arm["method"] == label]
-                curves.append((label, [a["budget"]["annotations"] for a in mine], [a["chosen"][metric] for a in mine]))
+                own = [arm for arm in reversed(arms) if arm["method"] == label]
+                curves.append((label, [a["budget"]["annotations"] for a in own], [a["chosen"][metric] for a in own]))
             caption = "At each arm's chosen iteration, on the half of the rows that did not choose it."
-            title = f"{NAMES[metric]} by annotations"
-            found.append(Figure(title, caption, svg(lines(curves, "annotated rows"), title, has_legend=True)))
-    return found
+            title = f"{name} by annotated rows"
+            figures.append(Figure(title, caption, to_svg(plot_arms(curves, "annotated rows"), title, has_legend=True)))
+    return figures
 
 
-def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[dict]]], xlabel: str) -> Callable[[Axes], None]:
+def plot_arms(curves: Sequence[tuple[str, Sequence[float], Sequence[dict]]], xlabel: str) -> Callable[[Axes], None]:
     def plot(axes: Axes) -> None:
-        for (label, x, points), (colour, style) in zip(curves, STYLES, strict=False):
+        for (label, x, points), (color, style) in zip(curves, STYLES, strict=False):
             errors = [p["half_width_95"] for p in points]
-            axes.errorbar(
-                x,
-                [p["mean"] for p in points],
-                yerr=None if None in errors else errors,
-                color=colour,
-                linestyle=style,
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
-                elinewidth=1,
-                capsize=2.5,
-                label=label,
-            )
+            y = [p["mean"] for p in points]
+            error_bars(axes, x, y, None if None in errors else errors, color=color, linestyle=style, label=label)
         if xlabel == "iteration":
-            every = curves[0][1]
-            axes.set_xticks(every, ["start" if x < 0 else str(x) for x in every])
+            iteration_ticks(axes, [int(x) for x in curves[0][1]])
         else:
             axes.locator_params(axis="x", integer=True)
-        axes.margins(x=0.08)
-        axes.set_xlabel(xlabel)
+            axes.margins(x=0.08)
+            axes.set_xlabel(xlabel)
 
     return plot

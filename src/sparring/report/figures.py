@@ -1,12 +1,12 @@
-"""The curves that the papers plot, as SVG: the same run gives the same bytes."""
+"""Draws the curves that the papers plot, as SVG. The same run gives the same bytes."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -18,24 +18,18 @@ if TYPE_CHECKING:
 
 Z95 = 1.96
 
-# Drawn in these, shown in the page's own: each is a variable of style.css, which light and dark set. The series are
-# told apart by colour-blind people too, and where a figure has several, by dashes.
-COLOURS = {
-    "real": "#0072b2",
-    "generated": "#d55e00",
-    "proto": "#009e73",
-    "fifth": "#8a3ffc",
-    "other": "#777777",
-}
+# Matplotlib draws in these colors. `to_svg` replaces each by a variable of style.css, which light and dark mode set.
+# The palette is safe for color-blind readers; a figure with several curves also varies the line style.
+COLORS = {"real": "#0072b2", "generated": "#d55e00", "proto": "#009e73", "fifth": "#8a3ffc", "other": "#777777"}
 INK, SOFT, LINE = "#000000", "#bbbbbb", "#eeeeee"
 THEMED = {
     INK: "currentColor",
     SOFT: "var(--soft)",
     LINE: "var(--line)",
     "#ffffff": "none",
-    **{colour: f"var(--{name})" for name, colour in COLOURS.items()},
+    **{color: f"var(--{name})" for name, color in COLORS.items()},
 }
-WIDTH, HEIGHT, FONT = 4.7, 2.75, 11  # inches and points; a card on a screen or a phone is about as wide
+WIDTH, HEIGHT, FONT = 4.7, 2.75, 11  # inches and points, about the width of a card on a screen or a phone
 
 
 @dataclass(frozen=True)
@@ -45,24 +39,25 @@ class Figure:
     svg: Markup
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     metric: str
     label: str
-    colour: str
-    is_dashed: bool = False
+    color: str
+    style: str = "-"
 
 
-TRAINING = (
-    ("Training loss", "Of each optimizer step, before its update.", (Curve("loss", "loss", "real"),)),
+Spec = tuple[str, str, tuple[Curve, ...]]  # title, caption, curves
+
+TRAINING: tuple[Spec, ...] = (
+    ("Training loss", "Loss of each optimizer step, before its update.", (Curve("loss", "loss", "real"),)),
     (
         "Rewards in training",
-        "Mean reward of real and generated answers. Both falling together is likelihood displacement.",
+        "Mean reward of real and generated responses. If both fall together, that is likelihood displacement.",
         (Curve("rewards/real", "real", "real"), Curve("rewards/generated", "generated", "generated")),
     ),
     (
         "Log-likelihood in training",
-        "log p of whole answers under the policy, nats.",
+        "log p of full responses under the policy, in nats.",
         (
             Curve("logps/real", "real", "real"),
             Curve("logps/generated", "generated", "generated"),
@@ -74,92 +69,94 @@ TRAINING = (
         "Current: reward of real minus generated. Historical: reward of generated minus proto.",
         (
             Curve("rewards/margins", "current", "real"),
-            Curve("advantages/history", "historical", "proto", is_dashed=True),
+            Curve("advantages/history", "historical", "proto", "--"),
         ),
     ),
     (
         "Reward accuracy in training",
-        "Share of examples whose real answer has the higher reward; alignment: share in which reward and "
-        "likelihood order the two answers alike.",
-        (
-            Curve("rewards/accuracies", "accuracy", "real"),
-            Curve("alignment", "alignment", "other", is_dashed=True),
-        ),
+        "Accuracy: fraction of examples whose real response has the higher reward. Alignment: fraction in which reward "
+        "and likelihood order the two responses alike.",
+        (Curve("rewards/accuracies", "accuracy", "real"), Curve("alignment", "alignment", "other", "--")),
     ),
 )
 
-HELD_OUT = (
+HELD_OUT: tuple[Spec, ...] = (
     (
         "Held-out NLL",
-        "Nats per token of the real answers; lower is better. Bars: 95 % intervals over rows.",
+        "Nats per token of the real responses; lower is better. Error bars: 95% intervals over rows.",
         (Curve("held_out_nll", "NLL", "real"),),
     ),
     (
         "Held-out accuracy",
-        "Share of right answers, as the checker sees it. Bars: 95 % intervals over rows.",
+        "Fraction of responses that the checker accepts. Error bars: 95% intervals over rows.",
         (
             Curve("greedy_accuracy", "greedy", "real"),
-            Curve("sampled_accuracy", "sampled", "generated", is_dashed=True),
+            Curve("sampled_accuracy", "sampled", "generated", "--"),
         ),
     ),
     (
         "The game on held-out rows",
-        "Rows won against the opponent, and ties: at equilibrium as many are won as lost. Alignment: share in "
-        "which reward and likelihood order the two answers alike.",
+        "Rows won against the opponent, and ties. At equilibrium as many rows are won as lost. Alignment: fraction in "
+        "which reward and likelihood order the two responses alike.",
         (
             Curve("rewards/accuracies", "won", "real"),
-            Curve("rewards/ties", "tied", "proto", is_dashed=True),
-            Curve("alignment", "alignment", "other", is_dashed=True),
+            Curve("rewards/ties", "tied", "proto", "--"),
+            Curve("alignment", "alignment", "other", "--"),
         ),
     ),
     (
         "Current and historical advantage",
-        "Nats per answer. Current: log p(real) minus log p(opponent's answer). Historical: log p(opponent's answer) "
-        "minus log p(first model's), what has been gained since the start.",
+        "Nats per response. Current: log p(real) minus log p(opponent's response). Historical: log p(opponent's "
+        "response) minus log p(starting model's response), the progress since the start.",
         (
             Curve("advantages/current", "current", "real"),
-            Curve("advantages/history_logps", "historical", "proto", is_dashed=True),
+            Curve("advantages/history_logps", "historical", "proto", "--"),
         ),
     ),
     (
         "Length",
-        "Tokens of a fresh answer, over those of the real one: mean of all rows over mean of all rows. 1 is level.",
+        "Mean tokens of a generated response divided by the mean of the real ones. 1 means equal length.",
         (Curve("length_ratio", "length / real", "generated"),),
     ),
     (
         "Repetition, endings, copies",
-        "Share of 4-grams that an answer repeats; of answers that end; of answers that are the real one.",
+        "Fraction of 4-grams that repeat within a response; of responses that end; of responses equal to the real one.",
         (
             Curve("repetition", "repeated", "generated"),
-            Curve("end_rate", "ended", "real", is_dashed=True),
-            Curve("copy_rate", "copies", "other", is_dashed=True),
+            Curve("end_rate", "ended", "real", "--"),
+            Curve("copy_rate", "copies", "other", "--"),
         ),
     ),
 )
 
 
 def draw_held_out(results: Results) -> list[Figure]:
-    """What the evaluations show, by iteration."""
-    evaluations, figures = results.evaluations(), []
-    for title, caption, curves in HELD_OUT:
-        shown = [c for c in curves if any(c.metric in metrics for metrics in evaluations.values())]
-        if shown and len(evaluations) > 1:
-            figures.append(Figure(title, caption, _held_out(evaluations, shown, title)))
-    return figures
+    """Evaluation metrics by iteration."""
+    evaluations = results.evaluations()
+    if len(evaluations) < 2:
+        return []
+    return draw(HELD_OUT, set().union(*evaluations.values()), lambda curves: plot_evaluations(evaluations, curves))
 
 
 def draw_training(results: Results) -> list[Figure]:
-    """What the optimizer steps show."""
+    """Training metrics by optimizer step."""
+    steps = {i.index: results.training(i.index) for i in results.iterations if i.index >= 0}
+    metrics = {metric for lines in steps.values() for line in lines for metric in line}
+    return draw(TRAINING, metrics, lambda curves: plot_training(steps, curves))
+
+
+def draw(
+    specs: Iterable[Spec], metrics: set[str], plot: Callable[[Sequence[Curve]], Callable[[Axes], None]]
+) -> list[Figure]:
+    """The figures that have at least one of `metrics`, with the curves that exist."""
     figures = []
-    lines = [(index, results.training(index)) for index in (i.index for i in results.iterations if i.index >= 0)]
-    for title, caption, curves in TRAINING:
-        shown = [c for c in curves if any(c.metric in line for _, ls in lines for line in ls)]
-        if shown:
-            figures.append(Figure(title, caption, _training(lines, shown, title)))
+    for title, caption, curves in specs:
+        if available := [curve for curve in curves if curve.metric in metrics]:
+            figures.append(Figure(title, caption, to_svg(plot(available), title, has_legend=len(available) > 1)))
     return figures
 
 
-def _held_out(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve], title: str) -> Markup:
+def plot_evaluations(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve]) -> Callable[[Axes], None]:
     def plot(axes: Axes) -> None:
         for curve in curves:
             points = [
@@ -168,66 +165,70 @@ def _held_out(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve],
                 if curve.metric in m
             ]
             x, y, errors = zip(*points, strict=True)
-            axes.errorbar(
+            error_bars(
+                axes,
                 x,
                 y,
-                yerr=errors if any(errors) else None,
-                color=COLOURS[curve.colour],
-                linestyle="--" if curve.is_dashed else "-",
-                linewidth=1.8,
-                marker="o",
-                markersize=4.5,
-                elinewidth=1.1,
-                capsize=2.5,
+                errors if any(errors) else None,
+                color=COLORS[curve.color],
+                linestyle=curve.style,
                 label=curve.label,
             )
-        axes.set_xticks(list(evaluations), ["start" if i < 0 else str(i) for i in evaluations])
-        axes.margins(x=0.08)
+        iteration_ticks(axes, list(evaluations))
         if any(curve.metric == "length_ratio" for curve in curves):
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, 0.8), max(high, 1.2))  # or a change of a hundredth would look like a collapse
-        axes.set_xlabel("iteration")
+            axes.set_ylim(min(low, 0.8), max(high, 1.2))  # else a change of 0.01 would look like a collapse
 
-    return svg(plot, title, has_legend=len(curves) > 1)
+    return plot
 
 
-def _training(lines: list[tuple[int, list[dict[str, float]]]], curves: Sequence[Curve], title: str) -> Markup:
+def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], errors: Sequence[float] | None, **line: str) -> None:
+    axes.errorbar(x, y, errors, linewidth=1.8, marker="o", markersize=4.5, elinewidth=1.1, capsize=2.5, **line)  # type: ignore[arg-type]
+
+
+def iteration_ticks(axes: Axes, iterations: Sequence[int]) -> None:
+    axes.set_xticks(iterations, ["start" if i < 0 else str(i) for i in iterations])
+    axes.margins(x=0.08)
+    axes.set_xlabel("iteration")
+
+
+def plot_training(steps: dict[int, list[dict[str, float]]], curves: Sequence[Curve]) -> Callable[[Axes], None]:
     """Each step, faint, and a running mean over a twelfth of an iteration."""
 
     def plot(axes: Axes) -> None:
-        offset, middles = 0, []
-        for index, steps in lines:
+        offset, ticks = 0, []
+        for index, lines in steps.items():
             for curve in curves:
-                points = [(offset + s["step"], s[curve.metric]) for s in steps if curve.metric in s]
+                points = [(offset + line["step"], line[curve.metric]) for line in lines if curve.metric in line]
                 if not points:
                     continue
                 x, y = (np.array(values) for values in zip(*points, strict=True))
-                colour, style = COLOURS[curve.colour], "--" if curve.is_dashed else "-"
-                axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-                is_first = curve.label not in axes.get_legend_handles_labels()[1]
-                label = curve.label if is_first else None
-                axes.plot(x, running_mean(y, len(y) // 12), color=colour, linewidth=1.6, linestyle=style, label=label)
-            if steps:
-                middles.append((offset + (len(steps) + 1) / 2, str(index)))
+                color = COLORS[curve.color]
+                axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
+                label = None if curve.label in axes.get_legend_handles_labels()[1] else curve.label
+                mean = running_mean(y, len(y) // 12)
+                axes.plot(x, mean, color=color, linewidth=1.6, linestyle=curve.style, label=label)
+            if lines:
+                ticks.append((offset + (len(lines) + 1) / 2, str(index)))
                 if offset:
                     axes.axvline(offset + 0.5, color=SOFT, linewidth=0.7, linestyle=":")
-            offset += len(steps)
-        axes.set_xticks([middle for middle, _ in middles], [label for _, label in middles])
+            offset += len(lines)
+        axes.set_xticks([position for position, _ in ticks], [label for _, label in ticks])
         axes.margins(x=0.02)
-        axes.set_xlabel(f"iteration; {offset:,} optimizer steps in all")
+        axes.set_xlabel(f"iteration ({offset:,} optimizer steps in total)")
 
-    return svg(plot, title, has_legend=len(curves) > 1)
+    return plot
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the values up to `width` steps away on each side, fewer at the ends."""
+    """The mean of the values at most `width` steps away on each side, fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low, high = (np.clip(np.arange(len(values)) + d, 0, len(values)) for d in (-width, width + 1))
     return (sums[high] - sums[low]) / (high - low)
 
 
-def svg(plot: Callable[[Axes], None], title: str, *, has_legend: bool) -> Markup:
-    """One plot with the page's own font and colours. Its words are text, for search, selection and screen readers."""
+def to_svg(plot: Callable[[Axes], None], title: str, *, has_legend: bool) -> Markup:
+    """One plot in the page's font and colors. Its words stay text, for search, selection and screen readers."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
@@ -246,6 +247,12 @@ def svg(plot: Callable[[Axes], None], title: str, *, has_legend: bool) -> Markup
         "xtick.major.size": 0,
         "ytick.major.size": 0,
         "text.parse_math": False,
+        "legend.frameon": False,
+        "legend.fontsize": FONT,
+        "legend.handlelength": 1.4,
+        "legend.columnspacing": 1.4,
+        "legend.borderaxespad": 0.0,
+        "legend.borderpad": 0.0,
     }
     with mpl.rc_context(settings):  # type: ignore[arg-type]
         canvas = Canvas(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -256,22 +263,9 @@ def svg(plot: Callable[[Axes], None], title: str, *, has_legend: bool) -> Markup
         axes.set_axisbelow(True)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         if has_legend:
-            handles, labels = axes.get_legend_handles_labels()
-            canvas.legend(
-                handles,
-                labels,
-                loc="outside upper left",
-                frameon=False,
-                fontsize=FONT,
-                ncols=4,
-                handlelength=1.4,
-                columnspacing=1.4,
-                borderaxespad=0.0,
-                borderpad=0.0,
-            )
+            canvas.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    # safe: matplotlib escapes the words, which are our own and the labels of methods; no text of a model is in it
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0], colour[0]), text)
+    # safe: matplotlib escapes text, and all text here is ours or a method's label; none comes from a model
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda color: THEMED.get(color[0], color[0]), buffer.getvalue())
     return Markup('<svg role="img" aria-label="{}"').format(title) + Markup(text[text.index("<svg") + 4 :])  # noqa: S704

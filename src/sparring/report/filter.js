@@ -1,5 +1,5 @@
 "use strict";
-// Filters, search and comparison of the samples. The page is whole without it; what it needs is hidden until it runs.
+// Filters, searches and compares the samples. The page works without it: its controls stay hidden until it runs.
 (() => {
   const box = document.getElementById("filter");
   const list = document.getElementById("samples");
@@ -7,15 +7,15 @@
   const [kind, search, left, right, count] = ["kind", "search", "left", "right", "count"].map((id) => document.getElementById(id));
   const samples = [...list.querySelectorAll("details")];
   const texts = new Map(samples.map((sample) => [sample, sample.textContent.toLowerCase()]));
-  const plain = new Map([...list.querySelectorAll(".answer pre")].map((pre) => [pre, pre.textContent]));
+  const original = new Map([...list.querySelectorAll(".response pre")].map((pre) => [pre, pre.textContent]));
   const margin = (sample) => (sample.dataset.margin === "" ? Infinity : Number(sample.dataset.margin));
-  const MOST_WORDS = 600;
+  const MAX_WORDS = 600;
 
-  // The words of `text` that are in no longest common subsequence with `other`, as marks.
+  // Marks the words of `text` outside its longest common subsequence with `other`.
   function mark(pre, text, other) {
     const [a, b] = [text.split(/(\s+)/), other.split(/(\s+)/)];
     pre.textContent = text;
-    if (a.length > MOST_WORDS || b.length > MOST_WORDS) return;
+    if (a.length > MAX_WORDS || b.length > MAX_WORDS) return;
     const longest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
     for (let i = a.length - 1; i >= 0; i--)
       for (let j = b.length - 1; j >= 0; j--)
@@ -35,17 +35,17 @@
   function compare() {
     const names = left.value === "" ? null : [left.value, right.value];
     for (const sample of samples) {
-      const answers = [...sample.querySelectorAll(".answer")];
-      for (const answer of answers) {
-        const pre = answer.querySelector("pre");
-        answer.hidden = names !== null && !names.includes(answer.dataset.source);
-        if (pre.childElementCount) pre.textContent = plain.get(pre);
+      const responses = [...sample.querySelectorAll(".response")];
+      for (const response of responses) {
+        const pre = response.querySelector("pre");
+        response.hidden = names !== null && !names.includes(response.dataset.source);
+        if (pre.childElementCount) pre.textContent = original.get(pre);
       }
       if (names === null) continue;
-      const [one, two] = names.map((name) => answers.find((answer) => answer.dataset.source === name)?.querySelector("pre"));
+      const [one, two] = names.map((name) => responses.find((response) => response.dataset.source === name)?.querySelector("pre"));
       if (!one || !two || one === two) continue;
-      mark(one, plain.get(one), plain.get(two));
-      mark(two, plain.get(two), plain.get(one));
+      mark(one, original.get(one), original.get(two));
+      mark(two, original.get(two), original.get(one));
     }
   }
 

@@ -1,0 +1,107 @@
+"""What a reader sees first: a few sentences about the run, and the headline numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sparring.report.figures import Z95
+from sparring.run.results import FLAT, Results
+
+HEADLINES = (
+    ("held_out_nll", "Held-out NLL", "nats per token of the real responses", -1),
+    ("greedy_accuracy", "Greedy accuracy", "correct responses, greedy decoding", 1),
+    ("sampled_accuracy", "Sampled accuracy", "correct responses, one sample per prompt", 1),
+)
+"""Metric, name, unit, and the sign of an improvement."""
+
+NAMES = {metric: name[0].lower() + name[1:] for metric, name, *_ in HEADLINES} | {"held_out_nll": "held-out NLL"}
+
+PERCENTAGES = ("greedy_accuracy", "sampled_accuracy", "rewards/accuracies", "end_rate", "repetition")
+"""Metrics that are shown in percent."""
+
+
+@dataclass(frozen=True)
+class HeadlineCard:
+    name: str
+    unit: str
+    start: str
+    value: str
+    change: str  # with half of its 95% interval, paired over rows
+    verdict: Literal["better", "worse", "no difference shown"]
+
+
+def summary(results: Results) -> str:
+    if results.data is None:
+        return "The run has not read its data yet."
+    evaluations, best = results.evaluations(), results.best()
+    done = [index for index in evaluations if index >= 0]
+    text = (
+        f"{results.recipe.method.name} completed {len(done)} of {results.recipe.iterations} iterations on "
+        f"{results.data.num_train:,} prompts. "
+    )
+    if results.stopped:
+        text += f"The run stopped early, after iteration {results.stopped[0]}: {results.stopped[1]}. "
+    if best is None or -1 not in evaluations or not done:
+        return text + "There is nothing to compare yet."
+    name, start = NAMES[best.metric], evaluations[-1][best.metric]
+    last = evaluations[done[-1]][best.metric]
+    if best.iteration < 0:
+        return (
+            text + f"No iteration improves the {name} of the starting model: {start:.4f} at the start, {last:.4f} "
+            f"after iteration {done[-1]}."
+        )
+    change, error = results.paired_difference(best.metric, -1, best.iteration)
+    text += (
+        f"Iteration {best.iteration} has the best {name}: {best.value:.4f}, compared to {start:.4f} at the start, a "
+        f"change of {change:+.4f} ± {Z95 * error:.4f} (95% interval, paired over the held-out rows). "
+    )
+    if abs(change) < Z95 * error:
+        text += "The interval contains zero, so this may be chance: evaluate on more held-out rows. "
+    if best.iteration != done[-1]:
+        text += f"The metric got worse afterwards, to {last:.4f}. "
+    return text
+
+
+def warning_summary(warnings: Sequence[str]) -> str:
+    """One sentence with the first clause of each warning."""
+    if not warnings:
+        return "There are no warnings."
+    clauses = list(dict.fromkeys(warning.partition(":")[0] for warning in warnings))
+    return f"Warnings: {'; '.join(clause[0].lower() + clause[1:] for clause in clauses)}."
+
+
+def headline_index(results: Results) -> int | None:
+    """The iteration that the headline shows: the best one, or the last if none beats the start."""
+    evaluations, best = results.evaluations(), results.best()
+    done = [index for index in evaluations if index >= 0]
+    if best is None or -1 not in evaluations or not done:
+        return None
+    return best.iteration if best.iteration >= 0 else done[-1]
+
+
+def headline_cards(results: Results) -> list[HeadlineCard]:
+    index = headline_index(results)
+    if index is None:
+        return []
+    evaluations, cards = results.evaluations(), []
+    for metric, name, unit, sign in HEADLINES:
+        if metric not in evaluations[index]:
+            continue
+        change, error = results.paired_difference(metric, -1, index)
+        half = Z95 * error
+        is_significant = abs(change) > max(half, FLAT)
+        verdict = "no difference shown" if not is_significant else "better" if sign * change > 0 else "worse"
+        start, value = (format_metric(metric, evaluations[i][metric]) for i in (-1, index))
+        text = (
+            f"{100 * change:+.1f} ± {100 * half:.1f} points" if metric in PERCENTAGES else f"{change:+.4f} ± {half:.4f}"
+        )
+        cards.append(HeadlineCard(name, unit, start, value, text.replace(" ", "\u00a0"), verdict))
+    return cards
+
+
+def format_metric(metric: str, value: float) -> str:
+    if metric in PERCENTAGES:
+        return f"{value:.1%}"
+    return f"{value:.4f}" if metric == "held_out_nll" else f"{value:.1f}"
