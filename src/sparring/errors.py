@@ -1,8 +1,8 @@
-"""What can go wrong by intent. Anything else that is raised is a bug of ours."""
+"""The errors that sparring raises on purpose. Anything else is a bug."""
 
 
 class UserError(Exception):
-    """The user's input cannot be used. The message says what, where, and how to mend it. Exit code 2."""
+    """The user's input cannot be used. The message says what is wrong, where, and what to do. Exit code 2."""
 
 
 class RunMismatch(UserError):
@@ -10,24 +10,24 @@ class RunMismatch(UserError):
 
 
 class RunError(Exception):
-    """The run stopped to protect what it has: nothing that was committed is lost. Exit code 1."""
+    """The run stopped to protect its results: nothing committed is lost. Exit code 1."""
 
 
 class Interrupted(RunError):
-    """The user, or who runs the machine, asked to stop. Exit code 128 + the signal's number."""
+    """The user or the scheduler asked to stop. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
-        super().__init__("interrupted; everything up to here is kept, and the same command continues")
+        super().__init__("Interrupted. Everything up to here is committed, and the same command continues.")
         self.number = number
 
 
 class RankLost(RunError):
-    """Another rank of the stage has died, or does not answer."""
+    """Another rank of the stage died or does not answer."""
 
 
 class OutOfMemory(RunError):
-    """Memory ran out on a rank; what it allows is noted, and the stage begins anew from its last checkpoint."""
+    """A rank ran out of memory. It left a smaller micro-batch size, and the stage restarts from its last checkpoint."""
 
 
 class CorruptedError(RunError):
-    """Bytes on disk are not those that were written. `play` makes again what can be made again."""
+    """Bytes on disk differ from those that were written. `play` runs again the stage that wrote them."""

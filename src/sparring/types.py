@@ -1,4 +1,4 @@
-"""The nouns. Everything else in sparring is a function from some of these to others."""
+"""The data types that stages exchange."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Role = Literal["real", "generated", "proto", "rejected"]
-"""Who wrote a response: the data set, the opponent, the model that the run started from, or whoever gave the worse
-answer of the user's preference pairs."""
+"""Where a response comes from: the data set, the opponent, the model that the run started from, or the rejected side of
+the user's preference pairs."""
 
 Finish = Literal["stop", "length", "failed"]
-"""Why a response ends: with its end token, or cut at a limit (then it has no end token).
-"failed": there is none, since the engine cannot answer this prompt; it never gets further than the generate stage."""
+"""How a response ends: with its end token, or truncated at a length limit, without one. "failed": the engine could not
+answer the prompt; such a generation never leaves the generate stage."""
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -43,10 +43,10 @@ class Message(dict[str, str]):
 class Example:
     """One row of supervised data. `messages` ends with the assistant turn that is the real answer."""
 
-    id: str  # of the content, so that it survives reordering; everything is joined by it
-    row: int  # where it stands in the user's file, from 1
+    id: str  # hash of the content, so it survives reordering; the key of every join
+    row: int  # in the user's file, from 1
     messages: tuple[Message, ...]
-    rejected: str | None = None  # the worse answer to the same prompt, of preference data
+    rejected: str | None = None  # of preference data: the worse response to the same prompt
 
     @property
     def answer(self) -> str:
@@ -55,21 +55,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Rendered:
-    """An example as token ids. Every stage uses these ids; nothing is tokenized twice."""
+    """An example as token ids. Every stage uses these ids; no text is tokenized twice."""
 
     id: str
     row: int
     prompt_ids: TokenIds
     real_ids: TokenIds
     real_finish: Finish
-    prompt: str  # for people and checkers; never tokenized again
+    prompt: str  # for people and checkers only
     real: str
-    rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty where there is none
+    rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty if there is none
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request for one sample. The answer is a function of these fields and the model alone."""
+    """A request for one sample, which is a function of these fields and the model."""
 
     id: str
     sample: int
@@ -80,13 +80,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sample as drawn. With `finish` "stop" the last token is an end token."""
+    """One sample. With `finish` "stop" its last token is an end token."""
 
     id: str
     sample: int
     token_ids: TokenIds
     finish: Finish
-    logprob: float | None = None  # as the engine reports it; for comparison with our own scorer, never for training
+    logprob: float | None = None  # as the engine reports it: compared with the scorer, never trained on
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,23 @@ class TrainingExample:
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss and metrics of each example; nothing is reduced yet."""
+    """Loss and metrics per example, not reduced."""
 
     per_example: Float[Tensor, " batch"]
     metrics: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict[str, Tensor])
 
 
 class Needs(NamedTuple):
-    """What an objective reads, given its coefficients: nothing else is computed for it."""
+    """What an objective reads, given its coefficients. Nothing else is computed for it."""
 
     roles: tuple[Role, ...]
     opponent: bool  # the opponent's log-probs
-    rounds: int  # how many rounds of generated answers enter an iteration (SPIN: t and t-1)
+    rounds: int  # how many iterations' generated responses it trains on (SPIN: those of t and t-1)
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A game: a pure function from log-probs to a loss per example."""
+    """A training objective: a pure function from log-probs to a loss per example."""
 
     @property
     def name(self) -> str: ...
@@ -134,22 +134,22 @@ class Objective(Protocol):
 
     @property
     def start_loss(self) -> float | None:
-        """The loss when policy and opponent are one model; None where it depends on the data."""
+        """The loss while policy and opponent are the same model; None if it depends on the data."""
         ...
 
     def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss: ...
 
     def reward(self, policy: Tensor, opponent: Tensor, lengths: Tensor) -> Tensor:
-        """The game's own score of a response, elementwise over any shape."""
+        """The objective's reward of a response, elementwise over any shape."""
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Draws answers. Order in is order out; token ids in, token ids out."""
+    """Samples responses: token ids in, token ids out, in the order of the prompts."""
 
     def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]: ...
 
 
 OpenBackend = Callable[[Path], AbstractContextManager[Backend]]
-"""An engine for the model in a folder, held for as long as it draws."""
+"""Opens an engine for the model in a folder. Leaving the context frees its memory."""

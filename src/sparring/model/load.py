@@ -31,7 +31,7 @@ from sparring.model.lora import base_of, has_adapter, is_adapter, load_adapter, 
 from sparring.model.quantization import compute_as_in_training, dequantize, nf4, require_4bit
 from sparring.types import Generation
 
-disable_progress_bar()  # ours says what takes long
+disable_progress_bar()  # sparring shows its own
 
 USAGE_FILES = (
     "generation_config.json",
@@ -43,9 +43,9 @@ USAGE_FILES = (
     "spiece.model",
     "chat_template*",
 )
-"""How a model is used: its tokenizer, its template, its defaults for generation."""
+"""How a model is used: tokenizer, chat template, generation defaults."""
 
-# what transformers and its readers raise for folders that are broken in one way or another
+# what transformers and the libraries below it raise for broken model folders
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -57,7 +57,7 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-DOWNLOAD_AGAIN = "Download or export the model again"
+DOWNLOAD_AGAIN = "Download or export the model again."
 
 IMPLEMENTATION = re.compile("implementation|kernel_config")
 
@@ -65,15 +65,15 @@ WEIGHTS_THAT_RUN_CODE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def resolve_model(name: str) -> Path:
-    """A local folder as it is; a hub id, with an optional @revision, as its downloaded snapshot.
+    """A local folder, or the downloaded snapshot of a hub id with an optional @revision.
 
-    The snapshot's folder is named by the commit, so what is recorded is the exact version.
+    The snapshot's folder is named by its commit, so the recorded path is the exact version.
     """
     folder = Path(name).resolve()
     if folder.exists():
         return check_model_folder(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model: there is no folder {folder}; relative paths start at the working directory")
+        raise UserError(f"model: there is no folder {folder}. Relative paths start at the working directory.")
     repo, _, revision = name.partition("@")
     try:
         snapshot = Path(
@@ -85,8 +85,8 @@ def resolve_model(name: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"model: there is no folder {folder}, and the hub did not give '{name}': {error}. "
-            "Without a network, pass the folder of a downloaded model; for a gated model accept its licence on "
+            f"model: there is no folder {folder}, and the hub did not return '{name}': {error}. "
+            "Without a network, pass the folder of a downloaded model. For a gated model, accept its license on "
             "its page and run 'hf auth login'."
         ) from error
     return check_model_folder(snapshot)
@@ -94,7 +94,7 @@ def resolve_model(name: str) -> Path:
 
 def check_model_folder(folder: Path) -> Path:
     if is_adapter(folder):
-        raise UserError(f"model: {folder} is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it")
+        raise UserError(f"model: {folder} is an adapter. Merge it first with 'sparring export RUN_DIR OUT --merge'.")
     if not (folder / "config.json").is_file():
         raise UserError(f"model: {folder} has no config.json, so it is not a transformers model folder")
     if not list(folder.glob("*.safetensors")):
@@ -119,10 +119,10 @@ def check_model_folder(folder: Path) -> Path:
 
 
 def refuse_unsafe_settings(file: Path, content: object) -> None:
-    """Refuses settings that would have a loader run code from elsewhere, or read files beside the model's own.
+    """Refuses settings that would make a loader run remote code, or read files outside the model's folder.
 
-    `trust_remote_code=False` alone has not been enough: CVE-2026-4372 and CVE-2026-5241 were such keys. `auto_map`
-    may stay: nothing of ours follows it, and a model that needs it is refused by transformers.
+    `trust_remote_code=False` alone was not enough for CVE-2026-4372 and CVE-2026-5241. `auto_map` is allowed: sparring
+    ignores it, and transformers refuses a model that needs it.
     """
     if isinstance(content, list):
         for inner in content:
@@ -134,8 +134,8 @@ def refuse_unsafe_settings(file: Path, content: object) -> None:
         is_file = key.endswith("_file") and isinstance(value, str) and Path(value).name != value
         if (key == "trust_remote_code" and value) or is_kernel or is_file:
             raise UserError(
-                f"model: {file} sets {key} to {value!r}, which would run or read what is not part of the model; "
-                "remove the key if you trust the rest"
+                f"model: {file} sets {key} to {value!r}, which would run or read something outside the model. "
+                "Remove the key if you trust the rest."
             )
         refuse_unsafe_settings(file, value)
 
@@ -166,10 +166,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
 def load_model(
     folder: Path, *, dtype: torch.dtype | Literal["auto"], device: torch.device, in_4bit: bool = False
 ) -> PreTrainedModel:
-    """The model in evaluation mode, with every dropout set to 0: policy and opponent must agree exactly.
+    """The model in evaluation mode, with every dropout set to 0, so that policy and opponent agree exactly.
 
-    Of an adapter's folder: its base in `dtype`, with the adapter, in float32, in place. With `in_4bit` the linear
-    layers of the base are quantized while they are read, and compute in `dtype`, as everything else of it.
+    From an adapter's folder: its base in `dtype` with the adapter, in float32, applied. With `in_4bit` the linear
+    layers of the base are quantized while they are loaded, and compute in `dtype`.
     """
     config = load_config(folder)
     quantized: dict[str, Any] = {}
@@ -194,7 +194,7 @@ def load_model(
             f"model: the weights in {folder} cannot be loaded: {_short(error)}. {DOWNLOAD_AGAIN}"
         ) from error
     model, info = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
-    if lacking := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+    if lacking := sorted(info["missing_keys"]):  # transformers would initialize them randomly
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(f"model: the weights in {folder} lack {lacking[0]}{more}. {DOWNLOAD_AGAIN}")
     if in_4bit:
@@ -203,19 +203,19 @@ def load_model(
         load_adapter(model, folder)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(f"model: {name} in {folder} holds numbers that are not finite. {DOWNLOAD_AGAIN}")
+            raise UserError(f"model: {name} in {folder} contains values that are not finite. {DOWNLOAD_AGAIN}")
     torch.nn.Module.to(model, device)
     return model.eval()
 
 
 def check_weights(folder: Path) -> int:
-    """Loads a model once, to refuse it before a run begins; returns for how many tokens it has embeddings."""
+    """Loads a model once, to refuse it before a run starts; returns the number of its token embeddings."""
     model = load_model(folder, dtype="auto", device=torch.device("cpu"))  # as it is stored
     return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def num_parameters(folder: Path) -> int:
-    """Numbers in the weights of a folder, from the heads of its files."""
+    """Parameters of a model folder, counted from the headers of its files."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
@@ -224,7 +224,7 @@ def num_parameters(folder: Path) -> int:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain model folder, as transformers writes it."""
+    """Writes a plain model folder, as transformers does."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -232,12 +232,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_successor(
     model: PreTrainedModel, origin: Path, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Weights and config of a trained model, beside the files of `origin` that say how to use it, byte by byte.
+    """Weights and config of a trained model, with copies of the files of `origin` that say how to use it.
 
-    `state`: the weights, where this rank's model holds a part of them only.
-    Of a model with an adapter, the adapter alone: its base has the rest.
-    The tokenizer has not changed, and a generation_config.json that transformers calls invalid when it is asked to
-    write it (a temperature without do_sample, as some models ship) must not cost a finished training.
+    `state`: the gathered weights, if this rank's model is sharded. A model with an adapter saves the adapter only.
+    Files are copied, not written again: transformers refuses to write some generation_config.json that models ship
+    (a temperature without do_sample), and that must not cost a finished training.
     """
     if has_adapter(model):
         save_adapter(model, base_of(origin), folder, state)
@@ -253,10 +252,10 @@ def save_successor(
 def save_merged(
     adapter: Path, folder: Path, *, dtype: torch.dtype = torch.float32, quantized_in: torch.dtype | None = None
 ) -> None:
-    """A plain model folder of an adapter and its base. The sum is made in float32, then kept in `dtype`.
+    """Writes a plain model folder from an adapter and its base, merged in float32 and saved in `dtype`.
 
-    `quantized_in`: the adapter was trained on its base in 4 bits, computing in this dtype. What is added to is then
-    that base dequantized, so that the sum is what was trained; the original weights would make another model.
+    `quantized_in`: the compute dtype of an adapter that was trained on its base in 4 bits. It is then merged into the
+    dequantized base: with the original weights the result would be another model than the one that was trained.
     """
     base, cpu = base_of(adapter), torch.device("cpu")
     if quantized_in is None:
@@ -269,7 +268,7 @@ def save_merged(
 
 
 def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token at which the model's own files say that generation stops."""
+    """The end tokens that the model's own files declare."""
     declared: set[int] = set()
     folder = base_of(folder)
     if (folder / "generation_config.json").is_file():
@@ -281,10 +280,10 @@ def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[in
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generation]) -> list[str]:
-    """Answers as people read them. Only for people and checkers: nothing is ever tokenized again."""
+    """Responses as text, for people and checkers only: nothing is tokenized again."""
     return cast(list[str], tokenizer.batch_decode([a.token_ids.tolist() for a in answers], skip_special_tokens=True))
 
 
 def context_length(folder: Path) -> int | None:
-    """The most positions that the model was built for, None where its config does not say."""
+    """The model's context length in tokens; None if its config does not say."""
     return getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""log p(response | prompt): the only scorer. The score, train and evaluate stages all use it, in one dtype."""
+"""log p(response | prompt). The score, train and evaluate stages all use this scorer, in one dtype."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sparring.model.packing import (
 from sparring.parallel import Parallel
 from sparring.types import Group, Role, TokenIds
 
-# nats, of a few tokens: far above rounding, far below anything that is wrong
+# nats over a few tokens: far above rounding, far below any real error
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -51,15 +51,13 @@ def sequence_logprobs(
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from a batch to log-probs, shape [responses], nats, float32.
+    """A causal language model as a function from a packed batch to log-probs: [responses], nats, float32.
 
-    Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through
-    the vocabulary head: the rows of the hidden states are selected before the product. A module, so that
-    a distributed wrapper sees its forward.
+    Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through the output
+    head: their hidden states are selected before the matrix product. A module, so that DDP and FSDP2 can wrap it.
 
-    `packing` is the batch that the model is given: "shared" where it computes what padded rows do, else
-    "padded", with the reason in `why_padded`. The model's attention is then sparring's, which is torch's
-    wherever no shared prompts are passed.
+    `packing` is "shared" if the model computes the same log-probs from shared rows as from padded ones; otherwise
+    "padded", with the reason in `why_padded`.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, packing: Packing = "shared") -> None:
@@ -82,7 +80,9 @@ class Scorer(nn.Module):
     def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise UserError(f"{type(self.model).__name__} has no linear output head; a causal language model is needed")
+            raise UserError(
+                f"{type(self.model).__name__} has no linear output head. A causal language model is needed."
+            )
         return head
 
     def precision(self) -> AbstractContextManager[object]:
@@ -91,8 +91,8 @@ class Scorer(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def as_loaded(self) -> AbstractContextManager[object]:
-        """For comparisons: float32 weights in float32; others as they compute, since some models (Mamba) hand float32
-        states to a bfloat16 head, which only autocast multiplies."""
+        """For comparisons: float32 weights in float32; others under autocast, since some models (Mamba) pass float32
+        states to a bfloat16 head."""
         return nullcontext() if self.head.weight.dtype == torch.float32 else self.precision()
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
@@ -112,15 +112,15 @@ class Scorer(nn.Module):
             batch.targets,
             scale=self.scale,
             softcap=self.softcap,
-            is_kept=not self.model.is_gradient_checkpointing,  # memory is asked for before time
+            is_kept=not self.model.is_gradient_checkpointing,  # checkpointing trades time for memory
         )
-        # segment by segment, not a scatter: the same order of additions on every run and device
+        # segment by segment instead of a scatter: the same order of additions on every run and device
         sums = torch.stack([segment.sum() for segment in token_logprobs.split(batch.distinct_lengths)])
         return sums.index_select(0, batch.response_index)
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares with the model's own logits once, in float32: an unknown head is refused, never wrong."""
+        """Compares with the model's own logits once, and refuses a head that it does not reproduce."""
         ids = self.probe()
         group = Group("probe", ids[:1], {"real": (ids[1:],)})
         batch = pack_padded([group]).to(self.device)
@@ -131,21 +131,21 @@ class Scorer(nn.Module):
             ours = self.logprobs(batch)
         if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE[self.head.weight.dtype]):
             raise UserError(
-                f"{type(self.model).__name__} does something between its hidden states and its logits that sparring "
-                f"does not know: log p of a test sequence is {expected.item():.4f}, computed from the head alone "
-                f"{ours.item():.4f}. Please report the model type '{self.model.config.model_type}'."
+                f"{type(self.model).__name__} transforms its logits in an unsupported way: log p of a test "
+                f"sequence is {expected.item():.4f}, but {ours.item():.4f} when computed from the output head. "
+                f"Please report the model type '{self.model.config.model_type}'."
             )
 
     @torch.no_grad()
     def share_prompts(self) -> str | None:
-        """Gives the model sparring's attention and compares with padded rows once; the reason if it is taken back."""
+        """Turns prompt sharing on and compares with padded rows once; returns the reason if it must stay off."""
         ids = self.probe()
         groups = [
             Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
         ]
         with self.as_loaded():
             expected = self.logprobs(pack_padded(groups).to(self.device))
-        before = self.model.config._attn_implementation or "sdpa"  # transformers has no public way to ask
+        before = self.model.config._attn_implementation or "sdpa"  # transformers has no public accessor
         self.model.set_attn_implementation(attention.NAME)
         row = pack_shared(groups).to(self.device)
 
@@ -157,12 +157,12 @@ class Scorer(nn.Module):
         if self.is_flex:
             try:
                 self.is_flex = difference() <= tolerance
-            except Exception:  # a compiler's, of any kind, for this model's sizes: then in pieces
+            except Exception:  # whatever the compiler raises for this model's sizes: fall back to by_pieces
                 self.is_flex = False
         try:
             found = difference()
         except TypeError as error:
-            problem = f"its forward does not take what shared prompts need ({error})"
+            problem = f"its forward does not accept the arguments that shared prompts need ({error})"
         else:
             if found <= tolerance:
                 self.packing = "shared"
@@ -172,7 +172,7 @@ class Scorer(nn.Module):
         return problem
 
     def probe(self) -> TokenIds:
-        """Some tokens of the vocabulary."""
+        """A few token ids of the vocabulary."""
         return (np.arange(1, 9) * 7919 % self.head.weight.shape[0]).astype(np.int32)
 
 
@@ -180,14 +180,14 @@ def model_inputs(batch: PackedBatch) -> dict[str, object]:
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if batch.shared_prompts is None:
         return {**inputs, "attention_mask": batch.attention_mask}
-    # a mask in four dimensions is passed on as it is: without one, transformers would guess from the positions
-    # that the row holds unrelated sequences, and build a mask of the whole row
+    # transformers passes a 4-dimensional mask through; without one it would infer packed sequences from the positions
+    # and build a mask of the whole row
     nothing = batch.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
     return {**inputs, "attention_mask": nothing, "shared_prompts": batch.shared_prompts}
 
 
 def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What the model does to its logits after the head: (factor, soft cap)."""
+    """How the model transforms its logits after the head: (factor, soft cap)."""
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
     if getattr(config, "logit_scale", None) is not None:  # Cohere

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA) through peft: a few MB in the run directory, beside a base that stays.
+"""Low-rank adapters (LoRA, rsLoRA, DoRA) through peft: a few MB per iteration beside a frozen base model.
 
-A folder with an adapter_config.json is a model like any other: its base with the adapter in place. The base is
-frozen; the adapter is float32. peft is imported where it is used, since that takes seconds.
+A folder with an adapter_config.json loads like any model: its base with the adapter applied. The adapter is float32.
+peft is imported where it is used, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparring.model.quantization import import_bitsandbytes
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."  # what peft and vLLM write before a module's name
-MARK = "lora_"  # in the name of every parameter of an adapter
+MARK = "lora_"  # in the name of every adapter parameter
 
 
 def is_adapter(folder: Path) -> bool:
@@ -30,17 +30,17 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the base model of an adapter; any other folder is its own base."""
+    """The folder of an adapter's base model; any other folder is its own base."""
     if not is_adapter(folder):
         return folder
     base = Path(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     if not base.is_dir():
-        raise UserError(f"model: {folder} is an adapter of {base}, which is not there; put that folder back")
+        raise UserError(f"model: {folder} is an adapter of {base}, which does not exist. Restore that folder.")
     return base
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the adapter of `folder` in place, frozen. Where peft would warn of a missing weight, it is refused."""
+    """Applies the adapter of `folder`, frozen. Refuses a missing weight, of which peft would only warn."""
     import_bitsandbytes()
     from peft import PeftModel
 
@@ -50,14 +50,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model: the adapter in {folder} cannot be loaded: {error}") from error
     if wrong:
-        raise UserError(f"model: {folder / WEIGHTS} does not fit its base: {min(wrong)} is on one side only")
+        raise UserError(f"model: {folder / WEIGHTS} does not match its base: {min(wrong)} is missing on one side.")
     model.requires_grad_(False)
 
 
 def train_adapter(model: PreTrainedModel, settings: Mapping[str, object], seed: int) -> None:
     """Makes the adapter of a model, and nothing else, trainable.
 
-    A model without one gets a new one, which changes no output yet; `settings` are fields of peft's LoraConfig.
+    A model without an adapter gets a new one, which does not change outputs yet. `settings`: fields of LoraConfig.
     """
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
@@ -73,7 +73,7 @@ def train_adapter(model: PreTrainedModel, settings: Mapping[str, object], seed: 
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if any(MARK in name for name, _ in cast(nn.Module, module).named_parameters()):
                 raise UserError(
-                    "adapter.target_modules: the embeddings and the output head cannot have an adapter here"
+                    "adapter.target_modules: adapters on the embeddings and the output head are not supported."
                 )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name)
@@ -94,7 +94,7 @@ def save_adapter(model: PreTrainedModel, base: Path, folder: Path, state: Mappin
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` with the adapter of `folder` added to its weights: a plain model."""
+    """A plain model: `model` with the adapter of `folder` merged into its weights."""
     import_bitsandbytes()
     from peft import PeftModel
 

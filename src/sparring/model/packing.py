@@ -1,9 +1,7 @@
-"""How a list of groups becomes tensors.
+"""Packs groups of responses into tensors.
 
-`pack_shared` packs groups into one row in which the responses of a group share their prompt; `pack_padded`
-gives every response a row of its own, prompt included. The second is the readable form, and what models get
-whose layers cannot share a prompt. What a layout promises is only that `positions`, `targets` and
-`num_tokens` name the response tokens.
+`pack_shared` packs groups into one row in which the responses of a group share their prompt. `pack_padded`, its
+readable twin, gives every response its own row, prompt included; models that cannot share a prompt get this one. In both, `positions`, `targets` and `num_tokens` identify the response tokens.
 """
 
 from __future__ import annotations
@@ -30,22 +28,22 @@ Packing = Literal["shared", "padded"]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Responses are in the order of the groups and of their roles. Distinct ones: equal answers to a prompt share."""
+    """Responses in the order of the groups and their roles. Equal responses to one prompt are computed once."""
 
     input_ids: Int[Tensor, "rows time"]
     position_ids: Int[Tensor, "rows time"]
     attention_mask: Int[Tensor, "rows time"]
     shared_prompts: SharedPrompts | None
-    positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts the token
-    targets: Int[Tensor, " tokens"]  # the tokens of the distinct responses, one after another
+    positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts each token
+    targets: Int[Tensor, " tokens"]  # the tokens of the distinct responses, concatenated
     distinct_lengths: tuple[int, ...]  # tokens of each distinct response
-    response_index: Int[Tensor, " responses"]  # the distinct response that each response is
+    response_index: Int[Tensor, " responses"]  # which distinct response each response equals
     num_tokens: Int[Tensor, " responses"]
     counts: ResponseCounts
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the model reads, without padding."""
+        """Tokens that the model computes, without padding."""
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -53,7 +51,7 @@ class PackedBatch:
         return PackedBatch(**{**vars(self), **tensors})
 
     def by_role(self, values: Tensor) -> Mapping[Role, Tensor]:
-        """Splits per-response values, shape [responses], into the shapes that `Scores` has."""
+        """Splits per-response values, shape [responses], into the shapes of `Scores`."""
         per_group = values.reshape(-1, sum(count for _, count in self.counts))
         columns = per_group.split([count for _, count in self.counts], dim=1)
         return {
@@ -89,7 +87,7 @@ def pack_shared(groups: Sequence[Group]) -> PackedBatch:
         at = start + prompt
         for response in responses:
             position_ids.append(np.arange(prompt, prompt + len(response)))
-            # the state before a token predicts it; before a response's first token that is the prompt's last
+            # each token is predicted by the state before it: for a response's first token, the prompt's last
             positions += [np.array([start + prompt - 1]), np.arange(at, at + len(response) - 1)]
             targets.append(response)
             at += len(response)
@@ -114,8 +112,8 @@ def pack_shared(groups: Sequence[Group]) -> PackedBatch:
 def pack_padded(groups: Sequence[Group]) -> PackedBatch:
     """One row per response: prompt + response, padded on the right.
 
-    All groups must have the same roles with the same number of responses. Padding is told by length,
-    never by a token's value: an end token inside a response is attended to and scored like any other.
+    All groups must have the same roles with the same number of responses. Padding is identified by length, never by a
+    token's value: an end token inside a response is attended to and scored like any other.
     """
     counts = common_response_counts(groups)
     prompts = [group.prompt_ids for group in groups for _ in responses_of(group)]
@@ -136,7 +134,7 @@ def pack_padded(groups: Sequence[Group]) -> PackedBatch:
         position_ids=torch.arange(time).expand(len(prompts), time),
         attention_mask=torch.from_numpy((column < end).astype(np.int64)),
         shared_prompts=None,
-        positions=torch.from_numpy(token_at - 1),  # the state before a token predicts it
+        positions=torch.from_numpy(token_at - 1),  # each token is predicted by the state before it
         targets=torch.from_numpy(input_ids.reshape(-1)[token_at]),
         distinct_lengths=tuple(num_response.tolist()),
         response_index=torch.arange(len(responses)),
@@ -157,7 +155,7 @@ def common_response_counts(groups: Sequence[Group]) -> ResponseCounts:
     counts = response_counts(groups[0])
     for group in groups:
         if response_counts(group) != counts:
-            raise ValueError(f"group {group.id} has other responses than {groups[0].id}")
+            raise ValueError(f"group {group.id} has other roles or numbers of responses than {groups[0].id}")
     return counts
 
 
@@ -166,9 +164,9 @@ def responses_of(group: Group) -> list[TokenIds]:
 
 
 def distinct_responses(group: Group) -> tuple[list[TokenIds], list[int]]:
-    """The different responses, and which of them each response is.
+    """The distinct responses, and which of them each response equals.
 
-    Computing equal answers once is exact for every game: their log-probs are equal, and gradients add up.
+    Computing equal responses once is exact for every objective: their log-probs are equal, and gradients add up.
     """
     place: dict[tuple[int, ...], int] = {}
     response_index = [place.setdefault(tuple(response.tolist()), len(place)) for response in responses_of(group)]
@@ -188,10 +186,9 @@ def row_tokens(group: Group) -> int:
 
 
 def micro_batches(packing: Packing, groups: Sequence[Group], micro_batch_tokens: int) -> list[list[int]]:
-    """Indices into `groups`, cut so that no micro-batch holds more than `micro_batch_tokens` tokens, the largest first.
+    """Indices into `groups`, in micro-batches of at most `micro_batch_tokens` tokens, the largest first.
 
-    Largest first: the most memory is needed at once, not after hours. A group that is larger than the
-    budget stands alone.
+    Largest first: running out of memory happens at once, not after hours. A larger group gets its own micro-batch.
     """
     if packing == "padded":
         return list(_padded_batches(groups, micro_batch_tokens))
@@ -199,8 +196,10 @@ def micro_batches(packing: Packing, groups: Sequence[Group], micro_batch_tokens:
 
 
 def assign_to_ranks(packing: Packing, groups: Sequence[Group], ranks: int) -> list[list[int]]:
-    """Indices into `groups` for each rank, so that all have about as many tokens: the largest first, each to the rank
-    that has the least so far."""
+    """Indices into `groups` for each rank, with about as many tokens each.
+
+    Assigns the largest groups first, each to the rank that has the fewest tokens so far.
+    """
     if ranks == 1:
         return [list(range(len(groups)))]
     sizes = [group_tokens(packing, group) for group in groups]
@@ -216,10 +215,10 @@ def assign_to_ranks(packing: Packing, groups: Sequence[Group], ranks: int) -> li
 def rank_batches(
     packing: Packing, groups: Sequence[Group], micro_batch_tokens: int, ranks: int
 ) -> list[list[list[int]]]:
-    """For each rank its micro-batches, as `micro_batches` cuts them; all ranks have the same number of them.
+    """The micro-batches of each rank, all with the same number of them.
 
-    Ranks that share the weights out compute in step. One with fewer micro-batches cuts some of its own in two; where
-    it has none to cut it gets empty ones.
+    Ranks with sharded weights must run the same number of passes. A rank with fewer micro-batches splits some of its
+    own in two; if it has none to split, it gets empty ones.
     """
     if ranks == 1:
         return [micro_batches(packing, groups, micro_batch_tokens)]
@@ -235,13 +234,13 @@ def rank_batches(
             if longest is None or len(batches[longest]) < 2:
                 batches.append([])
             else:
-                whole = batches[longest]
-                batches[longest : longest + 1] = [whole[::2], whole[1::2]]
+                batch = batches[longest]
+                batches[longest : longest + 1] = [batch[::2], batch[1::2]]
     return cut
 
 
 def _packed_batches(sizes: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """Best fit decreasing: each group goes where it leaves the least room."""
+    """Best-fit decreasing bin packing."""
     batches: list[list[int]] = []
     filled: list[int] = []
     room: list[tuple[int, int]] = []  # (tokens left, batch), ascending

@@ -1,7 +1,7 @@
-"""A frozen base in 4 bits, through bitsandbytes: NF4 whose constants are quantized too, as in QLoRA (arXiv 2305.14314).
+"""A frozen base model in 4 bits through bitsandbytes: NF4 with double quantization, as in QLoRA (arXiv 2305.14314).
 
-What is quantized are the linear layers but the output head. Sampling, scoring and training dequantize the same codes
-to the same numbers, so the proof before the first step holds as it does for whole weights.
+Quantizes the linear layers except the output head. Sampling, scoring and training dequantize the same codes to the same
+numbers, so the policy equals its opponent before the first step as it does without quantization.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def import_bitsandbytes() -> None:
-    """Imports it, where it is installed, without what its import does of its own accord.
+    """Imports bitsandbytes, if it is installed, without the side effects of its import.
 
-    On CPUs with bfloat16 products that is to fetch a kernel from the hub and run it, if `kernels` is installed.
-    peft imports bitsandbytes wherever it finds it, so this comes before any import of peft.
+    On CPUs with bfloat16 instructions its import would fetch a kernel from the hub and run it, if `kernels` is
+    installed. peft imports bitsandbytes wherever it finds it, so this must precede any import of peft.
     """
     if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
         return
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.setLevel(logging.ERROR)  # it would warn that it found no `kernels`
+    logger.setLevel(logging.ERROR)  # it would warn that `kernels` is not installed
     hidden = sys.modules.get("kernels")
     sys.modules["kernels"] = cast(Any, None)
     try:
@@ -43,12 +43,12 @@ def import_bitsandbytes() -> None:
 
 
 def require_4bit(device: torch.device) -> None:
-    """Refuses where bitsandbytes is not installed, or has no 4-bit kernel for this device: it is tried."""
-    other = "or leave adapter.load_in_4bit out: the base is then kept in train.dtype, four times as large"
+    """Refuses if bitsandbytes is not installed or has no 4-bit kernel for this device, after trying it."""
+    other = "or remove adapter.load_in_4bit: the base is then kept in train.dtype, four times as large"
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            "adapter.load_in_4bit: bitsandbytes is not installed; pip install 'sparring[4bit]' (it runs on NVIDIA, "
-            f"AMD and Intel GPUs and on x86 CPUs), {other}"
+            "adapter.load_in_4bit: bitsandbytes is not installed. Run pip install 'sparring[4bit]' (for NVIDIA, "
+            f"AMD and Intel GPUs and x86 CPUs), {other}."
         )
     try:
         import_bitsandbytes()
@@ -58,8 +58,8 @@ def require_4bit(device: torch.device) -> None:
         dequantize_4bit(packed, state)
     except Exception as error:  # libraries that lack a symbol, drivers that are too old: whatever it is
         raise UserError(
-            f"adapter.load_in_4bit: bitsandbytes does not run on {device}: {type(error).__name__}: {error}. "
-            f"Use a device that it supports, {other}"
+            f"adapter.load_in_4bit: bitsandbytes cannot run on {device}: {type(error).__name__}: {error}. "
+            f"Use a device that it supports, {other}."
         ) from error
 
 
@@ -73,11 +73,11 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def compute_as_in_training(model: PreTrainedModel) -> None:
-    """Has every quantized layer compute in evaluation as it does in training.
+    """Makes every quantized layer compute in evaluation as it does in training.
 
-    On CPUs with bfloat16 products bitsandbytes would round the scales to bfloat16 once a layer is used outside of
-    training, for good, so that the opponent that was sampled and scored were another model than the one that is
-    trained; and it fails for layers whose width 32 does not divide.
+    On CPUs with bfloat16 instructions bitsandbytes rounds the scales to bfloat16, permanently, when a layer is used in
+    evaluation: the opponent would differ from the policy that is trained. It also fails for widths that 32 does not
+    divide.
     """
     for module in quantized_layers(model).values():
         module.support_avx512bf16_for_cpu = False
@@ -90,7 +90,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Puts plain float32 layers in place of the quantized ones, with exactly the numbers that those compute with."""
-    set_verbosity_error()  # that a model is dequantized is what is asked for
+    """Replaces quantized layers with float32 layers that hold exactly the numbers those compute with."""
+    set_verbosity_error()  # transformers would warn that the model is dequantized, which is intended
     cast(Any, model).dequantize(dtype=torch.float32)
     nn.Module.to(model, torch.float32)

@@ -1,4 +1,4 @@
-"""The games. To add one: a file like these, a line here, a page in docs/objectives/."""
+"""The objectives. To add one: a file like these, a line in OBJECTIVES, a page in docs/objectives/."""
 
 from sparring.objectives.dpo import Dpo
 from sparring.objectives.sft import Sft

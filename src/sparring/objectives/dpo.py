@@ -1,4 +1,4 @@
-"""DPO on preference pairs that the user brings (arXiv 2305.18290, eq. 7): no game, but often the phase after one."""
+"""DPO on the user's preference pairs (arXiv 2305.18290, eq. 7): not self-play, but often the phase after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparring.types import Lengths, Loss, Needs, Positive, Scores
 class Dpo:
     """loss = l(reward(real) - reward(rejected)),  reward = beta * (log p_policy - log p_opponent)
 
-    l(z) = log(1 + exp(-z)). `real` is the chosen answer, `rejected` the other one of the row; the reference is the
+    l(z) = log(1 + exp(-z)). `real` is the row's chosen response, `rejected` its rejected one; the reference is the
     model that the iteration starts from. Nothing is generated.
     """
 

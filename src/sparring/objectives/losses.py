@@ -14,7 +14,7 @@ def logistic(z: Tensor) -> Tensor:
 
 
 def exponential(z: Tensor) -> Tensor:
-    """exp(-z). Overflows float32 below z = -88; the training loop then stops before the update."""
+    """exp(-z). Overflows float32 below z = -88: training then stops before the update."""
     return (-z).exp()
 
 
@@ -24,7 +24,7 @@ def hinge(z: Tensor) -> Tensor:
 
 
 def correlation(z: Tensor) -> Tensor:
-    """1 - z. Unbounded below unless the opponent already is the data distribution."""
+    """1 - z. Unbounded below unless the opponent equals the data distribution."""
     return 1 - z
 
 

@@ -1,4 +1,4 @@
-"""What the game looks like, from log-probs alone: rewards, margins, advantages, and how they agree."""
+"""Metrics of self-play, from log-probs alone: rewards, margins, advantages, and how reward and likelihood agree."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from sparring.types import Lengths, Objective, Role, Scores
 def self_play_metrics(
     objective: Objective, policy: Scores, opponent: Scores, lengths: Lengths
 ) -> Mapping[str, Float[Tensor, " batch"]]:
-    """Metrics per example; several generated answers are averaged. Ties count neither as won nor as lost.
+    """Metrics per example, averaged over several generated responses. A tie counts neither as a win nor as a loss.
 
-    `opponent` may be empty for an objective that reads none. Where nothing was generated the user's rejected answers
-    stand against the real ones; SFT, which has neither, gets its log-probs only.
+    `opponent` may be empty for an objective that reads none. Without generated responses (DPO) the rejected ones take
+    their place; SFT, which has neither, gets log-probs only.
     """
     metrics: dict[str, Tensor] = {}
     for role, logprob in policy.items():
         metrics[f"logps/{role}"] = _per_example(logprob)
         metrics[f"mean_logps/{role}"] = _per_example(logprob / lengths[role])
-    against: Role | None = next((role for role in ("generated", "rejected") if role in policy), None)
-    if against is None:
+    rival: Role | None = next((role for role in ("generated", "rejected") if role in policy), None)
+    if rival is None:
         return metrics
-    # an objective that reads no opponent has a reward of the policy alone
+    # an objective that reads no opponent rewards the policy's log-probs
     reward = {
         role: objective.reward(logprob, opponent.get(role, logprob), lengths[role]) for role, logprob in policy.items()
     }
     per_row = (len(policy["real"]), -1)
-    margin = reward["real"][:, None] - reward[against].reshape(per_row)
+    margin = reward["real"][:, None] - reward[rival].reshape(per_row)
     metrics["rewards/real"] = reward["real"]
-    metrics[f"rewards/{against}"] = _per_example(reward[against])
+    metrics[f"rewards/{rival}"] = _per_example(reward[rival])
     metrics["rewards/margins"] = _per_example(margin)
     metrics["rewards/accuracies"] = _per_example((margin > 0).float())
     metrics["rewards/ties"] = _per_example((margin == 0).float())
-    log_likelihood_gap = policy["real"][:, None] - policy[against].reshape(per_row)
+    log_likelihood_gap = policy["real"][:, None] - policy[rival].reshape(per_row)
     metrics["alignment"] = _per_example((margin.sign() == log_likelihood_gap.sign()).float())
     if "proto" in policy:
         metrics["advantages/history"] = _per_example(reward["generated"] - reward["proto"][:, None])
@@ -45,13 +45,13 @@ def self_play_metrics(
 
 
 def log_ratio(policy: Scores, opponent: Scores, lengths: Lengths) -> Float[Tensor, " batch"]:
-    """|log p_policy - log p_opponent| in nats per token, averaged over an example's responses."""
+    """|log p_policy - log p_opponent| in nats per token, averaged over the responses of each example."""
     per_role = [_per_example((policy[role] - opponent[role]).abs() / lengths[role]) for role in policy]
     return torch.stack(per_role).mean(dim=0)
 
 
 def quadrants(margin: Tensor, log_likelihood_gap: Tensor) -> dict[str, float]:
-    """Shares of rows by the signs of (reward margin, log-likelihood gap): Fig. 3 of the T-SPIN paper."""
+    """Fractions of rows by the signs of (reward margin, log-likelihood gap): Fig. 3 of the T-SPIN paper."""
     shares = {
         f"{name_r}_reward_{name_l}_likelihood": ((margin.sign() == r) & (log_likelihood_gap.sign() == sign)).float()
         for name_r, r in (("higher", 1), ("lower", -1))
@@ -66,5 +66,5 @@ def _per_example(values: Tensor) -> Tensor:
 
 
 def concatenate(parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Per-example metrics of several micro-batches as one."""
+    """Concatenates per-example metrics of several micro-batches."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

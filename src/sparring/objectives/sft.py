@@ -1,4 +1,4 @@
-"""SFT: continued supervised fine-tuning, the control that every game is compared with."""
+"""SFT: supervised fine-tuning, the control that every method is compared with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparring.types import Lengths, Loss, Needs, Scores
 class Sft:
     """loss = -log p_policy(real), averaged over its tokens unless `average_logprobs` is false
 
-    Needs no opponent and no generated answers. The reward that its metrics report is the log-ratio to
-    the opponent, so that its rounds can be read beside those of the games.
+    Needs no opponent and no generated responses. Its metrics report the log-ratio to the opponent as reward, so that
+    its iterations can be compared with those of the other methods.
     """
 
     name: Literal["sft"] = "sft"

@@ -14,9 +14,9 @@ from sparring.types import Lengths, Loss, Needs, Positive, Scores
 class Sipo:
     """loss = (reward(real) - reward(generated) - 1 / (2 tau))^2,  reward = log p_policy - log p_opponent
 
-    The gap has a target, so a pair that is far apart is pulled back. The SPACE paper names the baseline
-    without a formula; this is IPO's (its eq. 17) with the opponent as reference. IPO's authors divide
-    log-probs by length in practice, says TRL: `average_logprobs`.
+    The gap has a target, so the loss pulls back a pair that is further apart. The SPACE paper names the baseline
+    without a formula; this is IPO's (its eq. 17) with the opponent as reference. According to TRL, IPO's authors divide
+    log-probs by length in practice: `average_logprobs`.
     """
 
     name: Literal["s-ipo"] = "s-ipo"

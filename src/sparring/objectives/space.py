@@ -16,11 +16,10 @@ from sparring.types import Lengths, Loss, Needs, Positive, Scores
 class Space:
     """loss = -log s_mu(reward(real)) - mu * log s_{1/mu}(-reward(generated)),  s_mu(z) = 1 / (1 + mu e^-z)
 
-    reward = log p_policy - log p_opponent, with no scale factor. s_mu(reward) is the probability that a
-    response is real when opponent answers are mu times as frequent, so the exact optimum is the data
-    distribution for every mu. With k generated answers per prompt each carries the weight mu / k: one
-    answer weighs mu, mu answers weigh 1 each, and the expectation is the same. How the paper samples
-    for mu > 1 is not public.
+    reward = log p_policy - log p_opponent, without a scale factor. s_mu(reward) is the probability that a response is
+    real when generated ones are mu times as frequent, so the exact optimum is the data distribution for every mu. Each
+    of k generated responses per prompt has weight mu / k, so the expectation does not depend on k. How the paper
+    samples for mu > 1 is not public.
     """
 
     name: Literal["space"] = "space"

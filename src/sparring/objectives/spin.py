@@ -16,11 +16,11 @@ from sparring.types import Lengths, Loss, Needs, Positive, Scores
 class Spin:
     """loss = l(reward(real) - reward(generated)),  reward = lambda * (log p_policy - log p_opponent)
 
-    l is the logistic function in the paper's experiments; hinge, exponential and correlation are the
-    others that it names. The opponent is the previous iterate, never the SFT model. From iteration 1
-    on the published game trains on the answers of rounds t-1 and t together, both scored by the
-    opponent of round t (`rounds: 2`, the authors in uclaml/SPIN#11); `rounds: 1` leaves the old ones out.
-    Several generated answers per prompt, which the paper does not use, are averaged.
+    l is logistic in the paper's experiments; it also names hinge, exponential and correlation. The opponent is the
+    previous iterate, never the SFT model. From iteration 1 on, published SPIN trains on the generated responses of
+    iterations t-1 and t together, both scored by the opponent of iteration t (`rounds: 2`, the authors in
+    uclaml/SPIN#11); `rounds: 1` uses those of iteration t only. Several generated responses per prompt, which the paper
+    does not use, are averaged.
     """
 
     name: Literal["spin"] = "spin"

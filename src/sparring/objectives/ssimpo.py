@@ -15,9 +15,9 @@ from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Scores
 class Ssimpo:
     """loss = l(reward(real) - reward(generated) - gamma),  reward = beta / tokens * log p_policy
 
-    l(z) = log(1 + exp(-z)). No reference model. The mean over tokens is the method's own; with it the
-    optimum is no function of sequence probabilities alone. beta and gamma are in the range of the SimPO
-    paper; those of the SPACE paper's baseline are not public.
+    l(z) = log(1 + exp(-z)). No reference model. SimPO averages over tokens, so its optimum is not a function of
+    sequence probabilities alone. beta and gamma are in the range of the SimPO paper; those of SPACE's baseline are
+    not public.
     """
 
     name: Literal["s-simpo"] = "s-simpo"

@@ -15,11 +15,11 @@ from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Sc
 class Tspin:
     """loss = l(reward(real) - reward(generated)) + beta * l(reward(generated) - reward(proto))
 
-    reward = alpha * log p_policy: no reference model, so what is learned is what generates. The first
-    term is the current advantage, the second the historical one, each with its own l. `proto` is the
-    answer of the model that the run started from, drawn once. At iteration 0 generated and proto are
-    the same answers and the paper sets beta to 0. Whether the paper sums or averages log-probs over
-    tokens it does not say; the sum is the likely reading, `average_logprobs` is the other one.
+    reward = alpha * log p_policy: there is no reference model, so the reward is the likelihood that generates. The
+    first term is the current advantage, the second the historical one. `proto` is the response of the model that the
+    run started from, sampled once. In iteration 0 generated and proto are the same responses, and the paper sets beta
+    to 0. The paper does not say whether log-probs are summed or averaged over tokens; the sum is the likely reading,
+    `average_logprobs` the other one.
     """
 
     name: Literal["tspin"] = "tspin"

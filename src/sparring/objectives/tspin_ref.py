@@ -16,9 +16,8 @@ from sparring.types import Lengths, Loss, Needs, NonNegative, Positive, Role, Sc
 class TspinRef:
     """loss = l(reward(real) - reward(generated)) + beta * l(reward(generated) - reward(proto))
 
-    reward = alpha * (log p_policy - log p_opponent) where T-SPIN has alpha * log p_policy. Without its
-    historical term it is SPIN with fresh answers only. The paper's formula and scale are not legible in
-    what is public.
+    reward = alpha * (log p_policy - log p_opponent), where T-SPIN has alpha * log p_policy. Without the historical term
+    it is SPIN with `rounds: 1`. The paper's formula and scale are not legible in the public text.
     """
 
     name: Literal["tspin-ref"] = "tspin-ref"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the current unit of work is finished and committed, then the run stops. Asked twice, at once."""
+"""Ctrl-C and SIGTERM: the run commits its current unit of work, then stops. A second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _note: list[Path] = []
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """While this holds, the first signal is a request. Only a main thread can listen."""
+    """Within the block, the first signal is a request to stop. Only the main thread can listen."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -30,11 +30,11 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked.clear()  # it was said to this run, not to what the process does next
+        _asked.clear()  # the request was for this run, not for what the process does next
 
 
 def follow(note: Path) -> None:
-    """In a rank, which no signal reaches: the process that the run belongs to asks by making this file."""
+    """In a rank, which gets no signal: the process that owns the run creates this file to ask for a stop."""
     _note.append(note)
 
 
@@ -43,7 +43,7 @@ def is_asked() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Called where everything done so far is on disk."""
+    """For places where everything so far is on disk."""
     if is_asked():
         stop()
 
@@ -56,4 +56,4 @@ def _ask(number: int, _: FrameType | None) -> None:
     if _asked:
         raise Interrupted(number)
     _asked.append(number)
-    info("stopping as soon as the current step, part or stage is kept; once more to stop at once")
+    info("Stopping after the current step, part or stage is committed. Interrupt again to stop at once.")

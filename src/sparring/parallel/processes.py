@@ -1,4 +1,4 @@
-"""Processes that we start, and that end with us, however we end."""
+"""Child processes that end when sparring ends, for whatever reason."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def end():
 threading.Thread(target=end, daemon=True).start()
 os._exit(abs(child.wait()))
 """
-"""Runs a program, and ends it, workers and all, when sparring lets go of it, or is dead itself."""
+"""Runs a program, and kills its process group when sparring closes the pipe or dies."""
 
 
 @contextmanager
 def guarded_process(words: Sequence[str], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """The running program; with `log`, what it prints goes there."""
+    """The running program. `log`: where its output goes."""
     process = subprocess.Popen(  # noqa: S603  (the words are the user's own settings, or ours)
         [sys.executable, "-c", SUPERVISOR, *words],
         stdin=subprocess.PIPE,

@@ -48,7 +48,7 @@ class Parallel(Protocol):
         ...
 
     def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-        """Around the forward and backward pass of a micro-batch. Whole gradients are reduced after the last one only."""
+        """Around the passes of a micro-batch. Whole gradients are reduced after the last micro-batch only."""
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness, as a recipe names them."""
+"""Benchmark names of lm-evaluation-harness in a recipe."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUITES: Mapping[str, tuple[str, ...]] = {
-    # T-SPIN (2601.08198), Table 1: ten tasks with their shots. The leaderboard_* forms are those whose metrics it names
+    # T-SPIN (2601.08198), Table 1: ten tasks with their shots; leaderboard_* have the metrics that it reports
     "tspin": (
         *("gsm8k:5", "leaderboard_math_hard:4", "leaderboard_musr:0", "mmlu:5", "leaderboard_mmlu_pro:5"),
         *("leaderboard_gpqa:0", "hellaswag:10", "winogrande:5", "leaderboard_bbh:3", "ifeval:0"),
     ),
-    # SPIN (2401.01335): the Open LLM Leaderboard of its time
+    # SPIN (2401.01335): the first Open LLM Leaderboard
     "spin": ("arc_challenge:25", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5", "hellaswag:10", "mmlu:5"),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark of lm-evaluation-harness: its name there, or a YAML file; None: as many shots as it says itself."""
+    """A task of lm-evaluation-harness: its name or a YAML file, and its shots (None: the task's default)."""
 
     name: str
     num_shots: int | None

@@ -1,4 +1,4 @@
-"""Recipes as files: reading them with their complaints, writing the resolved one, comparing two."""
+"""Reads recipes, with messages that name file, line and remedy; writes and compares them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sparring.recipe.schema import MAY_CHANGE, SECTIONS, Recipe
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` overrides. Every complaint names file, line and remedy."""
+    """Reads a recipe and applies `key=value` overrides."""
     raw, lines = yaml.read(path)
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}.")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"'{override}' is not an override; write key=value, for example train.learning_rate=5e-7")
+            raise UserError(f"'{override}' is not an override. Write key=value, for example train.learning_rate=5e-7.")
         value, _ = yaml.parse(text, f"override '{override}'")
         try:
             yaml.set_key(raw, key.split("."), value)
@@ -46,7 +46,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """For editors: what a recipe may hold. A method may also be its name alone."""
+    """The JSON Schema of recipes, for editors. A method may be its name alone."""
     schema = Recipe.model_json_schema(by_alias=True)
     method = schema["properties"]["method"]
     schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
@@ -86,7 +86,7 @@ def _neutral_keys() -> set[str]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key that a recipe may hold."""
+    """Every dotted key of a recipe."""
     keys = set(Recipe.model_fields)
     for section in SECTIONS:
         keys.update(_section_keys(section, None))
@@ -96,7 +96,7 @@ def known_keys() -> list[str]:
 
 
 def nearest_key(key: str, section_keys: Sequence[str]) -> str | None:
-    """The key that was probably meant: one of the same section, else the same name in another one."""
+    """The key that was probably meant: a similar one in the section, or the same name in another section."""
     name = key.rpartition(".")[2]
     inside = {k.rpartition(".")[2]: k for k in section_keys}
     anywhere: dict[str, str] = {}
@@ -123,11 +123,13 @@ def _messages(error: ValidationError, lines: yaml.Lines) -> Iterator[str]:
     seen: set[str] = set()
     for problem in error.errors():
         where = [str(part) for part in problem["loc"]]
-        method = where.pop(1) if where[:1] == ["method"] and len(where) > 1 else None  # the member of the union
+        method = (
+            where.pop(1) if where[:1] == ["method"] and len(where) > 1 else None
+        )  # pydantic's tag of the union member
         is_unknown = problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         known = known_keys()
         while where and not is_unknown and ".".join(where) not in known:
-            where.pop()  # pydantic also names the members of unions
+            where.pop()  # pydantic also lists the members of unions
         key = ".".join(where)
         line = f", line {lines[tuple(where)]}" if tuple(where) in lines else ""
         message = f"{line}: {_what(problem, key, method)}"

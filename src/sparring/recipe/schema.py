@@ -1,4 +1,4 @@
-"""The recipe: pydantic models from YAML and dotted overrides, strict. A run is a file."""
+"""The recipe: strict pydantic models of every setting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from sparring.types import NonNegative, Objective, Positive, Share
 def has_bfloat16_products() -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    A CPU without AVX-512-BF16, AMX or Arm's equal computes bfloat16 in float32 after conversions: slower than float32.
+    A CPU without AVX-512-BF16, AMX or Arm's equivalent converts to float32 and is slower than in float32.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,7 +51,7 @@ def has_bfloat16_products() -> bool:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """`auto` is bfloat16 where that is the faster one."""
+    """`auto` is bfloat16 on hardware that accelerates it, otherwise float32."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if has_bfloat16_products() else "float32"
@@ -60,8 +60,8 @@ def resolve_dtype(dtype: str) -> str:
 RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
 Probability = Annotated[float, Field(gt=0, le=1)]
 
-MAY_CHANGE: JsonDict = {"resume": "neutral"}
-"""Marks a setting that changes no result: a run may be continued with another value."""
+MAY_CHANGE: JsonDict = {"may_change": True}
+"""Marks a setting that changes no result: a run may continue with another value."""
 
 
 class Strict(BaseModel):
@@ -70,7 +70,7 @@ class Strict(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        alias_generator=lambda name: name.rstrip("_"),  # `lambda` is a word of Python's own
+        alias_generator=lambda name: name.rstrip("_"),  # `lambda` is a Python keyword
     )
 
 
@@ -78,28 +78,28 @@ class Data(Strict):
     train: str
     """A .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id."""
     held_out: Share | NonNegativeInt | str = 0.05
-    """A share of the prompts, a number of prompts, or a file of their own."""
+    """A fraction of the prompts, a number of prompts, or a separate file. 0: nothing is evaluated."""
     self_play_rows: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | str | None = None
-    """Prompts that `sft` iterations never see and all others play on: a share, a number, or a file of their own.
-    None: every iteration has the same rows."""
+    """Prompts that `sft` iterations never see and self-play uses: a fraction, a number, or a separate file.
+    None: every iteration uses the same rows."""
     columns: dict[str, str] = {}
-    """Our field name -> the name of the user's column."""
+    """Field name -> name of the user's column."""
     template: str | None = None
-    """None: the tokenizer's chat template. A text with {prompt}: for base models. Jinja: a chat template."""
+    """None: the tokenizer's chat template. A text with {prompt}, for base models. Or a Jinja chat template."""
     turns: Literal["last", "first", "all"] = "last"
     """Which assistant turns of a conversation become examples."""
     limit: PositiveInt | None = None
-    """Only the first so many usable rows."""
+    """Use only the first N usable rows."""
     split: str = "train"
-    """The split of a hub data set."""
+    """The split of a hub dataset."""
     split_on: str | None = None
-    """For `text` rows: "sentence", or a regular expression; the prompt ends where its first match begins."""
+    """For `text` rows: "sentence", or a regular expression; the prompt ends at the start of its first match."""
     end_token: str | None = None
-    """The token that ends an answer. None: found in the chat template, else the tokenizer's."""
+    """The token that ends a response. None: the one in the chat template, otherwise the tokenizer's."""
     truncate_real: bool = True
-    """Cut real answers at generate.max_new_tokens too: otherwise length alone tells real from generated."""
+    """Truncate real responses at generate.max_new_tokens too: otherwise length alone reveals which is real."""
     max_skipped: Share = 0.1
-    """Stop when more than this share of the rows cannot be used."""
+    """Refuse the data if more than this fraction of the rows cannot be used."""
 
 
 class Generate(Strict):
@@ -108,21 +108,21 @@ class Generate(Strict):
     temperature: NonNegative = 1.0
     top_p: Probability = 1.0
     samples: PositiveInt = 1
-    """Answers per prompt."""
+    """Responses per prompt."""
     batch_size: PositiveInt | None = None
-    """Prompts at a time. None: 64 with hf and server, the engine's own choice with vllm."""
+    """Concurrent prompts. None: 64 with hf and server, the engine's own choice with vllm."""
     python: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
-    """The interpreter that runs vLLM, which may have an environment of its own. None: ours."""
+    """The Python interpreter of the environment that has vLLM. None: the current one."""
     tensor_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Probability = Field(default=0.9, json_schema_extra=MAY_CHANGE)
     url: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
-    """A completions server that is running."""
+    """URL of a running completions server."""
     command: str | None = None
-    """Starts a completions server on loopback; {model}, {port}, {token} and {dtype} stand for what it serves."""
+    """Command that starts a completions server on localhost, with {model}, {port}, {token} and {dtype} filled in."""
 
     @validator(mode="after")
     def is_read(self) -> Generate:
-        """A setting that the chosen engine does not read is a mistake."""
+        """Refuses a setting that the chosen backend does not read."""
         for name, engine in {
             "python": "vllm",
             "tensor_parallel_size": "vllm",
@@ -131,32 +131,32 @@ class Generate(Strict):
             "command": "server",
         }.items():
             if self.backend != engine and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is a setting of {engine}, and generate.backend is {self.backend}")
+                raise ValueError(f"{name} is a setting of {engine}, but generate.backend is {self.backend}")
         if self.backend == "server" and (self.url is None) == (self.command is None):
             raise ValueError("backend server needs either url or command")
         return self
 
 
 class Adapter(Strict):
-    """A low-rank adapter in place of full fine-tuning. The names are those of peft's LoraConfig."""
+    """A low-rank adapter instead of full fine-tuning. Names as in peft's LoraConfig."""
 
     r: PositiveInt = 16
     lora_alpha: Positive = 32
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Ends of module names, or one regular expression; "all-linear": every linear layer but the output head."""
+    """Suffixes of module names, or one regular expression; "all-linear": every linear layer except the head."""
     use_rslora: bool = False
     use_dora: bool = False
     load_in_4bit: bool = False
-    """QLoRA: the frozen base is kept in 4 bits (NF4), for sampling, scoring and training alike."""
+    """QLoRA: the frozen base in 4 bits (NF4), for sampling, scoring and training."""
     merge: Literal["each_iteration"] | None = None
-    """None: one adapter, trained on from iteration to iteration. Else: a new one each time, merged when trained."""
+    """None: one adapter, trained further in each iteration. each_iteration: a new one each time, then merged."""
 
     @validator(mode="after")
     def is_kept_apart(self) -> Adapter:
         if self.load_in_4bit and self.merge:
             raise ValueError(
-                "merge: each_iteration adds the adapter to the weights, and load_in_4bit keeps those in 4 bits, which "
-                "cannot hold the sum; leave one of them out"
+                "merge: each_iteration merges the adapter into the weights, which load_in_4bit keeps in 4 bits: those "
+                "cannot hold the result. Remove one of the two."
             )
         return self
 
@@ -177,10 +177,10 @@ class Train(Strict):
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 2048
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
-    """Of the computation. auto: bfloat16 where the device multiplies it faster than float32; a run keeps it."""
+    """Compute dtype. auto: bfloat16 on hardware that accelerates it, otherwise float32; a run keeps its dtype."""
     max_grad_norm: Positive | None = 1.0
     sft_weight: NonNegative = 0.0
-    """Weight of the real answer's NLL, in nats per token, that is added to the loss of any method."""
+    """Weight of the real response's NLL, in nats per token, added to the loss of any method."""
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=MAY_CHANGE)
     """Optimizer steps between checkpoints."""
@@ -201,16 +201,16 @@ class Regex(Strict):
 
 
 class Harness(Strict):
-    """Benchmarks of lm-evaluation-harness, each of them in a process of its own, for every iteration and the start."""
+    """Benchmarks of lm-evaluation-harness for the start and every iteration, each in its own process."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(json_schema_extra=MAY_CHANGE)
-    """Names, or YAML files; with the number of shots after a colon. "tspin" and "spin": the suites of the papers."""
+    """Names or YAML files, with the number of shots after a colon. "tspin" and "spin": the papers' suites."""
     limit: PositiveInt | None = Field(default=None, json_schema_extra=MAY_CHANGE)
-    """Only so many rows of each task."""
+    """Only the first N rows of each task."""
     apply_chat_template: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
 
     def stages(self) -> dict[str, Task]:
-        """By names that hold whatever changes the result, so that no result is taken for another one."""
+        """Stage name -> task. The name includes every setting that changes the result."""
         more = ("-chat" if self.apply_chat_template else "") + (f"-first{self.limit}" if self.limit else "")
         return {task.label + more: task for task in parse_tasks(self.tasks)}
 
@@ -220,13 +220,13 @@ class Harness(Strict):
         labels = [task.label for task in parse_tasks(value)]
         for label in labels:
             if labels.count(label) > 1 or not re.fullmatch(r"[\w.+-]+", label):
-                raise ValueError(f"'{label}' is named twice, or is no name of a task; give it once")
+                raise ValueError(f"'{label}' is listed twice, or is not a task name")
         return value
 
 
 class Evaluate(Strict):
     checker: Literal["number", "exact"] | Regex | None = None
-    """How an answer is checked: the number after ####, the whole text, or what a pattern finds."""
+    """How a response is checked: the number after ####, the whole text, or what a pattern matches."""
     save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
         default="held_out_nll", json_schema_extra=MAY_CHANGE
     )
@@ -236,12 +236,12 @@ class Evaluate(Strict):
 
 
 class Stop(Strict):
-    """When a run ends before its last iteration. A function of the evaluations, so the same when it is continued."""
+    """When a run stops before its last iteration. A function of the evaluations, so a resumed run stops alike."""
 
     equilibrium: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
-    """The policy wins as many held-out rows as it loses, within the error, and the guards have not moved."""
+    """Stop when wins and losses on held-out rows balance and NLL and accuracy have not changed, within error."""
     decline: NonNegativeInt = Field(default=0, json_schema_extra=MAY_CHANGE)
-    """So many iterations without a better value of evaluate.save_best_by; 0: never."""
+    """Stop after this many iterations without a better evaluate.save_best_by; 0: never."""
 
 
 class Recipe(Strict):
@@ -259,33 +259,31 @@ class Recipe(Strict):
     track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         default=(), json_schema_extra=MAY_CHANGE
     )
-    """Trackers that are told every number, beside metrics.jsonl."""
+    """Trackers that get every metric, in addition to metrics.jsonl."""
     mirror: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
-    """Where every finished stage is copied to, and found again from an empty run directory: s3://bucket/folder, ..."""
+    """Where finished stages are copied, and fetched into an empty run directory: s3://bucket/folder, ..."""
     stop: Stop = Stop()
     per_iteration: dict[NonNegativeInt, dict[str, Any]] = {}
     seed: NonNegativeInt = 0
     launch: Literal["inline", "torchrun", "ray"] = Field(default="inline", json_schema_extra=MAY_CHANGE)
-    """torchrun: every stage is shared out to several processes of this machine, the ranks, one per device; ray: of many
-    machines."""
+    """inline: one process. torchrun: one rank per device of this machine. ray: ranks and engines on a cluster."""
     ray_address: str | None = Field(default=None, json_schema_extra=MAY_CHANGE)
-    """Of the Ray cluster. None: RAY_ADDRESS, one that runs on this machine, or a new one."""
+    """HOST:PORT of the Ray cluster. None: RAY_ADDRESS, a cluster on this machine, or a new one."""
     num_processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=MAY_CHANGE)
-    """How many ranks. auto: one per GPU, or per CPU core where there is none."""
+    """Number of ranks. auto: one per GPU, or per CPU core without GPUs."""
     parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=MAY_CHANGE)
-    """How ranks train. ddp: each holds the whole model; fsdp2: they share weights, gradients and moments out; zero3: as
-    fsdp2, by DeepSpeed; zero2: all but the weights."""
+    """How ranks train. ddp: each holds the whole model. fsdp2: they shard weights, gradients and optimizer state."""
     threads: PositiveInt | None = None
-    """CPU threads; None is torch's own choice. Recorded, since the order of additions depends on it."""
+    """CPU threads. None: torch's choice. Recorded, since rounding depends on it."""
 
     @property
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:
-        """Of parameters in memory: what is trained is float32; a frozen base is kept as it computes."""
+        """Of parameters in memory: float32 if they are trained; a frozen base has the compute dtype."""
         return "bfloat16" if self.adapter is not None and self.train.dtype == "bfloat16" else "float32"
 
     @property
     def template(self) -> str | None:
-        """As `data.template`; of `text` rows the prompt is the text itself."""
+        """`data.template`; for `text` rows, the prompt is the text itself."""
         return "{prompt}" if self.data.template is None and self.data.split_on is not None else self.data.template
 
     @property
@@ -295,7 +293,7 @@ class Recipe(Strict):
     @validator(mode="before")
     @classmethod
     def published_defaults(cls, raw: Any) -> Any:
-        """`method: spin` is short for its mapping; T-SPIN sets beta to 0 in round 0, as its Algorithm 1 does."""
+        """Expands `method: spin` to a mapping, and sets T-SPIN's beta to 0 in iteration 0 (its Algorithm 1)."""
         if not isinstance(raw, Mapping):
             return raw
         method = raw.get("method")
@@ -311,18 +309,18 @@ class Recipe(Strict):
         if self.evaluate.save_best_by != "held_out_nll" and self.evaluate.checker is None:
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
         if self.in_4bit and self.launch != "inline" and self.parallel != "ddp":
-            raise ValueError(f"adapter.load_in_4bit: 4-bit weights cannot be shared out by {self.parallel}; set ddp")
+            raise ValueError(f"adapter.load_in_4bit: {self.parallel} cannot shard 4-bit weights. Set parallel: ddp.")
         if self.in_4bit and self.generate.backend != "hf":
             raise ValueError(
-                f"adapter.load_in_4bit: {self.generate.backend} would draw from other weights than are trained; set "
-                "generate.backend: hf, which draws from the same 4-bit weights"
+                f"adapter.load_in_4bit: {self.generate.backend} would sample from other weights than are trained. Set "
+                "generate.backend: hf, which samples from the same 4-bit weights."
             )
         if self.train.optimizer == "adamw_8bit" and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(
-                f"train.optimizer: {self.parallel} cannot share {self.train.optimizer} out; set adamw, or parallel: ddp"
+                f"train.optimizer: {self.parallel} cannot shard {self.train.optimizer}. Set adamw, or parallel: ddp."
             )
         if self.ray_address is not None and self.launch != "ray":
-            raise ValueError(f"ray_address is a setting of launch: ray, and launch is {self.launch}")
+            raise ValueError(f"ray_address is a setting of launch: ray, but launch is {self.launch}")
         if (self.stop.equilibrium or self.stop.decline) and not self.data.held_out:
             raise ValueError("stop needs held-out rows; set data.held_out")
         for index in self.per_iteration:
@@ -335,7 +333,7 @@ class Recipe(Strict):
         return self
 
     def methods(self) -> list[Objective]:
-        """The recipe's method, and those of its phases."""
+        """The recipe's method, and those of single iterations."""
         return [self.method, *(self.at(index).method for index in self.per_iteration)]
 
     def at(self, index: int) -> Recipe:
@@ -346,7 +344,9 @@ class Recipe(Strict):
         raw = {**self.model_dump(by_alias=True), "per_iteration": {}}
         for key, value in changes.items():
             section, _, _ = key.partition(".")
-            if section not in ("method", "generate", "train") or key == "method.name":  # a new method is given whole
+            if (
+                section not in ("method", "generate", "train") or key == "method.name"
+            ):  # a new method replaces the whole mapping
                 raise ValueError(f"per_iteration.{index}: '{key}' cannot change between iterations")
             set_key(raw, key.split("."), value)
         return Recipe.model_validate(raw)

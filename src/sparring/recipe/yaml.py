@@ -111,5 +111,5 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError as error:
             raise ValueError("half of a character (a lone surrogate)") from error
     if isinstance(value, date):
-        return value.isoformat()  # a date is a word here
+        return value.isoformat()  # dates have no meaning in a recipe
     raise ValueError(f"{type(value).__name__} values are not allowed in a recipe")

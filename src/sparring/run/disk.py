@@ -1,4 +1,4 @@
-"""Disks: what a run will need, and what is said when there is not enough or it may not be written."""
+"""Disk space: checked before large writes, and reported when a write fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparring.errors import RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-# what Rust and Arrow say where Python would have set errno
+# what Rust and Arrow say where Python sets errno
 FULL_MESSAGES = ("No space left", "os error 28", "os error 122", "os error 27", "File too large", "Disk quota exceeded")
 
 

@@ -1,4 +1,4 @@
-"""What a stage is given: which run, which settings, which iteration. Everything below a stage takes values."""
+"""What a stage gets: the run, the settings and the iteration. Everything below a stage takes plain values."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from sparring.types import Rendered
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the data stage found, and the token contract that every later stage keeps."""
+    """What the data stage found, and the token contract that all later stages keep."""
 
-    model: str  # folder of the model that the run starts from, its exact version
+    model: str  # folder of the starting model, at its exact version
     format: str  # of the rows
-    num_train: int  # those kept for the game among them
+    num_train: int  # including those kept for self-play
     num_held_out: int
     skipped: Mapping[str, int]  # reason -> rows
     num_truncated: int  # real answers cut at a length limit, which therefore have no end token
     end_token: str
     end_ids: tuple[int, ...]  # generation stops at any of these
     template_digest: str
-    max_length: int  # prompt + response, the model's context taken into account
+    max_length: int  # of prompt + response, at most the model's context
     mean_prompt_tokens: float
     mean_real_tokens: float
-    num_self_play: int = 0  # rows that sft iterations do not see
+    num_self_play: int = 0  # rows that sft iterations never see
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -48,7 +48,7 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class Iteration:
-    """Iteration `index` of a run; -1 stands for the model that the run starts from."""
+    """Iteration `index` of a run; -1 is the starting model."""
 
     run: RunDir
     recipe: Recipe  # with the settings of this iteration
@@ -64,7 +64,7 @@ class Iteration:
 
     @property
     def opponent(self) -> Path:
-        """The model of the recipe at first, then what the iteration before trained. Nothing else decides it."""
+        """The recipe's model in iteration 0, then the model that the previous iteration trained."""
         return Path(self.data.model) if self.index <= 0 else self.run.model(self.index - 1)
 
     @property
@@ -73,7 +73,7 @@ class Iteration:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of this iteration: those whose work matters to its method."""
+        """The stages of this iteration that its method needs."""
         benchmarks = tuple(f"{BENCHMARKS}/{label}" for label in self.benchmarks)
         if self.index < 0:
             return (*(("evaluate",) if self.is_evaluated else ()), *benchmarks)
@@ -88,7 +88,7 @@ class Iteration:
 
     @property
     def benchmarks(self) -> dict[str, Task | None]:
-        """Stages of their own, so that one more can be asked of a run that exists. None: MT-Bench, which is ours."""
+        """One stage per benchmark, so that benchmarks can be added to an existing run. None stands for MT-Bench."""
         settings = self.recipe.evaluate
         tasks = settings.harness.stages() if settings.harness else {}
         return {**tasks, **({f"mt_bench-{Path(settings.mt_bench).stem}": None} if settings.mt_bench else {})}
@@ -104,20 +104,20 @@ class Iteration:
         return replace(self, index=self.index - 1)
 
     def rounds(self) -> list[int]:
-        """The iterations whose generated answers this one plays with, the newest first. One of sft has drawn none."""
+        """The iterations whose generated responses this one trains on, newest first; sft iterations generate none."""
         window = range(self.index, max(-1, self.index - self.recipe.method.needs.rounds), -1)
         return [t for t in window if t == self.index or is_committed(self.run.stage(t, "generate"))]
 
     @property
     def proto_round(self) -> int:
-        """The iteration whose answers are the proto answers: the first that drew any."""
+        """The iteration whose generated responses are the proto responses: the first that has any."""
         return next((t for t in range(self.index) if is_committed(self.run.stage(t, "generate"))), self.index)
 
     def seed(self, *coordinates: str | int) -> int:
         return seed_of(self.recipe.seed, self.index, *coordinates)
 
     def train_rows(self) -> list[Rendered]:
-        """The rows of this iteration: with data.self_play_rows, those kept for the game unless it is one of sft."""
+        """The training rows; with data.self_play_rows, those kept for self-play unless this is an sft iteration."""
         is_self_play = self.recipe.data.self_play_rows is not None and self.recipe.method.name != "sft"
         return read_rendered(self.run.data / ("self_play.parquet" if is_self_play else "train.parquet"))
 

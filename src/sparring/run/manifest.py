@@ -1,8 +1,8 @@
 """Atomic commits, and manifests that are verified on reading.
 
-A directory is committed by writing it under a temporary name beside its final one, syncing every file,
-writing MANIFEST.json last, and renaming. So a directory with its final name is complete, and a reader
-accepts it only if every file still has the size and hash that the manifest gives.
+A directory is committed by writing it under a temporary name beside its final one, syncing every file, writing
+MANIFEST.json last, and renaming. A directory with its final name is therefore complete, and a reader accepts it only if
+every file still has the size and hash that the manifest lists.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Json = dict[str, object]
 
 
 def failpoint(name: str) -> None:
-    """Dies here, as kill -9 would, when SPARRING_FAIL_AT names this point ("name" or "name:n" for the n-th pass)."""
+    """Exits like kill -9 if SPARRING_FAIL_AT names this point ("name", or "name:n" for the n-th pass). For tests."""
     wanted, _, nth = os.environ.get("SPARRING_FAIL_AT", "").partition(":")
     if wanted == name:
         _passes[name] = _passes.get(name, 0) + 1
@@ -54,16 +54,16 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
-    """As `mkdir -p`, and synced: a power loss that takes a folder takes all that was committed in it."""
+    """Like `mkdir -p`, but synced: a power loss that removes a folder removes everything committed in it."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(mode=mode, parents=True, exist_ok=True)
     for folder in missing:
-        with suppress(PermissionError):  # where one may make folders and not list them, none can be synced
+        with suppress(PermissionError):  # a folder that may not be listed cannot be synced
             sync(folder.parent)
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_128: finds rot and mix-ups at disk speed; it is no defence against an attacker."""
+    """xxh3_128: detects corruption and mix-ups at disk speed. Not a defense against attackers."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
@@ -72,7 +72,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """Hash of a file, or of a folder's files with their names; hidden files are left out."""
+    """Hash of a file, or of a folder's files with their names, hidden ones excluded."""
     if path.is_file():
         return hash_file(path)
     files = sorted(f for f in path.rglob("*") if f.is_file() and not f.relative_to(path).as_posix().startswith("."))
@@ -84,7 +84,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a single file so that a reader sees the old or the new text, never a part."""
+    """Replaces a file atomically: a reader sees the old or the new text."""
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with writing(path):
@@ -99,7 +99,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def seal(text: str) -> str:
-    """Puts the hash of a text in the place that it keeps for it (`xxh3`, then UNSEALED)."""
+    """Inserts the hash of a text into its own placeholder (`xxh3`, then UNSEALED)."""
     return text.replace(UNSEALED, xxhash.xxh3_128_hexdigest(text.encode()), 1)
 
 
@@ -108,14 +108,14 @@ def seal_json(content: Json) -> str:
 
 
 def read_sealed(path: Path) -> str:
-    """A text that `seal` signed, if every byte of it is as it was written."""
+    """A sealed text, if every byte is as it was written."""
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptedError(f"{path} cannot be read: {error}") from error
     found = SEAL.search(text)
     if not found or seal(text.replace(found[1], UNSEALED, 1)) != text:
-        raise CorruptedError(f"{path} is damaged or was edited: its text is not the one that was written")
+        raise CorruptedError(f"{path} is corrupted or was edited: its hash does not match")
     return text
 
 
@@ -126,11 +126,11 @@ def _digest(hashes: Mapping[str, str]) -> str:
 @dataclass(frozen=True)
 class Manifest:
     files: Mapping[str, Mapping[str, object]]  # name -> bytes, xxh3
-    input_digests: Mapping[str, str]  # what it was made from -> digest
+    input_digests: Mapping[str, str]  # path of each input -> digest
     info: Json
 
     def digest(self, inside: str = "") -> str:
-        """Digest of the files below `inside`, by content: the same bytes give the same digest."""
+        """Digest of the files below `inside`, by content."""
         return _digest({n: str(f["xxh3"]) for n, f in self.files.items() if n.startswith(inside)})
 
 
@@ -138,9 +138,9 @@ class Manifest:
 def commit(
     final: Path, *, input_digests: Mapping[str, str] | None = None, info: Json | None = None, required_bytes: int = 0
 ) -> Iterator[Path]:
-    """Yields a folder to write into; it becomes `final`, whole, when the block ends without an error.
+    """Yields a folder to write into, which becomes `final` when the block ends without an error.
 
-    `needs` is about how many bytes will be written.
+    `required_bytes`: roughly how many bytes will be written.
     """
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
     try:
@@ -157,11 +157,11 @@ def commit(
 def commit_folder(
     work: Path, final: Path, *, input_digests: Mapping[str, str] | None = None, info: Json | None = None
 ) -> None:
-    """Makes the folder `work`, which lies beside `final`, the committed directory `final`."""
+    """Commits the folder `work`, which lies beside `final`, as `final`."""
     if final.exists():
-        raise RunError(f"{final} is in the way: it is no committed folder of this run; move it away")
+        raise RunError(f"{final} exists, but is not a committed folder of this run. Move it away.")
     with writing(final):
-        (work / MANIFEST).unlink(missing_ok=True)  # of a commit that died before its rename
+        (work / MANIFEST).unlink(missing_ok=True)  # from a commit that was interrupted before its rename
         files: dict[str, Json] = {}
         for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != READS):
             sync(path)
@@ -186,7 +186,7 @@ def commit_folder(
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes what commits that never ended left behind. Only for who knows that no other process is at work there."""
+    """Removes what interrupted commits left behind. The caller must hold the run directory."""
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -195,7 +195,7 @@ def remove_leftovers(leftovers: Iterable[Path]) -> None:
 
 
 def begin_work(work: Path, input_digests: Mapping[str, str]) -> Path:
-    """The folder `work` of a stage that keeps what it has so far; emptied if that was made from other inputs."""
+    """The work folder of a stage that keeps partial results; emptied if they were made from other inputs."""
     note, text = work / READS, seal_json(dict(input_digests))
     if work.exists() and not _was_made_from(work, input_digests, text):
         shutil.rmtree(work)
@@ -208,7 +208,7 @@ def begin_work(work: Path, input_digests: Mapping[str, str]) -> Path:
 
 
 def _was_made_from(work: Path, input_digests: Mapping[str, str], text: str) -> bool:
-    """Whether the note says so; or the manifest, of a commit that died before its rename, when the note is gone."""
+    """By its note; or, if a commit was interrupted after removing the note, by its manifest."""
     note = work / READS
     if note.is_file() or not is_committed(work):
         return note.is_file() and note.read_bytes() == text.encode()
@@ -219,7 +219,7 @@ def _was_made_from(work: Path, input_digests: Mapping[str, str], text: str) -> b
 
 
 def copy_committed(source: Path, final: Path) -> None:
-    """Copies a committed directory with its manifest, every file of it checked. Nobody sees a part of it."""
+    """Copies a committed directory atomically, after verifying every file."""
     manifest = verify(source)
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex}")
     try:
@@ -234,7 +234,7 @@ def copy_committed(source: Path, final: Path) -> None:
 
 
 def rename_into_place(temporary: Path, final: Path) -> None:
-    """Gives a folder that has its manifest its final name, with all that is in it on the disk before."""
+    """Renames a folder that has its manifest to its final name, after syncing its files."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     temporary.rename(final)
@@ -242,7 +242,7 @@ def rename_into_place(temporary: Path, final: Path) -> None:
 
 
 def commit_part(path: Path, write: Callable[[Path], None]) -> None:
-    """Adds one file to a folder that is still being made; a hash beside it says that it is whole."""
+    """Adds one file to an uncommitted folder, with its hash beside it to show that it is complete."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
@@ -259,7 +259,7 @@ def commit_part(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def has_part(path: Path) -> bool:
-    """Whether a file that `commit_part` wrote is there, whole and undamaged."""
+    """Whether a file that `commit_part` wrote exists and matches its hash."""
     beside = _hash_beside(path)
     return path.is_file() and beside.is_file() and beside.read_bytes() == hash_file(path).encode()
 
@@ -279,14 +279,14 @@ def read_manifest(path: Path) -> Manifest:
         raise CorruptedError(f"{problem}; {_remedy(path)}") from problem
     if content["version"] != MANIFEST_VERSION:
         raise RunError(
-            f"{path / MANIFEST} is of version {content['version']}, and this sparring reads {MANIFEST_VERSION}; "
-            "continue with the sparring that wrote it, or use another run directory"
+            f"{path / MANIFEST} has version {content['version']}, and this sparring reads version {MANIFEST_VERSION}. "
+            "Continue with the sparring that wrote it, or use another run directory."
         )
     return Manifest(content["files"], content["input_digests"], content["info"])
 
 
 def verify(path: Path) -> Manifest:
-    """The manifest of a committed directory, after checking every file against it."""
+    """The manifest of a committed directory, after verifying every file."""
     manifest = read_manifest(path)
     for name in manifest.files:
         _check(path, name, manifest)
@@ -294,7 +294,7 @@ def verify(path: Path) -> Manifest:
 
 
 def verified(path: Path, name: str) -> Path:
-    """One file of a committed directory, after checking it. For those who read little beside much."""
+    """One file of a committed directory, after verifying that file only."""
     _check(path, name, read_manifest(path))
     return path / name
 
@@ -304,8 +304,8 @@ def _check(path: Path, name: str, manifest: Manifest) -> None:
     if entry is None or not file.is_file():
         raise CorruptedError(f"{file} is missing; {_remedy(path)}")
     if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["xxh3"]:
-        raise CorruptedError(f"{file} is damaged: its bytes are not those that were committed; {_remedy(path)}")
+        raise CorruptedError(f"{file} is corrupted: its bytes differ from those that were committed; {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:
-    return f"'sparring run' makes {path} again"
+    return f"'sparring run' recreates {path}"

@@ -1,7 +1,7 @@
 """A copy of a run on object storage: every committed folder, file by file, its manifest last.
 
-A store has no rename. There a folder is committed when its MANIFEST.json is: whoever reads takes a folder that has one,
-checks every file against it, and commits the copy here by the rename that this disk has.
+Object stores have no rename. A mirrored folder is committed once its MANIFEST.json exists: a reader verifies every file
+against it, and commits its local copy by rename.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ from sparring.run.rundir import RunDir
 
 CHUNK = 2**24
 FOLDERS = re.compile(r"(?!.*\.damaged-)(data|(start|iter-\d{2,})/(benchmarks/)?\w[\w.+-]*|judged/\w[\w.+-]*)")
-"""What a run commits. Nothing else is sent or taken: no names with .. in them, no damaged folders set aside."""
+"""The folders that a run commits. Nothing else is sent or fetched: no paths with .., no corrupted folders set aside."""
 
 
 class Mirror:
-    """Where a run is copied to: s3://, gs:// or abfs:// as pyarrow takes them, or file://."""
+    """The destination: s3://, gs:// or abfs:// as pyarrow supports them, or file://."""
 
     def __init__(self, uri: str) -> None:
         parts = urlsplit(uri)
         if "@" in parts.netloc:
-            raise UserError(
-                f"mirror: {parts.scheme}://...: leave the secret out; the store's client finds it in its own way"
-            )
+            raise UserError(f"mirror: {parts.scheme}://...: remove the secret; the store's client finds credentials.")
         self.name = uri.partition("?")[0]
         try:
             self.store, root = fs.FileSystem.from_uri(uri)
@@ -52,17 +50,17 @@ class Mirror:
             self.is_folder = isinstance(self.store, fs.LocalFileSystem)
         except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(
-                f"mirror: '{uri}' is none that pyarrow knows, such as s3://bucket/folder: {error}"
+                f"mirror: unsupported URI {uri}: {error}. Use s3://, gs://, abfs:// or a local path."
             ) from error
 
     def send(self, run: RunDir, folder: Path) -> None:
-        """Copies a committed folder. One that is there already, with the same manifest, is left alone."""
+        """Copies a committed folder, unless the mirror has it with the same manifest."""
         with self._reached("sent to"):
             there = f"{self.root}/{folder.relative_to(run.root).as_posix()}"
             if self._read(f"{there}/{MANIFEST}") == (folder / MANIFEST).read_bytes():
                 return
             if self._exists(f"{there}/{MANIFEST}"):
-                self.store.delete_file(f"{there}/{MANIFEST}")  # first: from here on there is no such folder
+                self.store.delete_file(f"{there}/{MANIFEST}")  # first: without it the mirrored folder does not exist
                 if self.is_folder:
                     sync(Path(there))
             for name in read_manifest(folder).files:
@@ -78,12 +76,12 @@ class Mirror:
             self.send_note(run, note)
 
     def send_note(self, run: RunDir, path: Path) -> None:
-        """Copies a single file that is replaced now and then: the recipe, the sessions, the report."""
+        """Copies a single file that may change: the recipe, the sessions, the report."""
         with self._reached("sent to"):
             self._upload(path, f"{self.root}/{path.relative_to(run.root).as_posix()}")
 
     def fetch(self, run: RunDir) -> list[Path]:
-        """Commits here every folder that is committed there and missing here; returns them."""
+        """Fetches and commits every mirrored folder that is missing here; returns them."""
         with self._reached("fetched from"):
             fetched = []
             for path in self._folders():
@@ -98,13 +96,13 @@ class Mirror:
             return fetched
 
     def recipe(self) -> str | None:
-        """The settings of the run that is there, if there is one."""
+        """The sealed recipe of the mirrored run, if there is one."""
         with self._reached("fetched from"):
             text = self._read(f"{self.root}/recipe.yaml")
             return None if text is None else text.decode("utf-8")
 
     def _folders(self) -> Iterator[Path]:
-        """Below the root, those that are committed there, in the order of the run."""
+        """The mirrored folders, in the order of the run."""
         everything = self.store.get_file_info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
         ends = sorted(info.path for info in everything if info.base_name == MANIFEST)
         for path in ends:
@@ -121,13 +119,13 @@ class Mirror:
                 self._download(f"{there}/{MANIFEST}", temporary / MANIFEST)
                 for name in read_manifest(temporary).files:
                     if Path(name).is_absolute() or ".." in Path(name).parts:
-                        raise CorruptedError(f"{there}/{MANIFEST} names '{name}', which is outside of its folder")
+                        raise CorruptedError(f"{there}/{MANIFEST} lists '{name}', which is outside its folder")
                     self._download(f"{there}/{name}", temporary / name)
                 verify(temporary)
                 rename_into_place(temporary, folder)
         except CorruptedError as problem:
             raise RunError(
-                f"mirror: {self.name}: {problem}. Delete {there}/{MANIFEST} there, and it is made again"
+                f"mirror: {self.name}: {problem}. Delete {there}/{MANIFEST} to have it sent again."
             ) from problem
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,11 +133,11 @@ class Mirror:
     def _upload(self, path: Path, there: str) -> None:
         if self.is_folder:
             make_folder(Path(there).parent)
-        # a stream that breaks leaves no object: the store makes one of the parts when it is closed
+        # an interrupted stream leaves no object: the store assembles the parts when it is closed
         with path.open("rb") as source, self.store.open_output_stream(there) as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
-        if self.is_folder:  # a store says that an object is there when it is safe; a disk, when it is synced
+        if self.is_folder:  # a store confirms an object when it is durable; a disk needs a sync
             sync(Path(there))
             sync(Path(there).parent)
 
@@ -166,13 +164,13 @@ class Mirror:
             yield
         except OSError as error:
             raise RunError(
-                f"mirror: something could not be {what} {self.name}: {error}. What was committed here is intact; the "
-                "same command continues, and sends what is missing there"
+                f"mirror: a file could not be {what} {self.name}: {error}. Everything committed here is intact; the "
+                "same command continues, and sends what the mirror lacks."
             ) from error
 
 
 def committed_folders(run: RunDir) -> Iterator[Path]:
-    """Of a run on this disk, in the order in which they were made, as far as names tell."""
+    """The committed folders of a local run, in their order."""
     places = ("start/*", "start/benchmarks/*", "iter-*/*", "iter-*/benchmarks/*", "judged/*")
     for folder in (run.data, *(folder for place in places for folder in sorted(run.root.glob(place)))):
         if FOLDERS.fullmatch(folder.relative_to(run.root).as_posix()) and is_committed(folder):

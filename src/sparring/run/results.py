@@ -1,4 +1,4 @@
-"""What a run has produced so far: the state of every stage, the metrics, the best iteration. Reads only."""
+"""What a run has produced so far: the state of every stage, metrics, the best iteration. Read-only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sparring.run.rundir import BENCHMARKS, JUDGED, RunDir
 from sparring.run.session import load_sealed_recipe
 
 LEVEL = 0.1
-"""How wide, on each side, the interval of won minus lost may be at an equilibrium: it takes about 400 rows."""
+"""Largest half-width of the interval of wins minus losses at which equilibrium is declared: about 400 rows."""
 
 FLAT = 1e-3
-"""A change of a guard, in nats per token or as a share, that is none whatever its error."""
+"""A change, in nats per token or as a fraction, that counts as no change whatever its standard error."""
 
 State = Literal["done", "running", "to do"]
 
@@ -38,17 +38,17 @@ SUMMARY_METRICS = (
     "length",
     "end_rate",
 )
-"""The evaluation metrics that stand in the one-line summary of an iteration, where they exist."""
+"""The evaluation metrics of a one-line summary of an iteration."""
 
 
 @dataclass(frozen=True)
 class StageState:
-    iteration: int  # -1 is the model that the run starts from
+    iteration: int  # -1 is the starting model
     stage: str
     state: State
     seconds: float | None
-    peak_memory_mib: float | None  # of the process, or of the device where it counts its own
-    progress: str | None  # of a stage that has begun
+    peak_memory_mib: float | None  # of the device if it counts its own, otherwise of the process
+    progress: str | None  # of a stage that has started
     metrics: Mapping[str, float]
 
 
@@ -60,7 +60,7 @@ class Best:
 
 
 class Results:
-    """A run directory, read. What is not there yet is left out, so it works at any moment of a run."""
+    """Reads a run directory. Leaves out what does not exist yet, so it works at any time during a run."""
 
     def __init__(self, root: str | Path) -> None:
         self.run = RunDir(root)
@@ -74,20 +74,20 @@ class Results:
 
     @cached_property
     def iterations(self) -> list[Iteration]:
-        """The start (-1) and every iteration of the recipe, up to the one with which the run stopped by itself."""
+        """The start (-1) and every iteration, up to the one after which the run stopped early."""
         end = self.stopped[0] + 1 if self.stopped else self.recipe.iterations
         return [Iteration(self.run, self.recipe.at(index), index) for index in range(-1, end)]
 
     @cached_property
     def stopped(self) -> tuple[int, str] | None:
-        """The iteration with which the run ended before its last one, and why."""
+        """The iteration after which the run stopped early, and why."""
         for index in range(self.recipe.iterations - 1):
             if reason := self.reason_to_stop(index):
                 return index, reason
         return None
 
     def reason_to_stop(self, index: int) -> str | None:
-        """Why the recipe's `stop` ends the run with this iteration; None if it goes on."""
+        """Why the recipe's `stop` ends the run after this iteration; None if it continues."""
         stop, metric = self.recipe.stop, self.recipe.evaluate.save_best_by
         found = self.evaluation(index) if stop.decline or stop.equilibrium else None
         if found is None:
@@ -102,11 +102,11 @@ class Results:
             and self.is_level(found)
             and all(self.is_flat(guard, index) for guard in self.guards(found))
         ):
-            return f"equilibrium: of the held-out rows {found['rewards/accuracies']:.1%} are won against the opponent"
+            return f"equilibrium: {found['rewards/accuracies']:.1%} of the held-out rows are wins"
         return None
 
     def is_level(self, metrics: Mapping[str, float]) -> bool:
-        """Whether as many rows are won as lost, by an interval that is narrow enough to say so."""
+        """Whether wins and losses balance, by an interval that is narrow enough to tell."""
         if "rewards/accuracies" not in metrics:
             return False
         won, tied = metrics["rewards/accuracies"], metrics["rewards/ties"]
@@ -119,12 +119,12 @@ class Results:
         return [name for name in ("held_out_nll", "greedy_accuracy") if name in metrics]
 
     def is_flat(self, metric: str, index: int) -> bool:
-        """Whether an iteration left a metric where it was, within two standard errors, paired over the rows."""
+        """Whether an iteration left a metric unchanged, within two standard errors, paired by row."""
         change, error = self.paired_difference(metric, index - 1, index)
         return abs(change) <= max(2 * error, FLAT)
 
     def paired_difference(self, metric: str, before: int, after: int) -> tuple[float, float]:
-        """(change of a metric between two iterations, its standard error), row by row; -1 is the start."""
+        """(change of a metric between two iterations, its standard error), paired by row; -1 is the start."""
         rows = read_rendered(verified(self.run.data, "held_out.parquet"))
         tables = [
             read_table(verified(Iteration(self.run, self.recipe, t).stage("evaluate"), "answers.parquet"))
@@ -177,12 +177,12 @@ class Results:
         return {index: metrics for index, metrics in every.items() if metrics is not None}
 
     def benchmark(self, iteration: Iteration, stage: str) -> dict[str, float]:
-        """The metrics of a benchmark that is done, the first of them its own first."""
+        """The metrics of a finished benchmark, its main metric first."""
         folder = iteration.stage(stage)
         return json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
 
     def benchmarks(self) -> dict[tuple[str, str], dict[int, tuple[float, float | None]]]:
-        """(benchmark, metric) -> iteration -> (value, its standard error); -1 is the start."""
+        """(benchmark, metric) -> iteration -> (value, standard error); -1 is the start."""
         if self.data is None:
             return {}
         found: dict[tuple[str, str], dict[int, tuple[float, float | None]]] = {}
@@ -221,17 +221,17 @@ class Results:
         return f" | {name} {value:.4g}{error}"
 
     def training(self, index: int) -> list[dict[str, float]]:
-        """The lines of an iteration's metrics.jsonl, of a training that is still going on too."""
+        """The lines of an iteration's metrics.jsonl, also while it trains."""
         final = self.run.stage(index, "train")
         is_done = is_committed(final)
         path = verified(final, "metrics.jsonl") if is_done else self.run.work(final) / "metrics.jsonl"
         if not path.is_file():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]  # the last one may be half written
+        return [json.loads(line) for line in lines[:-1] if line]  # the last one may be incomplete
 
     def best(self) -> Best | None:
-        """The iteration with the best value of evaluate.save_best_by; the earlier one of equals."""
+        """The iteration with the best value of evaluate.save_best_by; the earliest of equals."""
         metric = self.recipe.evaluate.save_best_by
         sign = 1 if metric == "held_out_nll" else -1
         values = {index: m[metric] for index, m in self.evaluations().items()}
@@ -256,7 +256,7 @@ class Results:
 
 
 def _progress(path: Path) -> str | None:
-    """How far a stage that is not committed has come, from what it keeps on disk."""
+    """The progress of an uncommitted stage, from its partial results."""
     work = RunDir.work(path)
     if parts := len(list(work.glob("part-*.parquet"))):
         return f"{parts} parts"

@@ -1,4 +1,4 @@
-"""The run directory: where things are, what they were made from, and who owns it. The only state there is."""
+"""The run directory: its paths, the lineage of its contents, and its owner. There is no other state."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from sparring.run.manifest import (
     verify,
 )
 
-# A process that was killed while it started another one leaves its lock to that for a moment.
+# A child of a killed process may hold its lock for a moment.
 LOCK_SECONDS = 1.0
 
-# The ranks of a stage end after the process that started them; a new start waits for that.
+# Ranks may outlive the process that started them by a few seconds; a new start waits for them.
 RANKS_LOCK = ".ranks.lock"
 RANKS_SECONDS = 30.0
 
 STAGES = ("generate", "score", "train", "evaluate")
 JUDGED = "judged"
 BENCHMARKS = "benchmarks"
-"""The folder of an iteration in which each benchmark is a stage."""
+"""The folder of an iteration that holds one stage per benchmark."""
 
 
 class RunDir:
-    """Names of everything below a run directory."""
+    """The paths below a run directory."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
@@ -50,7 +50,7 @@ class RunDir:
         self.data = self.root / "data"
         self.start = self.root / "start"
         self.report = self.root / "report.html"
-        self.ranks = self.root / ".ranks"  # what the processes of a stage and ours tell each other
+        self.ranks = self.root / ".ranks"  # notes between the ranks of a stage and the process that started them
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
         self._outside: dict[Path, str] = {}
@@ -66,7 +66,7 @@ class RunDir:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything whose making depended on the settings."""
+        """Whether anything exists that depends on the settings."""
         return any(self.root.glob("data*")) or self.start.exists() or any(self.root.glob("iter-*"))
 
     def iteration(self, index: int) -> Path:
@@ -77,7 +77,7 @@ class RunDir:
 
     @staticmethod
     def work(stage: Path) -> Path:
-        """Where a stage keeps what it has so far: parts, checkpoints."""
+        """Where a stage keeps partial results: parts, checkpoints."""
         return stage.with_name(f".{stage.name}.partial")
 
     def model(self, index: int) -> Path:
@@ -85,9 +85,9 @@ class RunDir:
         return self.stage(index, "train") / "model"
 
     def digest(self, path: Path) -> str:
-        """Verified content digest: of a committed directory, of a folder inside one, or of a path outside the run.
+        """The verified content digest of a committed directory, a folder inside one, or a path outside the run.
 
-        Every path is read through once per process: 13 GiB of weights are hashed at the speed of the disk.
+        Reads every path once per process: 13 GiB of weights are hashed at disk speed.
         """
         if not path.is_relative_to(self.root):
             if path not in self._outside:
@@ -99,45 +99,45 @@ class RunDir:
                 return self.verify(committed).digest("" if inside == "." else inside + "/")
             if committed == self.root:
                 break
-        raise RunError(f"{path} has not been made yet")
+        raise RunError(f"{path} does not exist yet")
 
     def verify(self, committed: Path) -> Manifest:
-        """The manifest of a committed directory whose files have been read through once by this process."""
+        """The manifest of a committed directory; its files are verified once per process."""
         if committed not in self._verified:
             self._verified[committed] = verify(committed)
         return self._verified[committed]
 
     def set_aside(self, folder: Path) -> Path:
-        """Renames a damaged folder, so that it can be made again; nothing of it is deleted."""
+        """Renames a corrupted folder, so that its stage can run again; deletes nothing."""
         taken = len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
         return folder.rename(folder.with_name(f"{folder.name}.damaged-{taken + 1}"))
 
     def input_digests(self, *paths: Path) -> dict[str, str]:
-        """What a stage is about to read, verified: {path below the run directory, or absolute: digest}."""
+        """Verified digests of a stage's inputs: {path below the run directory, or absolute: digest}."""
         return {
             (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(): self.digest(path)
             for path in paths
         }
 
     def check_lineage(self, path: Path) -> None:
-        """Refuses a committed directory whose inputs are no longer those that it was made from."""
+        """Refuses a committed directory whose inputs have changed since."""
         for name, digest in read_manifest(path).input_digests.items():
-            source = self.root / name  # an absolute name stays as it is
+            source = self.root / name  # an absolute path stays absolute
             if not source.is_relative_to(self.root):
                 if source.exists() and self.digest(source) != digest:
                     raise RunMismatch(
-                        f"{source} has changed since {self.root} was started from it; use another run directory, "
-                        "or put the old file back"
+                        f"{source} has changed since {self.root} was started from it. Use another run directory, or "
+                        "restore the old file."
                     )
             elif self.digest(source) != digest:
                 raise RunError(
-                    f"{path} was made from another {name} than the one that is there now; "
-                    f"delete {path} and everything after it, and run the same command again"
+                    f"{path} was made from another {name} than the current one. Delete {path} and everything after it, "
+                    "and run the same command again."
                 )
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """Holds the run directory. The kernel frees the lock when the process dies, however it dies."""
+        """Locks the run directory. The kernel releases the lock when the process ends, for whatever reason."""
         lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS, mode=0o600)
         try:
             make_folder(self.root, 0o700)
@@ -145,11 +145,11 @@ class RunDir:
         except Timeout as error:
             owner = self._wait_for_owner()
             held = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
-            raise UserError(f"{self.root} is in use by {held}; wait for it or stop it") from error
+            raise UserError(f"{self.root} is in use by {held}. Wait for it, or stop it.") from error
         except OSError as error:
             raise UserError(
-                f"{self.root} cannot be used as a run directory: {error}. This process runs as user {os.getuid()}; "
-                "choose a folder on a disk with room where it may write"
+                f"{self.root} cannot be used as a run directory: {error}. Choose a folder where user {os.getuid()} may "
+                "write, on a disk with free space."
             ) from error
         try:
             if (self.root / RANKS_LOCK).exists():
@@ -158,7 +158,7 @@ class RunDir:
         except Timeout as error:
             lock.release()
             raise UserError(
-                f"processes of an earlier start still work in {self.root}; wait for them or end them"
+                f"Processes of an earlier start are still running in {self.root}. Wait for them, or stop them."
             ) from error
         try:
             me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -170,11 +170,11 @@ class RunDir:
             lock.release()
 
     def ranks_lock(self, seconds: float) -> FileLock:
-        """Held by the first rank of a stage: it may outlive, for moments, the process that owns the run."""
+        """Held by the main rank of a stage, which may briefly outlive the process that owns the run."""
         return FileLock(self.root / RANKS_LOCK, timeout=seconds, mode=0o600)
 
     def owner(self) -> Json | None:
-        """The living process that holds the run directory, as far as this host can tell."""
+        """The live process that holds the run directory, as far as this host can tell."""
         try:
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
             if owner["host"] == platform.node():
@@ -184,7 +184,7 @@ class RunDir:
             return None
 
     def _wait_for_owner(self) -> Json | None:
-        """An owner signs a moment after it took the lock."""
+        """The owner writes its note shortly after it takes the lock."""
         for _ in range(20):
             if owner := self.owner():
                 return owner

@@ -1,4 +1,4 @@
-"""The data stage: the user's rows, checked, rendered to token ids once, and split. Done once per run."""
+"""The data stage: checks the user's rows, renders them to token ids, and splits them. Runs once per run directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparring.types import Example, Rendered
 
 
 def check_dependencies(recipe: Recipe) -> None:
-    """Raises `UserError` where this machine lacks a library that the recipe needs. Libraries are tried, not just found."""
+    """Raises `UserError` if this machine lacks a library that the recipe needs, after trying the library."""
     for check in dependency_checks(recipe):
         check()
 
@@ -67,15 +67,14 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
             reader, train, recipe.data.self_play_rows, "self-play-rows", recipe.seed, others=held_out
         )
         if not self_play:
-            raise UserError(f"data.self_play_rows: {recipe.data.self_play_rows} leaves no row to play on")
+            raise UserError(f"data.self_play_rows: {recipe.data.self_play_rows} leaves no row for self-play.")
     known = check_weights(model)
     every = [row for _, row in (*train, *self_play, *held_out)]
     largest = max(int(ids.max()) for row in every for ids in (row.prompt_ids, row.real_ids))
     if max(largest, renderer.end.id) >= known:
         raise UserError(
-            f"model: the tokenizer in {model} gives token {max(largest, renderer.end.id)}, and the model has "
-            f"embeddings for {known}: tokens 0 to {known - 1}. They do not belong together; "
-            "use the model's own tokenizer"
+            f"model: the tokenizer in {model} returns token {max(largest, renderer.end.id)}, but the model has "
+            f"embeddings for tokens 0 to {known - 1}. Use the model's own tokenizer."
         )
     summary = DataSummary(
         model=str(model),
@@ -115,7 +114,7 @@ def make_renderer(recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBas
 
 
 Keyed = tuple[str, Rendered]
-"""A rendered row with the key of its prompt, which is never split between training and held-out data."""
+"""(key of the prompt, row). A prompt is never split between training and held-out rows."""
 
 
 class DataReader:
@@ -127,8 +126,8 @@ class DataReader:
         self.is_paired = any("rejected" in method.needs.roles for method in methods)
         if recipe.data.self_play_rows is not None and len({method.name == "sft" for method in methods}) < 2:
             raise UserError(
-                "data.self_play_rows keeps rows from sft iterations for self-play, so it needs both, such as method: space, "
-                "per_iteration: {0: {method: sft}}"
+                "data.self_play_rows hides rows from sft iterations, so the recipe needs both, such as method: space, "
+                "per_iteration: {0: {method: sft}}."
             )
         self.render = renderer
         self.seen: dict[str, int] = {}
@@ -151,9 +150,9 @@ class DataReader:
                     if not self.is_paired:
                         found = replace(found, rejected=None)
                     elif found.rejected is None:
-                        raise BadRow("no 'rejected' answer to the same prompt, which dpo needs")
+                        raise BadRow("no 'rejected' response to the same prompt, which dpo needs")
                     if found.id in self.seen:
-                        raise BadRow(f"the same as row {self.seen[found.id]}")
+                        raise BadRow(f"a duplicate of row {self.seen[found.id]}")
                     rendered = self.render(found)
                     taken.append((prompt_key(found), rendered))
                     self.seen[found.id] = number
@@ -164,7 +163,7 @@ class DataReader:
                     break
         bad = self.skipped.total() - skipped_before
         if not taken:
-            raise UserError(f"data: {source} has no usable row{f': {self.reasons()}' if number else ', it is empty'}")
+            raise UserError(f"data: {source} has no usable row{f': {self.reasons()}' if number else ': it is empty'}")
         if bad > self.settings.max_skipped * (bad + len(taken)):
             raise UserError(
                 f"data: {bad} of {bad + len(taken)} rows of {source} cannot be used: {self.reasons()}. "
@@ -191,7 +190,7 @@ class DataReader:
 
     def skip(self, source: str, number: int, reason: str) -> None:
         self.first = self.first or f"row {number} of {source}: {reason}"
-        self.skipped[re.sub(r"\d+", "N", reason)] += 1  # one kind of fault is counted as one
+        self.skipped[re.sub(r"\d+", "N", reason)] += 1  # one reason for all row numbers
         self.log.append(json.dumps({"file": source, "row": number, "reason": reason}, ensure_ascii=False) + "\n")
 
     def reasons(self) -> str:
@@ -202,27 +201,27 @@ class DataReader:
 def split_off(
     reader: DataReader, rows: list[Keyed], amount: float | str, what: str, seed: int, others: Sequence[Keyed] = ()
 ) -> tuple[list[Keyed], list[Keyed]]:
-    """(the rest, the rows kept apart): some of `rows`, or those of a file whose prompts are in none of the rows."""
+    """(remaining rows, split-off rows): some of `rows`, or those of a file that have other prompts."""
     if not isinstance(amount, str):
         return split(rows, amount, what, seed)
     elsewhere = {key: "training" for key, _ in rows} | {key: "held-out" for key, _ in others}
     kept: list[Keyed] = []
     for key, row in reader.read(amount):
         if key in elsewhere:
-            reader.skip(amount, row.row, f"the prompt is also in the {elsewhere[key]} data")
+            reader.skip(amount, row.row, f"its prompt is also in the {elsewhere[key]} data")
         else:
             kept.append((key, row))
     return rows, kept
 
 
 def split(rows: Sequence[Keyed], amount: float, what: str, seed: int) -> tuple[list[Keyed], list[Keyed]]:
-    """Prompts kept apart by hash, so that adding a row moves few others. All rows of a prompt go together.
+    """Splits prompts by hash, so that adding a row moves few others. All rows of a prompt stay together.
 
-    `amount` is a share if it is a float, else a number of prompts.
+    `amount` is a fraction if it is a float, otherwise a number of prompts.
     """
     prompts = sorted({key for key, _ in rows}, key=lambda key: seed_of(seed, what, key))
     count = round(amount * len(prompts)) if isinstance(amount, float) else amount
     if count >= len(prompts):
-        raise UserError(f"data.{what.replace('-', '_')}: {amount} leaves none of {len(prompts)} prompts for training")
+        raise UserError(f"data.{what.replace('-', '_')}: {amount} leaves none of {len(prompts)} prompts for training.")
     chosen = set(prompts[:count])
     return [r for r in rows if r[0] not in chosen], [r for r in rows if r[0] in chosen]

@@ -105,8 +105,8 @@ def engine_difference(
     difference, allowed = float(np.mean(differences)), ENGINE_TOLERANCE[dtype]
     if not difference <= allowed:
         info(
-            f"note: The engine's log-probs of {len(differences)} responses differ from the scorer's by {difference:.2g} "
-            f"nats per token, and rounding in {dtype} explains {allowed:g}. The engine serves another model than the "
+            f"note: The engine's log-probs of {len(differences)} responses differ from the scorer's by "
+            f"{difference:.2g} nats per token, and rounding in {dtype} explains {allowed:g}. The engine serves another model than the "
             "one that is scored: check its weights, adapter and precision."
         )
     return {"engine_difference": difference, "engine_allowed": allowed, "engine_answers": len(differences)}

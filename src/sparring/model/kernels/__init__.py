@@ -1,5 +1,5 @@
-"""From hidden states to log-probs of tokens. `reference.py` is the specification, `chunked.py` what runs: products of
-torch's, and between them `rows.py`, or `triton.py` on a GPU."""
+"""Log-probs of tokens from hidden states. `reference.py` is the specification. `chunked.py` runs: torch's matrix
+products in chunks, and between them `rows.py`, or `triton.py` on a GPU."""
 
 from sparring.model.kernels.chunked import linear_logprob
 

@@ -1,4 +1,4 @@
-"""log p(token | prefix) from hidden states, never holding [tokens, vocab] beyond a fixed number of elements."""
+"""log p(token | prefix) from hidden states, without materializing all logits [tokens, vocab]."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from sparring.model.kernels import rows
 
 BLOCK = 256
-"""Tokens at a time whose logits exist, beyond those that are kept. Fewer make the head's gradient, which is added up
-once per block, dearer than its product: so it is with small blocks and a large vocabulary."""
+"""Tokens per chunk beyond those whose logits are kept. In smaller chunks, adding up the head's gradient would cost more
+than computing it."""
 
 KEPT = 2**27
-"""Bytes of logits that the forward pass may leave to the backward pass. The rest is computed again, which costs a third
-more products of the head, and only where a step is large."""
+"""Bytes of logits that the forward pass keeps for the backward pass. The rest is recomputed, at a third more matrix
+products of the head."""
 
 
 def linear_logprob(
@@ -33,8 +33,8 @@ def linear_logprob(
     softcap: float | None = None,
     is_kept: bool = True,
 ) -> Float[Tensor, " tokens"]:
-    """`reference.linear_logprob` in blocks of tokens. Products in autocast's dtype if it is on; all else float32
-    (float64 for float64). `is_kept`: whether the backward pass may have logits left to it."""
+    """`reference.linear_logprob` in chunks of tokens. Matrix products use autocast's dtype if it is on, everything else
+    float32 (float64 for float64). `is_kept`: whether logits may be kept for the backward pass."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
@@ -69,7 +69,7 @@ class _LinearLogprob(torch.autograd.Function):
             normalizers.append(normalizer)
             if number == 0 and kept:
                 ctx.kept = logits
-            del logits  # before the next block's are made
+            del logits  # before the next chunk's are computed
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
         return torch.cat(logprobs)
 
@@ -80,7 +80,7 @@ class _LinearLogprob(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         work, for_hidden, for_weight = rows_for(hidden.device), [], None
         for_bias = torch.zeros_like(bias, dtype=normalizers.dtype) if needs_bias else None
-        # the kept logits are overwritten below; a second backward pass computes them again
+        # the kept logits are overwritten below; a second backward pass would recompute them
         logits, ctx.kept = ctx.kept, None
         blocks = (x.split(ctx.sizes) for x in (hidden, targets, normalizers, gradient))
         for states, *values in zip(*blocks, strict=True):
@@ -93,7 +93,7 @@ class _LinearLogprob(torch.autograd.Function):
                 for_hidden.append(logits @ weight)
             if needs_weight and for_weight is None:
                 for_weight = (logits.T @ states).to(normalizers.dtype)
-            elif for_weight is not None:  # summed over blocks in float32, whatever the dtype of the products
+            elif for_weight is not None:  # accumulated in float32, whatever the dtype of the products
                 for_weight += logits.T @ states
             logits = None
         of_hidden, of_weight, of_bias = ctx.dtypes
@@ -106,7 +106,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def rows_for(device: torch.device) -> ModuleType:
-    """What works on rows of logits there: Triton's kernels on a GPU that has them, else torch."""
+    """The row kernels for a device: Triton's on a GPU that has it, otherwise torch's."""
     if device.type == "cuda" and find_spec("triton") is not None:
         from sparring.model.kernels import triton
 
@@ -115,6 +115,6 @@ def rows_for(device: torch.device) -> ModuleType:
 
 
 def _blocks(tokens: int, kept: int) -> list[int]:
-    """Tokens of each block: first those whose logits are kept, in one piece, so that their products are large."""
+    """Tokens of each chunk: the first one holds all kept logits, so that its products are large."""
     sizes = [min(tokens, kept)] if kept else []
     return sizes + [min(BLOCK, tokens - start) for start in range(sum(sizes), tokens, BLOCK)]

@@ -1,4 +1,4 @@
-"""log p(token | prefix) from hidden states: the specification that any faster kernel is held to."""
+"""log p(token | prefix) from hidden states: the specification that faster kernels are tested against."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def linear_logprob(
     softcap(z) = softcap * tanh(z / softcap), as in Gemma 2; `scale` multiplies the logits, as in Cohere
     and Granite.
     """
-    # float: a bfloat16 log-softmax loses the differences that we train on
+    # float: a bfloat16 log-softmax loses the differences that training depends on
     logits = F.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()

@@ -1,6 +1,6 @@
-"""What happens between the head's products, row by row: from logits to log-probs, and from there to slopes.
+"""Row-wise work between the head's matrix products: logits to log-probs, and their gradient.
 
-Plain torch, on a CPU in strips that stay in its caches. `triton.py` has the same two functions for GPUs.
+Plain torch; on a CPU in strips that stay in its caches. `triton.py` has the same two functions for GPUs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 STRIP = 2**20
-"""Elements that are made float32 at a time on a CPU: 4 MiB."""
+"""Elements per strip on a CPU: 4 MiB of float32."""
 
 
 def logprobs_of(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], scale: float, softcap: float | None
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """log p of each target, and the logarithm of each row's normalizer; float32 (float64 of float64)."""
+    """log p of each target, and the log-normalizer of each row; float32 (float64 for float64)."""
     logprobs, normalizers = [], []
     for strip, chosen in _strips(logits, targets):
         final = _final(strip, scale, softcap)
@@ -36,7 +36,7 @@ def slopes_(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Puts outer * d log p(target) / d logits in the place of the logits: (one-hot - softmax) times inner slopes."""
+    """Replaces the logits with outer * d log p(target) / d logits: (one-hot - softmax) times inner derivatives."""
     for strip, chosen, normalizer, gradient in _strips(logits, targets, normalizers, outer):
         final = _final(strip, scale, softcap)
         slope = None if softcap is None else 1 - (final / softcap).square()
@@ -56,7 +56,7 @@ def _strips(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _final(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """float32, and the same tensor where nothing has to change."""
+    """Final logits in float32; the same tensor if nothing has to change."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scale != 1:
         logits = logits * scale

@@ -1,10 +1,10 @@
-"""`rows.py` for GPUs: each of its two functions as one Triton kernel that reads a row of logits once or twice.
+"""`rows.py` for GPUs: each function is one Triton kernel that reads a row of logits once or twice.
 
-The products around them are cuBLAS's. Checked in Triton's interpreter on CPU; not run on a GPU yet.
+cuBLAS computes the products around them. Tested in Triton's interpreter on CPU; not run on a GPU yet.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportInvalidTypeForm=false
-# (Triton comes with torch for GPUs; its decorator makes objects that are indexed by a grid)
+# (Triton comes with torch's CUDA builds; its decorator returns objects that are indexed by a grid)
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _logprobs(
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     columns = tl.arange(0, TILE)
-    # a running maximum and sum in each of the TILE places, brought together at the end
+    # a running maximum and sum per lane of the tile, combined at the end
     highest = tl.full([TILE], float("-inf"), dtype)
     total = tl.zeros([TILE], dtype)
     for at in range(0, vocab, TILE):

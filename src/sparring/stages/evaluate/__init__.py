@@ -1,4 +1,4 @@
-"""The evaluate stage: what each iteration's policy has become, on rows that it never trained on."""
+"""The evaluate stage: each iteration's policy on held-out rows and benchmarks."""
 
 from sparring.stages.evaluate.harness import benchmark
 from sparring.stages.evaluate.held_out import evaluate

@@ -1,4 +1,4 @@
-"""Checkers for tasks whose answers can be checked."""
+"""Checkers: whether a response agrees with the real one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from sparring.recipe.schema import Regex
 
 Extract = Callable[[str], str | None]
-"""What counts of an answer, in a form that can be compared; None if it is not there."""
+"""Extracts the comparable answer of a response; None if it has none."""
 
 AFTER_MARK = re.compile(r"####\s*([^\n]*)")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -29,12 +29,12 @@ def number(text: str) -> str | None:
 
 
 def exact(text: str) -> str | None:
-    """The whole text without the white space around it."""
+    """The whole text, stripped."""
     return text.strip()
 
 
 def matcher(pattern: str) -> Extract:
-    """The first group of the pattern's last match, or that whole match."""
+    """The first group of the pattern's last match, or the whole match."""
     compiled = re.compile(pattern)
 
     def extract(text: str) -> str | None:
@@ -57,6 +57,6 @@ def make_extract(checker: str | Regex) -> Extract:
 
 
 def is_correct(extract: Extract, answer: str, real: str) -> bool | None:
-    """Whether an answer agrees with the real one; None if the real one has nothing to compare with."""
+    """Whether a response agrees with the real one; None if the real one has no comparable answer."""
     wanted = extract(real)
     return None if wanted is None else extract(answer) == wanted

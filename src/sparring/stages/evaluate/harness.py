@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness, each of them a stage of its iteration, in a process of its own."""
+"""Benchmarks of lm-evaluation-harness. Each is a stage of its iteration and runs in its own process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sparring.run.rundir import BENCHMARKS
 
 
 def benchmark(iteration: Iteration, task: Task, label: str) -> None:
-    """Writes benchmarks/LABEL/: metrics.json, results.json with the parts of a group, samples.jsonl.
+    """Writes benchmarks/LABEL/: metrics.json, results.json with the subtasks of a group, samples.jsonl.
 
-    What is measured is the policy that the manifest names by digest; nothing of another iteration is used again.
+    Measures the policy whose digest the manifest has; reuses nothing from other iterations.
     """
     start = time.monotonic()
     settings = iteration.recipe.evaluate.harness
@@ -58,7 +58,7 @@ def benchmark(iteration: Iteration, task: Task, label: str) -> None:
 def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
-            "evaluate.harness: lm-evaluation-harness is not installed; pip install 'sparring[lm-eval]', or leave it out"
+            "evaluate.harness: lm-evaluation-harness is not installed. Run pip install 'sparring[lm-eval]', or remove it."
         )
 
 
@@ -68,16 +68,16 @@ def task_file(task: Task) -> Path | None:
     file = Path(task.name).resolve()
     if not file.is_file():
         raise UserError(
-            f"evaluate.harness.tasks: there is no file {file}; relative paths start at the working directory"
+            f"evaluate.harness.tasks: there is no file {file}. Relative paths start at the working directory."
         )
     return file
 
 
 def template(iteration: Iteration) -> str:
-    """The run's own: the harness then asks as the run does."""
+    """The run's chat template, so that the harness prompts as the run does."""
     tokenizer = load_tokenizer(iteration.policy)
     found = chat_template_of(iteration.recipe.template, tokenizer, iteration.data.end_token)
-    assert found is not None  # the data stage had one
+    assert found is not None  # the data stage used it
     return found
 
 
@@ -95,6 +95,6 @@ def run_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"evaluate.harness: {request['task']} of {request['model']} ended with status {process.returncode}:\n  "
                 + "\n  ".join(said[-3:])
-                + "\nA task that is not a file of yours loads its data from the hub, the first time at least"
+                + "\nTasks other than your own files download their data from the hub."
             )
         return json.loads(answered.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""The process that runs lm-evaluation-harness on one model and one task, and ends: python -m ... REQUEST RESULT
+"""The process that runs lm-evaluation-harness on one model and one task: python -m ... REQUEST RESULT
 
-Its seeds, its imports and its memory are its own. The model is loaded as everywhere in sparring, so that an adapter, a
-base in 4 bits and the dtype are the run's. Nothing is cached: neither requests nor answers.
+A separate process isolates its seeds, imports and memory. The model is loaded as everywhere in sparring, so adapter,
+4-bit base and dtype are the run's. Nothing is cached.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def main() -> None:
     request: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = Path(request["task"]) if request["task"].endswith((".yaml", ".yml")) else None
-    if file is not None:  # a task of the user's own, with data of their own: no request leaves this machine
+    if file is not None:  # the user's own task and data: no request leaves this machine
         os.environ |= dict.fromkeys(OFFLINE, "1")
-        with suppress(ImportError):  # whose data IFEval's checkers would fetch when they are imported
+        with suppress(ImportError):  # IFEval's checkers would download its data on import
             import nltk
 
             nltk.download = lambda *words, **more: False
@@ -43,7 +43,7 @@ def main() -> None:
     folder = Path(request["model"])
     dtype = getattr(torch, request["dtype"])
     model = load_model(folder, dtype=dtype, device=local_device(), in_4bit=request["in_4bit"])
-    # nothing of the model's own, such as a repetition penalty; but it ends where the run's answers end
+    # not the model's own settings, such as a repetition penalty, but the run's end tokens
     model.generation_config = GenerationConfig(eos_token_id=request["end_ids"])
     tokenizer = load_tokenizer(folder)
     if request["chat_template"] is not None:
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def task_of(file: Path) -> str:
-    """The task's name in a YAML file, which may hold tags that only the harness reads."""
+    """The task's name in a YAML file, which may contain tags that only the harness can load."""
     named = re.search(r"^(?:task|group):\s*['\"]?([\w.+-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     if named is None:
         raise ValueError(f"{file} has no line 'task: NAME'")

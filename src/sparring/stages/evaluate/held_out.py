@@ -1,6 +1,6 @@
-"""Held-out rows: likelihood of the real answers, fresh answers, and the game against the opponent.
+"""Evaluation on held-out rows: likelihood of the real responses, fresh responses, and the comparison with the opponent.
 
-The fresh answers of one evaluation are the opponent's answers of the next, so each iteration draws once.
+The fresh responses of one evaluation are the opponent's responses in the next, so each iteration samples once.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ ANSWERS = pa.schema(
         "token_ids": IDS,
         "finish": pa.string(),
         "text": pa.string(),
-        "logprob": pa.float32(),  # of this answer, under the policy that gave it
+        "logprob": pa.float32(),  # of this response, under the policy that sampled it
         "real_logprob": pa.float32(),
-        "opponent_logprob": pa.float32(),  # of the opponent's answer, under the policy
-        "proto_logprob": pa.float32(),  # of the starting model's answer, under the policy
+        "opponent_logprob": pa.float32(),  # of the opponent's response, under the policy
+        "proto_logprob": pa.float32(),  # of the starting model's response, under the policy
         "greedy_text": pa.string(),
         "is_correct": pa.bool_(),
         "is_greedy_correct": pa.bool_(),
@@ -58,7 +58,7 @@ ANSWERS = pa.schema(
 
 
 def evaluate(iteration: Iteration, open_backend: OpenBackend, parallel: Parallel) -> None:
-    """Writes evaluate/: metrics.json, and answers.parquet with one fresh answer per held-out row."""
+    """Writes evaluate/: metrics.json, and answers.parquet with one fresh response per held-out row."""
     start, run, recipe = time.monotonic(), iteration.run, iteration.recipe
     earlier = [] if iteration.index < 0 else [iteration.before().stage("evaluate"), run.start / "evaluate"]
     input_digests = run.input_digests(run.data, iteration.policy, *dict.fromkeys(earlier)) if parallel.is_main else {}
@@ -94,7 +94,7 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend, parallel: Parallel
 def check_answers(
     iteration: Iteration, rows: Sequence[Rendered], fresh: Sequence[Generation], greedy: Sequence[Generation]
 ) -> tuple[dict[str, Sequence[object] | np.ndarray], dict[str, float]]:
-    """(columns of answers.parquet, metrics) that follow from the answers alone: their form, and who is right."""
+    """(columns of answers.parquet, metrics) that depend on the responses alone: form and correctness."""
     tokenizer, checker = load_tokenizer(iteration.policy), iteration.recipe.evaluate.checker
     texts, nothing = decode_answers(tokenizer, fresh), [None] * len(rows)
     columns: dict[str, Sequence[object] | np.ndarray] = {
@@ -124,7 +124,7 @@ def score_answers(
     proto: Answers | None,
     parallel: Parallel,
 ) -> dict[Role, np.ndarray]:
-    """The policy's log-probs of the real responses, its own answers, its opponent's, and the starting model's."""
+    """The policy's log-probs of the real responses, its own, its opponent's, and the starting model's."""
     recipe, index, roles = iteration.recipe, iteration.index, ["real", "generated"]
     generated, protos = {index: fresh}, None
     if opponent and proto:
@@ -142,14 +142,14 @@ def score_answers(
 def answers(
     iteration: Iteration, open_backend: OpenBackend, rows: Sequence[Rendered], parallel: Parallel, *, is_checked: bool
 ) -> tuple[list[Generation], list[Generation]]:
-    """Fresh answers to all rows, and greedy ones if they are checked. Every n-th rank that has an engine draws some."""
+    """(sampled, greedy) responses to all rows; greedy ones only if they are checked. Ranks with an engine share the rows."""
     settings = iteration.recipe.generate
-    ranks = max(1, parallel.num_ranks // settings.tensor_parallel_size)  # each engine has so many devices
+    ranks = max(1, parallel.num_ranks // settings.tensor_parallel_size)  # each engine takes that many devices
     if parallel.num_ranks == 1:
         with open_backend(iteration.policy) as backend:
             fresh = answer(iteration, backend, rows, greedy=False)
             return fresh, answer(iteration, backend, rows, greedy=True) if is_checked else []
-    # whole batches, so that an answer does not depend on the number of ranks
+    # whole batches, so that responses do not depend on the number of ranks
     batch = settings.batch_size or 64
     order = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.id))
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
@@ -171,7 +171,7 @@ def answers(
 
 
 def answer(iteration: Iteration, backend: Backend, rows: Sequence[Rendered], *, greedy: bool) -> list[Generation]:
-    """One answer per row, in the order of `rows`."""
+    """One response per row, in the order of `rows`."""
     limit = iteration.recipe.generate.max_new_tokens
     prompts = [
         Prompt(
@@ -187,14 +187,16 @@ def answer(iteration: Iteration, backend: Backend, rows: Sequence[Rendered], *, 
     with track(f"answer {'greedily' if greedy else 'held-out prompts'}", len(prompts)) as advance:
         for generation in backend.generate(prompts, greedy=greedy):
             if generation.finish == "failed":
-                raise RunError(f"the engine cannot answer held-out row {generation.id}; take that row out of the data")
+                raise RunError(
+                    f"The engine could not respond to held-out row {generation.id}. Remove that row from the data."
+                )
             found[generation.id] = generation
             advance(1, len(generation.token_ids))
     return [found[row.id] for row in rows]
 
 
 class Answers:
-    """What an earlier evaluation drew, in the order of the held-out rows."""
+    """The responses of an earlier evaluation, in the order of the held-out rows."""
 
     def __init__(self, table: pa.Table) -> None:
         self.token_ids = id_lists(table["token_ids"])
@@ -213,7 +215,7 @@ class Answers:
 
 
 def likelihood(rows: Sequence[Rendered], real_logprob: np.ndarray) -> dict[str, float]:
-    """NLL of the real answers in nats per token, with the standard error of this ratio over rows."""
+    """NLL of the real responses in nats per token, with the standard error of this ratio over rows."""
     lengths = np.array([len(row.real_ids) for row in rows])
     nll = float(-real_logprob.sum() / lengths.sum())
     residual = -real_logprob - nll * lengths
@@ -225,7 +227,7 @@ def likelihood(rows: Sequence[Rendered], real_logprob: np.ndarray) -> dict[str, 
 
 
 def accuracy(name: str, correct: Sequence[bool | None]) -> dict[str, float]:
-    """Share of right answers among the rows that can be checked, with its standard error."""
+    """Fraction of correct responses among the rows that can be checked, with its standard error."""
     checked = [c for c in correct if c is not None]
     share = sum(checked) / len(checked) if checked else float("nan")
     error = (share * (1 - share) / len(checked)) ** 0.5 if checked else float("nan")
@@ -239,8 +241,8 @@ def against_opponent(
     opponent: Answers,
     proto: Answers,
 ) -> dict[str, float]:
-    """The policy against its opponent, on the opponent's answers to held-out prompts."""
-    is_first = bool(np.isnan(opponent.proto_logprob).all())  # the opponent's own answers are the proto answers
+    """The policy against its opponent, on the opponent's responses to held-out prompts."""
+    is_first = bool(np.isnan(opponent.proto_logprob).all())  # the opponent is the starting model
     policy: Scores = {
         "real": torch.from_numpy(scores["real"]),
         "generated": torch.from_numpy(scores["generated"][:, 1:]),
@@ -266,7 +268,7 @@ def against_opponent(
         "advantages/current": gap.mean().item(),
         "advantages/history_logps": (per_row["logps/generated"] - per_row["logps/proto"]).mean().item(),
         **{f"quadrants/{name}": share for name, share in quadrants(per_row["rewards/margins"], gap).items()},
-        # E over the samples of q of log q - log p: they are true samples at temperature 1 and top-p 1
+        # E over samples of q of log q - log p; exact for temperature 1 and top_p 1
         "kl_from_opponent": (theirs["generated"] - policy["generated"]).mean().item(),
         "kl_from_start": float((proto.logprob - scores["proto"]).mean()),
     }

@@ -1,4 +1,4 @@
-"""Answers to the questions of MT-Bench (arXiv 2306.05685), two turns each, for a judge. The file is the user's."""
+"""Responses to the questions of MT-Bench (arXiv 2306.05685), two turns each, for a judge."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Question:
 
 
 def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
-    """Writes benchmarks/mt_bench-.../: answers.jsonl, in FastChat's form, and metrics.json. Answers are greedy."""
+    """Writes benchmarks/mt_bench-.../: answers.jsonl, in FastChat's format, and metrics.json. Decodes greedily."""
     start = time.monotonic()
     data, file = iteration.data, questions_file(iteration)
     questions = read_questions(file)
@@ -112,8 +112,8 @@ def questions_file(iteration: Iteration) -> Path:
 def read_questions(file: Path) -> list[Question]:
     if not file.is_file():
         raise UserError(
-            f"evaluate.mt_bench: there is no file {file}; FastChat's is question.jsonl, with question_id, "
-            "category and turns in each line"
+            f"evaluate.mt_bench: there is no file {file}. FastChat's is question.jsonl, with question_id, "
+            "category and turns on each line."
         )
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -125,21 +125,21 @@ def read_questions(file: Path) -> list[Question]:
             found.append(Question(int(row["question_id"]), str(row.get("category", "")), turns))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"evaluate.mt_bench: line {number} of {file} is no question with question_id and turns: "
+                f"evaluate.mt_bench: line {number} of {file} is not a question with question_id and turns: "
                 f"{type(error).__name__} {error}"
             ) from error
     if not found or not all(question.turns for question in found):
-        raise UserError(f"evaluate.mt_bench: {file} has no questions, or one without turns")
+        raise UserError(f"evaluate.mt_bench: {file} has no questions, or one without turns.")
     return found
 
 
 def turn_ids(render: Renderer, question: Question, said: Sequence[str], seen: TokenIds) -> TokenIds:
-    """Token ids up to where the next answer begins, rendered as the run's rows are; none if it does not fit.
+    """Token ids of the prompt of the next turn, rendered like the run's rows; empty if it does not fit.
 
-    A text template has room for one turn: the next one is rendered alone, after the tokens of what was said.
+    A text template holds one turn: the next turn is rendered alone and appended to the tokens of the conversation.
     """
     if said and not len(seen):
-        return NOTHING  # the turn before could not be answered
+        return NOTHING  # the previous turn has no response
     turns: list[Message] = []
     for asked, answered in zip(question.turns, said, strict=False):
         turns += [Message(role="user", content=asked), Message(role="assistant", content=answered)]
@@ -155,7 +155,7 @@ def turn_ids(render: Renderer, question: Question, said: Sequence[str], seen: To
 
 
 def draw(backend: Backend, prompts: dict[int, Prompt]) -> dict[int, Generation]:
-    """Greedy answers by the places of the prompts, similar lengths together."""
+    """Greedy responses by question index, in batches of similar length."""
     order = sorted(prompts, key=lambda place: -len(prompts[place].token_ids))
     found = {}
     with track("answer MT-Bench", len(order)) as advance:

@@ -1,4 +1,4 @@
-"""How answers look as sequences: lengths, ends, variety, repetition. On token ids, end tokens left out."""
+"""The form of responses: length, end tokens, diversity, repetition. On token ids, without end tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparring.types import Generation, TokenIds
 
 
 def text_metrics(answers: Sequence[Generation], real: Sequence[TokenIds]) -> dict[str, float]:
-    """Metrics of the policy's fresh answers, beside the real answers of the same prompts."""
+    """Metrics of the policy's fresh responses, relative to the real responses of the same prompts."""
     bodies = [a.token_ids[:-1] if a.finish == "stop" else a.token_ids for a in answers]
     lengths = np.array([len(a.token_ids) for a in answers])
     copies = [np.array_equal(a.token_ids, r) for a, r in zip(answers, real, strict=True)]
@@ -34,12 +34,12 @@ def ngrams(tokens: TokenIds, n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(bodies: Sequence[TokenIds], n: int) -> float:
-    """Different n-grams over all n-grams, of all answers together; 1 where there is none."""
+    """Distinct n-grams over all n-grams, of all responses together; 1 if there are none."""
     counts = Counter(gram for body in bodies for gram in ngrams(body, n))
     return len(counts) / counts.total() if counts else 1.0
 
 
 def repetition(body: TokenIds, n: int = 4) -> float:
-    """The share of an answer's 4-grams that it has had before."""
+    """The fraction of a response's 4-grams that occurred earlier in it."""
     grams = ngrams(body, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,4 +1,4 @@
-"""The generate stage and the engines that draw answers."""
+"""The generate stage and its engines."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["backend_factory", "draw_parts", "generate", "generate_parts", "open_
 def open_backend(
     model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int, in_4bit: bool = False
 ) -> Iterator[Backend]:
-    """The engine that the recipe names, holding `model`; its memory is free again afterwards.
+    """The engine of a recipe, serving `model`. Leaving the context frees its memory.
 
-    `in_4bit`: its base quantized as for training, which only `hf` does.
+    `in_4bit`: with the base quantized as in training, which only `hf` supports.
     """
     match settings.backend:
         case "hf":
@@ -75,7 +75,7 @@ def open_backend(
 
 
 def backend_factory(iteration: Iteration) -> OpenBackend:
-    """The engine of an iteration's recipe, to be opened for a model's folder."""
+    """Opens the engine of an iteration's recipe for a model's folder."""
     return partial(
         open_backend,
         settings=iteration.recipe.generate,
@@ -87,7 +87,7 @@ def backend_factory(iteration: Iteration) -> OpenBackend:
 
 
 def server(model: Path, settings: Generate, dtype: str) -> AbstractContextManager[tuple[str, str | None]]:
-    """URL and token: of the user's own server, or of one that is started for `model`."""
+    """(URL, token) of the user's server, or of one that is started for `model`."""
     if settings.command is not None:
         return started_server(settings.command, model, dtype)
     assert settings.url is not None

@@ -1,4 +1,4 @@
-"""What every engine's output becomes: cut at its end, in the order that was asked for."""
+"""What all engines do with their output: truncate it at its end token, and restore the order of the prompts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sparring.logging import info
 from sparring.types import Generation, Prompt
 
 NUM_CHECKED = 64
-"""Prompts of a call for which engines report log-probs: enough to tell another model. All would cost a tenth more."""
+"""Prompts per call whose log-probs engines report: enough to detect another model. All would cost a tenth more."""
 
 
 def finish_generation(
     prompt: Prompt, tokens: Int[np.ndarray, " steps"], end_ids: Sequence[int], logprob: float | None = None
 ) -> Generation:
-    """Cuts a row of output after its first end token, or at its own limit."""
+    """Truncates output after its first end token, or at the prompt's own limit."""
     ends = np.flatnonzero(np.isin(tokens, end_ids))
     length = int(ends[0]) + 1 if len(ends) else len(tokens)
     if length > prompt.max_new_tokens or not len(ends):
@@ -27,12 +27,12 @@ def finish_generation(
 
 
 def failed(prompt: Prompt, reason: str) -> Generation:
-    info(f"note: no answer to row {prompt.id}, sample {prompt.sample}: {reason}")
+    info(f"note: no response to row {prompt.id}, sample {prompt.sample}: {reason}")
     return Generation(prompt.id, prompt.sample, np.array([], dtype=np.int32), "failed")
 
 
 def in_order(answers: Iterable[tuple[int, Generation]]) -> Iterator[Generation]:
-    """Answers with their places, each as soon as all before it are there."""
+    """Sorts numbered responses: yields each one as soon as all before it have arrived."""
     waiting: dict[int, Generation] = {}
     place = 0
     for index, answer in answers:

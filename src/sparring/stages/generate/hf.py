@@ -1,4 +1,4 @@
-"""Answers from transformers' own `generate`, in this process."""
+"""Samples with transformers' `generate`, in this process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BATCH_SIZE = 64
 
 
 class HfBackend:
-    """Batches of similar length, each answer drawn with random numbers of its own.
+    """Batches of similar length, with separate random numbers for each response.
 
-    An answer depends on its prompt and seed alone, up to the rounding of the model's products, which can
-    depend on the shape of the batch; the batches are a function of the prompts, so a rerun repeats them.
+    A response depends only on its prompt and seed, up to rounding, which can depend on the shape of the batch. Batches
+    are a function of the prompts, so a rerun repeats them.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class HfBackend:
         self.temperature = temperature
         self.top_p = top_p
         self.batch_size = batch_size
-        # generate() fills whatever a configuration leaves open from the model's own one, which may hold
-        # a temperature or a repetition penalty: then its samples would not be samples of the model
+        # generate() takes unset values from the model's own configuration; with its temperature or repetition penalty
+        # the samples would not be samples of the model
         model.generation_config = GenerationConfig()
 
     def generate(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Iterator[Generation]:
-        """In the order of `prompts`. Give prompts of similar length together: a batch is padded to its longest."""
+        """In the order of `prompts`. Batches are padded to their longest prompt, so sort prompts by length."""
         for start in range(0, len(prompts), self.batch_size):
             yield from self._batch(prompts[start : start + self.batch_size], greedy or self.temperature == 0)
 
@@ -66,7 +66,7 @@ class HfBackend:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=self.end_ids,
-                pad_token_id=self.end_ids[0],  # stands after an end token only, where it is cut off below
+                pad_token_id=self.end_ids[0],  # only after an end token, where it is truncated below
             ),
         )
         for prompt, tokens in zip(prompts, output[:, width:].cpu().numpy(), strict=True):
@@ -83,9 +83,9 @@ class HfBackend:
 
 
 class InverseTransform(LogitsProcessor):
-    """Leaves one token per row: the first whose cumulative probability exceeds the row's number of this step.
+    """Keeps one token per row: the first whose cumulative probability exceeds the row's random number of this step.
 
-    This is a draw from softmax(logits), with randomness that belongs to the row and not to the batch.
+    This samples from softmax(logits), with randomness that belongs to the row and not to the batch.
     """
 
     def __init__(self, draws: Float[Tensor, "batch steps"], width: int, warpers: LogitsProcessorList) -> None:

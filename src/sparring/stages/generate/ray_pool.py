@@ -1,7 +1,7 @@
-"""The generate stage on a Ray cluster: actors hold engines, this process alone commits what they draw.
+"""The generate stage on a Ray cluster: actors run engines, and only this process commits their parts.
 
-Exactly once: a part is committed by the owner of the run directory, under the name that its rows decide, when its
-answers have arrived; what a dead actor was drawing never arrives, and is handed to another one.
+Exactly once: the owner of the run directory commits a part, under the name that its rows determine, when its responses
+have arrived. A part that a dead actor was working on never arrives, and goes to another actor.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from sparring.stages.generate import backend_factory, draw_parts, plan_parts, pr
 from sparring.types import Generation, OpenBackend, Prompt
 
 POLL_SECONDS = 1.0
-"""How often the cluster is asked for its size while nothing arrives."""
+"""How often the cluster's size is checked while nothing arrives."""
 MAX_DEATHS = 4
-"""Engines that may die at one part, or each in its place without any part between, before the run stops."""
+"""Engines that may die on one part, or per worker without a finished part, before the run stops."""
 
 Drawn = tuple[list[Generation], list[str]]
 
@@ -48,26 +48,25 @@ class Engine:
         if threads is not None:
             torch.set_num_threads(threads)
         self.tokenizer = load_tokenizer(model)
-        self.backend = ExitStack().enter_context(open_backend(model))  # held until the process ends
+        self.backend = ExitStack().enter_context(open_backend(model))  # open until the process ends
 
     def draw(self, parts: Sequence[Sequence[Prompt]]) -> Iterator[Drawn]:
-        """Streams each part as it is done, while the engine goes on with the next one."""
+        """Streams each part as it is finished, while the engine works on the next one."""
         yield from draw_parts(self.backend, self.tokenizer, parts)
 
 
 @dataclass
 class Worker:
     actor: Any
-    waits_for: Any  # a reference to its next event: that it is open, or the next part of its stream
+    waits_for: Any  # Ray reference to its next event: the engine is open, or the next part is finished
     stream: Any = None
-    lease: deque[Path] = field(default_factory=deque[Path])  # handed out to it, the one being drawn first
+    lease: deque[Path] = field(default_factory=deque[Path])  # its parts, the current one first
 
 
 def generate_on_ray(iteration: Iteration) -> None:
-    """Draws the parts of the generate stage that are missing. A part is the same whichever engine draws it.
+    """Samples the missing parts of the generate stage. A part does not depend on the engine that samples it.
 
-    The pool follows the cluster: nodes that join get engines, and what was under way on nodes that leave is drawn
-    again elsewhere.
+    The pool follows the cluster: nodes that join get engines, and parts of nodes that leave go to other engines.
     """
     prepare_parts(iteration)
     missing = {path: wanted for path, wanted in plan_parts(iteration).items() if not has_part(path)}
@@ -81,15 +80,15 @@ def generate_on_ray(iteration: Iteration) -> None:
 
 
 class Pool:
-    """Engines on the cluster, and the parts that they have not drawn yet."""
+    """Engines on the cluster, and the parts that are missing."""
 
     def __init__(self, ray: Any, iteration: Iteration, missing: dict[Path, list[Prompt]]) -> None:
         self.ray = ray
         self.recipe = iteration.recipe
         self.opening = (backend_factory(iteration), iteration.opponent, iteration.recipe.threads)
         self.what = f"generate {iteration.index}"
-        self.missing = missing  # what is not committed yet
-        self.todo = deque(missing)  # of them, what is not handed out
+        self.missing = missing  # parts that are not committed
+        self.todo = deque(missing)  # of those, the unassigned ones
         self.workers: list[Worker] = []
         self.deaths: Counter[Path | None] = Counter()
 
@@ -104,9 +103,7 @@ class Pool:
                 ready, _ = self.ray.wait([w.waits_for for w in self.workers], num_returns=1, timeout=POLL_SECONDS)
                 idle = 0.0 if ready or any(w.lease for w in self.workers) else idle + POLL_SECONDS
                 if idle == PATIENCE_SECONDS:
-                    info(
-                        f"  {self.what}: waiting for the cluster to have {engine_resources(self.recipe)} free for an engine"
-                    )
+                    info(f"  {self.what}: waiting for {engine_resources(self.recipe)} to be free for an engine")
                 for worker in [w for w in self.workers if w.waits_for in ready]:
                     self.handle_event(worker, advance)
 
@@ -122,7 +119,7 @@ class Pool:
             self.workers.append(Worker(actor, actor.open.remote(*self.opening)))
 
     def handle_event(self, worker: Worker, advance: Any) -> None:
-        """Takes what a worker has to say, commits it, and gives it something new to do when it is done."""
+        """Commits a finished part, and assigns new parts to an idle worker."""
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
@@ -133,7 +130,7 @@ class Pool:
                 self.commit(worker.lease[0], drawn, advance)
                 worker.lease.popleft()
                 if interrupt.is_asked():
-                    worker.lease.clear()  # the part that it was drawing is kept; what was to follow is for another day
+                    worker.lease.clear()  # its current part is committed; the rest waits for the next start
         except StopIteration:
             pass
         except RayActorError as death:
@@ -153,7 +150,7 @@ class Pool:
         self.deaths[None] = 0
 
     def assign_parts(self, worker: Worker) -> None:
-        """Many parts at first, few at the end: an engine drains between leases, and none should be last by much."""
+        """Assigns many parts at first and few at the end: engines drain between leases, and should finish together."""
         count = 0 if interrupt.is_asked() else -(-len(self.todo) // (2 * len(self.workers)))
         if not count:
             self.workers.remove(worker)
@@ -165,7 +162,7 @@ class Pool:
         worker.waits_for = worker.stream
 
     def handle_death(self, worker: Worker, death: Exception) -> None:
-        """What it was drawing is drawn elsewhere, unless engines die of it again and again, or all at starting."""
+        """Returns the parts of a dead worker, unless a part keeps killing engines, or all engines die at start."""
         self.workers.remove(worker)
         self.ray.kill(worker.actor)
         at = worker.lease[0] if worker.lease else None
@@ -174,8 +171,10 @@ class Pool:
         reason = " ".join(str(death).split())
         if self.deaths[at] >= MAX_DEATHS * (1 if at else len(self.workers) + 1):
             where = f"{at.name}" if at else "starting"
-            raise RunError(f"{self.deaths[at]} engines died at {where}, without a part between. The last one: {reason}")
-        info(f"note: an engine died; {len(worker.lease)} parts that it had are drawn by others. {reason}")
+            raise RunError(
+                f"{self.deaths[at]} engines died at {where} without finishing a part. The last one: {reason}"
+            )
+        info(f"note: an engine died; its {len(worker.lease)} parts go to others. {reason}")
 
     def close(self) -> None:
         for worker in self.workers:

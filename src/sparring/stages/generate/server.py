@@ -31,8 +31,8 @@ WAIT = wait_exponential(multiplier=0.5, max=16.0)
 START_SECONDS = 1800.0
 REQUEST_SECONDS = 3600.0
 CONTRACT = (
-    "Sampling and training must use the same weights and token ids. The server must name the folder that it serves in "
-    "/v1/models, take a list of ids as `prompt`, and return ids when /v1/completions is called with `return_token_ids`, "
+    "Sampling and training must use the same weights and token ids. The server must list the folder that it serves "
+    "in /v1/models, take a list of ids as `prompt`, and return ids when /v1/completions is called with `return_token_ids`, "
     "as vLLM's server does from 0.10.2 on."
 )
 

@@ -1,4 +1,4 @@
-"""The generate stage: the opponent answers every training prompt. Committed part by part."""
+"""The generate stage: the opponent responds to every training prompt. Commits part by part."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sparring.types import Backend, Generation, OpenBackend, Prompt
 PART_PROMPTS = 512
 
 MANY_COPIES = 0.5
-"""The share of answers equal to the real ones from which a person is told."""
+"""The fraction of responses equal to the real ones above which a note says so."""
 
 
 def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
-    """Writes generate/part-*.parquet: `samples` answers per training row, drawn by the opponent."""
+    """Writes generate/part-*.parquet: `samples` responses of the opponent per training row."""
     start = time.monotonic()
     input_digests = prepare_parts(iteration)
     generate_parts(iteration, open_backend)
@@ -41,8 +41,8 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     num_failed = num_prompts - len(answers)
     if num_failed > iteration.recipe.data.max_skipped * num_prompts:
         raise RunError(
-            f"the engine cannot answer {num_failed} of {num_prompts} prompts, named above; more than "
-            f"data.max_skipped ({iteration.recipe.data.max_skipped:g}) allows. Delete {work} to have them tried again"
+            f"The engine could not respond to {num_failed} of {num_prompts} prompts, listed above: more than "
+            f"data.max_skipped ({iteration.recipe.data.max_skipped:g}) allows. Delete {work} to try them again."
         )
     real = {row.id: row.real_ids for row in iteration.train_rows()}
     num_copies = sum(np.array_equal(answer.token_ids, real[answer.id]) for answer in answers)
@@ -62,20 +62,20 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     )
     if num_copies > MANY_COPIES * len(answers):
         info(
-            f"note: {num_copies / len(answers):.0%} of the opponent's answers to training prompts are the real ones, "
-            "token by token: on those rows there is nothing to tell apart. Play on rows that it was not trained on"
+            f"note: {num_copies / len(answers):.0%} of the opponent's responses to training prompts equal the real ones, "
+            "token by token, so they teach nothing. Use rows that the model was not trained on"
         )
 
 
 def prepare_parts(iteration: Iteration) -> Mapping[str, str]:
-    """Makes the folder for parts, emptied of any that were made from other inputs; returns what the stage reads."""
+    """Creates the work folder, emptied if its parts came from other inputs; returns the input digests."""
     input_digests = iteration.run.input_digests(iteration.run.data, iteration.opponent)
     begin_work(iteration.run.work(iteration.stage("generate")), input_digests)
     return input_digests
 
 
 def generate_parts(iteration: Iteration, open_backend: OpenBackend, rank: int = 0, num_ranks: int = 1) -> None:
-    """Commits every `num_ranks`-th of the parts that are missing. An engine is opened if there are any."""
+    """Commits every `num_ranks`-th missing part. Opens an engine only if there are any."""
     everything = plan_parts(iteration)
     every = [(path, wanted) for path, wanted in everything.items() if not has_part(path)]
     missing = dict(every[rank::num_ranks])
@@ -96,8 +96,8 @@ def draw_parts(
     parts: Sequence[Sequence[Prompt]],
     advance: Advance | None = None,
 ) -> Iterator[tuple[list[Generation], list[str]]]:
-    """The answers of each part, without those that failed, and their texts."""
-    # one call for all parts: the engine goes on with the next one while the last answers of a part are drawn
+    """The responses of each part, without failed ones, and their texts."""
+    # one call for all parts: the engine starts the next part while the last responses of a part are sampled
     drawn = backend.generate([prompt for wanted in parts for prompt in wanted])
     for wanted in parts:
         answers = []
@@ -110,7 +110,7 @@ def draw_parts(
 
 
 def plan_parts(iteration: Iteration) -> dict[Path, list[Prompt]]:
-    """Every file that the stage commits, with the prompts whose answers are in it."""
+    """Every file that the stage commits, with its prompts."""
     settings = iteration.recipe.generate
     prompts = [
         Prompt(
@@ -120,12 +120,12 @@ def plan_parts(iteration: Iteration) -> dict[Path, list[Prompt]]:
             max_new_tokens=min(settings.max_new_tokens, iteration.data.max_length - len(row.prompt_ids)),
             seed=iteration.seed("sample", row.id, sample),
         )
-        # longest first: the most memory is needed at once, and batches hold prompts of similar length
+        # longest first: running out of memory happens at once, and batches have prompts of similar length
         for row in sorted(iteration.train_rows(), key=lambda row: (-len(row.prompt_ids), row.id))
         for sample in range(settings.samples)
     ]
     batch = settings.batch_size or BATCH_SIZE
-    size = math.ceil(PART_PROMPTS / batch) * batch  # so a rerun that finds some parts still cuts the same batches
+    size = math.ceil(PART_PROMPTS / batch) * batch  # whole batches, so that a resumed stage repeats the same batches
     work = iteration.run.work(iteration.stage("generate"))
     starts = range(0, len(prompts), size)
     return {work / f"part-{n:05d}.parquet": prompts[s : s + size] for n, s in enumerate(starts)}

@@ -1,4 +1,4 @@
-"""Answers from vLLM's offline engine, in a process of its own, which exits: only then is its memory surely free."""
+"""Samples with vLLM's offline engine in its own process: when that exits, its memory is free."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from sparring.types import Generation, Prompt
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 IN_FLIGHT = 4096
-"""Requests that the engine knows of at a time: it never runs dry, and what is lost when it dies is bounded."""
+"""Requests in flight: enough to keep the engine busy, and a bound on what a crash loses."""
 MAX_RESTARTS = 3
-"""How often in a row an engine is started again that dies without having answered anything."""
+"""Restarts in a row without a single response."""
 SILENCE_SECONDS = 600.0
-"""An engine that gives no sign of life for so long hangs; it gives one every few seconds while it works."""
+"""An engine without a heartbeat for this long hangs; it sends one every few seconds."""
 CLOSE_SECONDS = 10.0
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM can reserve room for
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM supports
 
 
 class EngineDied(Exception):
-    """The process is gone, or hangs. The message has its last words."""
+    """The engine's process died or hangs. The message has its last line of output."""
 
 
 class VllmBackend:
-    """Draws with one engine, which is started when it is first needed, and again when it dies.
+    """Samples with one engine, which starts when it is first needed and restarts when it dies.
 
-    An answer is a function of its prompt and seed up to rounding: vLLM's products depend on what else is in the batch.
+    A response is a function of its prompt and seed up to rounding, which in vLLM depends on the rest of the batch.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class VllmBackend:
     ) -> None:
         self.end_ids = list(end_ids)
         self.temperature = temperature
-        self.command = [python or sys.executable, "-P", str(ENGINE)]  # -P: this folder's vllm.py must not hide vllm
+        self.command = [python or sys.executable, "-P", str(ENGINE)]  # -P: this folder's vllm.py must not shadow vllm
         self.model = model
         engine: dict[str, Any] = {
             "model": str(model),
@@ -70,9 +70,9 @@ class VllmBackend:
             "max_model_len": max_length,
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": gpu_memory_utilization,
-            "enable_prefix_caching": True,  # the samples of a prompt share its computation
+            "enable_prefix_caching": True,  # the samples of a prompt share its prefill
             "skip_tokenizer_init": True,  # token ids in, token ids out
-            "generation_config": "vllm",  # nothing from the model's own one, which may hold a temperature
+            "generation_config": "vllm",  # not the model's own, which may set a temperature
         }
         if batch_size is not None:
             engine["max_num_seqs"] = batch_size
@@ -99,10 +99,10 @@ class VllmBackend:
         return in_order(self._surviving(prompts, greedy))
 
     def _surviving(self, prompts: Sequence[Prompt], greedy: bool) -> Iterator[tuple[int, Generation]]:
-        """An answer for the place of each prompt, as they finish, however often the engine dies.
+        """Numbered responses as they finish, across restarts of the engine.
 
-        When it does, one of the prompts that it was working on may be why: the next engine gets them in halves, so
-        that a prompt that kills engines is found, and costs no other one its answer.
+        A prompt in flight may be what killed the engine. The next engine gets those prompts in halves, so that the one
+        that kills engines is found and no other prompt loses its response.
         """
         fresh = deque(range(len(prompts)))
         suspects: deque[deque[int]] = deque()
@@ -110,7 +110,7 @@ class VllmBackend:
         while fresh or suspects:
             is_suspected = bool(suspects)
             todo = suspects.popleft() if suspects else fresh
-            in_flight: dict[int, int] = {}  # number of a request -> place of its prompt
+            in_flight: dict[int, int] = {}  # request number -> index of its prompt
             try:
                 for answer in self._draw(prompts, todo, in_flight, greedy):
                     deaths = 0
@@ -120,25 +120,25 @@ class VllmBackend:
                 problem = death
             finally:
                 if in_flight:
-                    self.close()  # dead, or working on answers that nobody waits for any more
+                    self.close()  # dead, or working on abandoned requests
             self.close()
             deaths += 1
             if deaths > MAX_RESTARTS:
-                raise RunError(f"vLLM died {deaths} times in a row without an answer. {problem}") from problem
+                raise RunError(f"vLLM died {deaths} times in a row without a response. {problem}") from problem
             lost = sorted(in_flight.values())
             if is_suspected and todo:
                 suspects.append(todo)
             if is_suspected and len(lost) == 1:
-                yield lost[0], failed(prompts[lost[0]], f"the engine dies of it. {problem}")
+                yield lost[0], failed(prompts[lost[0]], f"it kills the engine. {problem}")
                 continue
-            info(f"note: vLLM died while it worked on {len(lost)} prompts, and is started again. {problem}")
+            info(f"note: vLLM died with {len(lost)} prompts in flight and restarts. {problem}")
             half = (len(lost) + 1) // 2
             suspects += [deque(part) for part in (lost[:half], lost[half:]) if part]
 
     def _draw(
         self, prompts: Sequence[Prompt], todo: deque[int], in_flight: dict[int, int], greedy: bool
     ) -> Iterator[tuple[int, Generation]]:
-        """Answers of one living engine as they finish, with their places. Takes from `todo` what it hands out."""
+        """Numbered responses of one engine as they finish. Removes from `todo` what it sends."""
         if self.process is None:
             self.process = EngineProcess(self.command, self.hello, self.model)
         while todo or in_flight:
@@ -154,7 +154,7 @@ class VllmBackend:
                         "max_tokens": prompt.max_new_tokens,
                         "seed": prompt.seed % 2**63,  # vLLM's seeds are signed
                         "temperature": 0.0 if greedy else self.temperature,
-                        "logprobs": 0 if index < NUM_CHECKED else None,  # 0: of the drawn token alone
+                        "logprobs": 0 if index < NUM_CHECKED else None,  # 0: of the sampled token only
                     }
                 )
             message = self.process.receive(SILENCE_SECONDS)
@@ -174,7 +174,7 @@ class VllmBackend:
 
 
 def devices_for_rank(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
-    """The GPUs of this process among those of the machine, if torchrun started it with others."""
+    """The GPUs of this rank, if torchrun started it; otherwise None."""
     if "LOCAL_RANK" not in environment:
         return None
     first = int(environment["LOCAL_RANK"]) * tensor_parallel_size
@@ -185,11 +185,11 @@ def devices_for_rank(environment: Mapping[str, str], tensor_parallel_size: int) 
 
 
 class EngineProcess:
-    """`vllm_engine.py` in a process group of its own, spoken to in JSON lines. Ready when it is made."""
+    """`vllm_engine.py` in its own process group, over JSON lines. The constructor returns when it is ready."""
 
     def __init__(self, command: Sequence[str], hello: Mapping[str, Any], model: Path) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        # made and removed by the engine, so that nothing stays when we are killed; removed here when it is killed
+        # created and removed by the engine, in case this process is killed; removed here in case the engine is
         self.folder = Path(tempfile.gettempdir()) / f"vllm-{secrets.token_hex(8)}"
         devices = devices_for_rank(os.environ, hello["engine"]["tensor_parallel_size"])
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
@@ -203,7 +203,7 @@ class EngineProcess:
                 env=environment,
             )
         except OSError as error:
-            raise UserError(f"generate.python: {command[0]} cannot be started: {error}") from error
+            raise UserError(f"generate.python: {command[0]} cannot be started: {error}.") from error
         self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -217,7 +217,7 @@ class EngineProcess:
             if "missing" in answer:
                 raise UserError(
                     f"generate.backend: {command[0]} cannot import vllm: {answer['missing']}. Install it there, or set "
-                    "generate.python to the interpreter of the environment that has it"
+                    "generate.python to the interpreter of an environment that has it."
                 )
             raise UserError(f"generate.backend: vLLM does not start with {model}: {answer['refused']}")
 
@@ -233,25 +233,25 @@ class EngineProcess:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise EngineDied(self._last_words()) from error
+            raise EngineDied(self._last_output()) from error
 
     def receive(self, timeout: float | None) -> dict[str, Any]:
         try:
             line = self.lines.get(timeout=timeout)
         except queue.Empty as error:
-            raise EngineDied(f"No sign of life for {timeout:.0f} s. {self._last_words()}") from error
+            raise EngineDied(f"No heartbeat for {timeout:.0f} s. {self._last_output()}") from error
         if not line:
-            raise EngineDied(self._last_words())
+            raise EngineDied(self._last_output())
         return json.loads(line)
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - 2000))
         lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return f"Its last words: {lines[-1].strip()}" if lines else "It left no word"
+        return f"Its last line of output: {lines[-1].strip()}" if lines else "It printed nothing"
 
     def close(self) -> None:
-        """It ends by itself when nobody speaks to it any more; else its whole group, workers and all, is ended."""
+        """Closes the pipe, on which the engine exits; kills its process group if it does not."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()

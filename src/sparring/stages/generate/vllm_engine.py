@@ -1,11 +1,11 @@
-"""The process that holds a vLLM engine: JSON lines in, JSON lines out. Needs vLLM and Python, nothing of sparring.
+"""The process of a vLLM engine: JSON lines in, JSON lines out. Needs vLLM and Python, nothing of sparring.
 
-`vllm.py` starts it with the interpreter that `generate.python` names, so vLLM may live in an environment of its own.
-In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": what all requests share,
-"folder": for temporary files, made here and removed at the end}, then a line {"number", "prompt", "max_tokens", "seed",
-"temperature", "logprobs"} per request.
-Out: {"ready": version}, then, as they finish, {"number", "tokens", "logprob"} or {"number", "error"}; now and then {},
-a sign of life. {"missing"} or {"refused"} in place of "ready" says why there is no engine.
+`vllm.py` starts it with the interpreter of `generate.python`, so vLLM may have its own environment.
+In: one line {"engine": arguments of vllm.LLM, "adapter": folder or null, "sampling": shared parameters, "folder": for
+temporary files, created here and removed at the end}, then per request a line {"number", "prompt", "max_tokens",
+"seed", "temperature", "logprobs"}.
+Out: {"ready": version}, or {"missing"} or {"refused"} with a reason; then, as they finish, {"number", "tokens",
+"logprob"} or {"number", "error"}, and {} as a heartbeat.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FLOOR = (0, 14)
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # whatever else prints goes to the log
+    os.dup2(2, 1)  # other output goes to the log
     requests: Requests = queue.SimpleQueue()
     threading.Thread(target=read, args=(requests,), daemon=True).start()
     hello = requests.get()
     if hello is None:
         return
-    # vLLM leaves files for its processes to meet; torch's cache is worth keeping
+    # vLLM leaves rendezvous files in TMPDIR; torch's compile cache is worth keeping
     Path(hello["folder"]).mkdir(mode=0o700)
     atexit.register(tidy, hello["folder"])
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
@@ -47,38 +47,38 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this is the engine's process already
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this already is the engine's process
     try:
-        vllm: Any = importlib.import_module("vllm")  # as a name, for the file beside this one has it too
+        vllm: Any = importlib.import_module("vllm")  # by name: a module beside this one is also called vllm
     except ImportError as error:
-        say(out, {"missing": str(error)})
+        send(out, {"missing": str(error)})
         return
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     found: str = vllm.__version__  # pyright: ignore[reportAttributeAccessIssue]
     if is_below_floor(found):
-        why = f"it is {found}, and before {'.'.join(map(str, FLOOR))} it runs a model folder's own code"
-        say(out, {"refused": f"{why} whatever it is told (CVE-2026-22807)"})
+        why = f"version {found} is too old: before {'.'.join(map(str, FLOOR))} vLLM runs code from a model's folder"
+        send(out, {"refused": f"{why} whatever its settings (CVE-2026-22807)"})
         return
     try:
-        # compiled graphs pay on a GPU; on a CPU they cost a minute at every start
+        # compilation pays on a GPU; on a CPU it costs a minute at every start
         eager = current_platform.is_cpu()
         engine = vllm.LLM(**hello["engine"], enforce_eager=eager).llm_engine
-    except Exception as error:  # whatever it is, the user must read it
-        say(out, {"refused": f"{type(error).__name__}: {error}"})
+    except Exception as error:  # whatever it is, the user must see it
+        send(out, {"refused": f"{type(error).__name__}: {error}"})
         raise
     adapter = LoRARequest("opponent", 1, hello["adapter"]) if hello["adapter"] else None
-    say(out, {"ready": vllm.__version__})
+    send(out, {"ready": vllm.__version__})
     try:
         work(engine, adapter, hello["sampling"], requests, out)
     except BaseException:
         traceback.print_exc()
         tidy(hello["folder"])
-        os._exit(1)  # at once: an engine that failed is not asked to tidy up
+        os._exit(1)  # at once: a failed engine may hang in its own cleanup
     if hello["engine"]["tensor_parallel_size"] == 1:
         tidy(hello["folder"])
-        os._exit(0)  # there are no workers to end, and leaving Python in order takes seconds
+        os._exit(0)  # there are no workers to stop, and a regular exit takes seconds
 
 
 def tidy(folder: str) -> None:
@@ -91,10 +91,10 @@ def is_below_floor(version: str) -> bool:
 
 
 def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests, out: TextIO) -> None:
-    """Answers until nobody asks any more."""
+    """Serves requests until the input ends."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
-    spoken = time.monotonic()
+    last_sent = time.monotonic()
     while True:
         while not requests.empty() or not engine.has_unfinished_requests():
             request = requests.get()
@@ -111,26 +111,26 @@ def work(engine: Any, adapter: Any, sampling: dict[str, Any], requests: Requests
             try:
                 engine.add_request(str(request["number"]), prompt, settings, lora_request=adapter)
             except ValueError as error:
-                say(out, {"number": request["number"], "error": str(error)})
+                send(out, {"number": request["number"], "error": str(error)})
         for output in engine.step():
             if output.finished:
                 drawn = output.outputs[0]
-                # assigned ids may carry a suffix of vLLM's own
+                # vLLM may append a suffix to request ids
                 number = int(output.request_id.partition("-")[0])
-                say(out, {"number": number, "tokens": list(drawn.token_ids), "logprob": drawn.cumulative_logprob})
-                spoken = time.monotonic()
-        if time.monotonic() - spoken > ALIVE_EVERY_SECONDS:
-            say(out, {})
-            spoken = time.monotonic()
+                send(out, {"number": number, "tokens": list(drawn.token_ids), "logprob": drawn.cumulative_logprob})
+                last_sent = time.monotonic()
+        if time.monotonic() - last_sent > ALIVE_EVERY_SECONDS:
+            send(out, {})
+            last_sent = time.monotonic()
 
 
 def read(requests: Requests) -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
-    requests.put(None)  # sparring is done with this engine, or is dead
+    requests.put(None)  # sparring closed the engine, or died
 
 
-def say(out: TextIO, message: dict[str, Any]) -> None:
+def send(out: TextIO, message: dict[str, Any]) -> None:
     out.write(json.dumps(message) + "\n")
 
 
