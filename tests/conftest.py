@@ -57,9 +57,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(tiny: Path) -> Callable[..., Recipe]:
-    """A recipe that plays in seconds: `make_recipe("spin", train={"epochs": 1})`."""
+    """A recipe that plays in seconds: `make_recipe("spin", train={"epochs": 1})`. For fixtures of any scope."""
 
     def make(method: str | dict[str, object] = "spin", **sections: object) -> Recipe:
         raw: dict[str, object] = {

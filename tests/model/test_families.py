@@ -6,12 +6,14 @@ Each of them does something of its own between token ids and log-probs; what the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shortcuts import step_metrics
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparring.commands.demo import END, PAD, SPECIAL, make_tokenizer, problems
@@ -21,11 +23,19 @@ from sparring.model.load import load_model, load_tokenizer, save_model
 from sparring.model.logprobs import Scorer, score_groups, sequence_logprobs
 from sparring.model.lora import train_adapter
 from sparring.objectives import Spin
+from sparring.parallel import SingleProcess
 from sparring.stages.generate.hf import HfBackend
-from sparring.stages.train.loop import TrainingExample, forward_backward, check_policy_equals_opponent
-from sparring.types import Example, Group, Message, Prompt
+from sparring.stages.train.step import check_policy_equals_opponent
+from sparring.types import Example, Group, Message, Prompt, Role, TrainingExample
 
 CPU = torch.device("cpu")
+
+
+def training_examples(groups: Sequence[Group], scores: Mapping[Role, np.ndarray]) -> list[TrainingExample]:
+    return [
+        TrainingExample(group, {role: scores[role][place] for role in ("real", "generated")})
+        for place, group in enumerate(groups)
+    ]
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def test_the_core_of_the_loop(folder: Path) -> None:
     model = load_model(folder, dtype=torch.float32, device=CPU)
     scorer = Scorer(model)
     groups = groups_of(folder, model)
-    scores = score_groups(scorer, groups, 256)
+    scores = score_groups(scorer, groups, 256, SingleProcess())
 
     for index, group in enumerate(groups):  # against the model's own logits of one unpadded row
         for role in ("real", "generated"):
@@ -135,16 +145,19 @@ def test_the_core_of_the_loop(folder: Path) -> None:
             expected = sequence_logprobs(logits, ids, is_response).item()
             assert scores[role][index].item() == pytest.approx(expected, abs=2e-4), (role, index)
 
-    plays = [TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
+    examples = [
+        TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]})
+        for i, g in enumerate(groups)
+    ]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
-    metrics = forward_backward(scorer, Spin(), plays, 256)
+    metrics = step_metrics(scorer, Spin(), examples, 256)
     check_policy_equals_opponent(Spin(), metrics, "float32")
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-4)
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert any("0" in name for name in moved), "the first layer learns"
-    assert forward_backward(scorer, Spin(), plays, 256)["loss"] < metrics["loss"], "a step downhill"
+    assert step_metrics(scorer, Spin(), examples, 256)["loss"] < metrics["loss"], "a step downhill"
 
 
 def test_an_answer_does_not_depend_on_its_batch(folder: Path) -> None:
@@ -164,7 +177,7 @@ def test_a_frozen_base_in_bfloat16_with_an_adapter(folder: Path) -> None:
     """The head is checked in bfloat16 too, a new adapter changes no log-prob, and its step goes downhill."""
     model = load_model(folder, dtype=torch.bfloat16, device=CPU)
     groups = groups_of(folder, model)
-    scores = score_groups(Scorer(model, torch.bfloat16), groups, 256)
+    scores = score_groups(Scorer(model, torch.bfloat16), groups, 256, SingleProcess())
     targets: object = "all-linear"
     if model.config.model_type == "mamba":  # peft refuses its out_proj, and so do we
         with pytest.raises(UserError, match="adapter: .*out_proj"):
@@ -172,10 +185,13 @@ def test_a_frozen_base_in_bfloat16_with_an_adapter(folder: Path) -> None:
         model, targets = load_model(folder, dtype=torch.bfloat16, device=CPU), ["in_proj", "x_proj"]
     train_adapter(model, {"r": 4, "target_modules": targets}, seed=0)
     scorer = Scorer(model.train(), torch.bfloat16)
-    plays = [TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]}) for i, g in enumerate(groups)]
-    metrics = forward_backward(scorer, Spin(), plays, 256)
+    examples = [
+        TrainingExample(g, {"real": scores["real"][i], "generated": scores["generated"][i]})
+        for i, g in enumerate(groups)
+    ]
+    metrics = step_metrics(scorer, Spin(), examples, 256)
     check_policy_equals_opponent(Spin(), metrics, "bfloat16")
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     torch.optim.SGD(trained, lr=1.0).step()
-    assert forward_backward(scorer, Spin(), plays, 256)["loss"] < metrics["loss"]
+    assert step_metrics(scorer, Spin(), examples, 256)["loss"] < metrics["loss"]

@@ -15,6 +15,7 @@ from sparring.errors import UserError
 from sparring.model.kernels import chunked, linear_logprob
 from sparring.model.logprobs import Scorer, score_groups, sequence_logprobs
 from sparring.model.packing import pack_padded
+from sparring.parallel import SingleProcess
 from sparring.types import Group
 
 VOCAB = 61
@@ -91,7 +92,7 @@ def plain(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> f
 def test_equals_a_plain_forward(family: str) -> None:
     model = make(FAMILIES[family])
     groups = make_groups()
-    scores = score_groups(Scorer(model), groups, micro_batch_tokens=100)
+    scores = score_groups(Scorer(model), groups, micro_batch_tokens=100, parallel=SingleProcess())
     for index, group in enumerate(groups):
         for role, responses in group.responses.items():
             for ours, response in zip(np.atleast_1d(scores[role][index]), responses, strict=True):
@@ -121,7 +122,7 @@ def test_prompt_tokens_are_context_but_not_scored(llama: PreTrainedModel) -> Non
     other = np.array([9, 4, 5], dtype=np.int32)
 
     def score(prompt: np.ndarray) -> float:
-        return score_groups(scorer, [Group("a", prompt, {"real": (response,)})], 100)["real"][0]
+        return score_groups(scorer, [Group("a", prompt, {"real": (response,)})], 100, SingleProcess())["real"][0]
 
     assert score(prompt) != pytest.approx(score(other), abs=1e-4)
     # all tokens minus the prompt's: the sum over the response alone
@@ -138,7 +139,9 @@ def test_the_end_token_is_scored_and_attended_to(llama: PreTrainedModel) -> None
         ids = np.array(response, dtype=np.int32)
         longer = np.array([8] * 9, dtype=np.int32)  # so that the row is padded
         group = Group("a", prompt, {"real": (ids,), "generated": (longer,)})
-        assert score_groups(scorer, [group], 100)["real"][0] == pytest.approx(plain(llama, prompt, ids), abs=1e-5)
+        assert score_groups(scorer, [group], 100, SingleProcess())["real"][0] == pytest.approx(
+            plain(llama, prompt, ids), abs=1e-5
+        )
 
 
 def test_sum_not_mean(llama: PreTrainedModel) -> None:
@@ -146,10 +149,15 @@ def test_sum_not_mean(llama: PreTrainedModel) -> None:
     response = np.array([6, 7, 8, 9], dtype=np.int32)
     scorer = Scorer(llama)
     parts = [
-        score_groups(scorer, [Group("a", np.concatenate([prompt, response[:i]]), {"real": (response[i : i + 1],)})], 99)
+        score_groups(
+            scorer,
+            [Group("a", np.concatenate([prompt, response[:i]]), {"real": (response[i : i + 1],)})],
+            99,
+            SingleProcess(),
+        )
         for i in range(4)
     ]
-    whole = score_groups(scorer, [Group("a", prompt, {"real": (response,)})], 99)
+    whole = score_groups(scorer, [Group("a", prompt, {"real": (response,)})], 99, SingleProcess())
     assert whole["real"][0] == pytest.approx(sum(part["real"][0] for part in parts), abs=1e-5)
 
 
@@ -157,8 +165,8 @@ def test_sum_not_mean(llama: PreTrainedModel) -> None:
 def test_micro_batches_do_not_change_scores(llama: PreTrainedModel, budget: int) -> None:
     groups = make_groups(7)
     scorer = Scorer(llama)
-    alone = [score_groups(scorer, [group], 1) for group in groups]
-    together = score_groups(scorer, groups, budget)
+    alone = [score_groups(scorer, [group], 1, SingleProcess()) for group in groups]
+    together = score_groups(scorer, groups, budget, SingleProcess())
     for role in ("real", "generated", "proto"):
         np.testing.assert_allclose(together[role], np.concatenate([one[role] for one in alone]), atol=1e-5)
 
@@ -223,8 +231,8 @@ def test_an_unknown_head_is_refused() -> None:
 
 def test_bfloat16_stays_near_float32(llama: PreTrainedModel) -> None:
     groups = make_groups(8)
-    exact = score_groups(Scorer(llama), groups, 1000)
-    rounded = score_groups(Scorer(llama, torch.bfloat16), groups, 1000)
+    exact = score_groups(Scorer(llama), groups, 1000, SingleProcess())
+    rounded = score_groups(Scorer(llama, torch.bfloat16), groups, 1000, SingleProcess())
     for role in ("real", "generated", "proto"):
         np.testing.assert_allclose(rounded[role], exact[role], atol=0.2)
 

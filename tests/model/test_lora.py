@@ -40,19 +40,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def played(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def played(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Three iterations with an adapter; the start's proof of every one of them held, or this would have stopped."""
-    recipe = Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 3,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "adapter": SMALL,
-            "generate": {"max_new_tokens": 12},
-            "train": {"learning_rate": 1e-2, "batch_size": 16, "dtype": "float32", "epochs": 1},
-        }
-    )
+    train = {"learning_rate": 1e-2, "epochs": 1}
+    recipe = make_recipe("spin", iterations=3, adapter=SMALL, generate={"max_new_tokens": 12}, train=train)
     return play(recipe, tmp_path_factory.mktemp("adapters") / "run")
 
 
@@ -72,7 +63,7 @@ def test_the_opponent_is_the_adapter_before(played: RunDir) -> None:
         assert opponent == played.model(t - 1)
         for stage in ("generate", "score", "train"):
             input_digests = read_manifest(played.stage(t, stage)).input_digests
-            assert reads[f"iter-{t - 1:02d}/train/model"] == played.digest(opponent)
+            assert input_digests[f"iter-{t - 1:02d}/train/model"] == played.digest(opponent)
     outputs = [logits(load_model(played.model(t), dtype=torch.float32, device=CPU)) for t in range(3)]
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)

@@ -1,4 +1,4 @@
-"""Steps that memory does not hold, and budgets that look for what it does."""
+"""Micro-batches that do not fit into memory, and the search for the largest ones that do."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import torch
 
 import sparring.stages.score
 import sparring.stages.train.loop
+import sparring.stages.train.micro_batches
+import sparring.stages.train.policy
 from sparring.errors import RunError
 from sparring.loop import play
 from sparring.model.logprobs import Scorer
-from sparring.model.memory import find_micro_batch_tokens, inference_micro_batch_tokens, search_range
+from sparring.model.memory import (
+    find_micro_batch_tokens,
+    halve_micro_batch_tokens,
+    inference_micro_batch_tokens,
+    search_range,
+)
 from sparring.model.packing import PackedBatch
-from sparring.parallel.distributed import halve_micro_batch_tokens
 from sparring.recipe.schema import Recipe
 from sparring.run.rundir import RunDir
 
@@ -29,21 +35,21 @@ class SmallMemory(Scorer):
 
     tokens = 300
 
-    def forward(self, layout: PackedBatch) -> torch.Tensor:
-        if layout.computed_tokens > self.tokens:
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        if batch.computed_tokens > self.tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return super().forward(layout)
+        return super().forward(batch)
 
 
-def test_a_step_that_runs_out_of_memory_begins_anew_in_smaller_pieces(
+def test_a_step_that_runs_out_of_memory_is_retried_with_smaller_micro_batches(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe("space", iterations=2, train={"micro_batch_tokens": 2000})
     plain = play(recipe, tmp_path / "plain")
-    for module in (sparring.stages.train.loop, sparring.stages.score):
+    for module in (sparring.stages.train.policy, sparring.stages.score):
         monkeypatch.setattr(module, "Scorer", SmallMemory)
     small = play(recipe, tmp_path / "small")
-    assert "memory ran out at 2,000 tokens at a time; going on with 1,000" in capsys.readouterr().err
+    assert "Out of memory at 2,000 tokens per micro-batch; retrying with 1,000." in capsys.readouterr().err
     for t in range(2):
         for name in ("loss", "grad_norm"):
             values = [
@@ -56,9 +62,9 @@ def test_a_step_that_runs_out_of_memory_begins_anew_in_smaller_pieces(
 def test_a_single_group_that_does_not_fit_stops_with_a_remedy(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparring.stages.train.loop, "Scorer", SmallMemory)
+    monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
     monkeypatch.setattr(SmallMemory, "tokens", 10)
-    with pytest.raises(RunError, match=r"single prompt and its answers .* train.max_length"):
+    with pytest.raises(RunError, match=r"single prompt with its responses .* train.max_length"):
         play(make_recipe("tspin", iterations=1), tmp_path / "run")
 
 
@@ -68,43 +74,42 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
 
 @pytest.fixture
-def looks_from_128(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search of a GPU, on a small scale: 128 tokens at first, 4,096 at the most."""
-    monkeypatch.setattr(sparring.stages.train.loop, "search_range", lambda device, per_token: (128, 4096))
+def searches_from_128(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search that a GPU makes, on a small scale: from 128 tokens up to 4,096."""
+    monkeypatch.setattr(sparring.stages.train.micro_batches, "search_range", lambda device, per_token: (128, 4096))
 
 
-def budget_of(run: RunDir, index: int) -> int:
+def micro_batch_tokens_of(run: RunDir, index: int) -> int:
     return json.loads((run.stage(index, "train") / "MANIFEST.json").read_text())["info"]["micro_batch_tokens"]
 
 
 @pytest.mark.parametrize(("memory", "found"), [(300, 256), (100, 64), (10**6, 1024)])
-@pytest.mark.usefixtures("looks_from_128")
-def test_auto_finds_the_largest_budget_that_memory_holds(
+@pytest.mark.usefixtures("searches_from_128")
+def test_auto_finds_the_largest_micro_batch_that_fits(
     memory: int, found: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It grows to what fits, halves where the start does not, and ends where a step has no more tokens. The model is,
-    byte by byte, that of a recipe which names the budget: the attempts leave nothing behind."""
-    limits = {"data": {"max_skipped": 1.0}, "train": {"max_length": 40, "epochs": 1}, "evaluate": {"held_out": False}}
-    limits["evaluate"]["checker"] = None  # type: ignore[assignment]
-    monkeypatch.setattr(sparring.stages.train.loop, "Scorer", SmallMemory)
+    """Doubles while it fits, halves if the start does not, and stops at the size of a whole step. The trained model has
+    the same bytes as with that number in the recipe, so the attempts leave nothing behind."""
+    limits = {"data": {"max_skipped": 1.0, "held_out": 0, "limit": 48}, "train": {"max_length": 40, "epochs": 1}}
+    monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
     monkeypatch.setattr(SmallMemory, "tokens", memory)
     auto = {**limits, "train": {**limits["train"], "micro_batch_tokens": "auto"}}
     run = play(make_recipe("space", **auto), tmp_path / "auto")
-    assert [budget_of(run, t) for t in range(2)] == [found, found]
+    assert [micro_batch_tokens_of(run, t) for t in range(2)] == [found, found]
     monkeypatch.undo()
     named = {**limits, "train": {**limits["train"], "micro_batch_tokens": found}}
     plain = play(make_recipe("space", **named), tmp_path / "named")
     assert plain.digest(plain.model(0)) == run.digest(run.model(0))
 
 
-@pytest.mark.usefixtures("looks_from_128")
-def test_a_budget_that_was_found_is_kept_when_the_run_goes_on(
+@pytest.mark.usefixtures("searches_from_128")
+def test_a_resumed_run_keeps_the_micro_batch_size_it_found(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in its third step, and continued where there is more memory: the same bytes."""
+    """Stopped in its third step and resumed with more memory: the same bytes."""
     train = {"micro_batch_tokens": "auto", "checkpoint_every": 1}
     recipe = make_recipe("space", iterations=1, train=train)
-    monkeypatch.setattr(sparring.stages.train.loop, "Scorer", SmallMemory)
+    monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
     clean = play(recipe, tmp_path / "clean")
     real, calls = sparring.stages.train.loop.save_checkpoint, []
 
@@ -120,21 +125,21 @@ def test_a_budget_that_was_found_is_kept_when_the_run_goes_on(
     monkeypatch.setattr(sparring.stages.train.loop, "save_checkpoint", real)
     monkeypatch.setattr(SmallMemory, "tokens", 10**6)
     run = play(recipe, tmp_path / "run")
-    assert budget_of(run, 0) == budget_of(clean, 0) == 256
+    assert micro_batch_tokens_of(run, 0) == micro_batch_tokens_of(clean, 0) == 256
     assert run.digest(run.model(0)) == clean.digest(clean.model(0))
     other = play(recipe, tmp_path / "other")
-    assert budget_of(other, 0) > 256, "a control: with more memory another budget is found"
+    assert micro_batch_tokens_of(other, 0) > 256, "control: with more memory another size is found"
 
 
-def test_the_search_for_a_budget() -> None:
-    """Doubled while memory holds it, else halved; and never less than the largest group."""
+def test_the_search_for_micro_batch_tokens() -> None:
+    """Doubles while it fits, otherwise halves, and never goes below the largest group."""
 
     def search(memory: int, start: int = 64, ceiling: int = 1000, largest: int = 20) -> tuple[int, list[int]]:
         tried: list[int] = []
 
-        def attempt(budget: int) -> None:
-            tried.append(budget)
-            if budget > memory:
+        def attempt(micro_batch_tokens: int) -> None:
+            tried.append(micro_batch_tokens)
+            if micro_batch_tokens > memory:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
         return find_micro_batch_tokens(attempt, start, ceiling, largest), tried
@@ -143,10 +148,10 @@ def test_the_search_for_a_budget() -> None:
     assert search(10**6) == (512, [64, 128, 256, 512])
     assert search(40) == (32, [64, 32]), "what was too much is not tried again"
     assert search(25) == (20, [64, 32, 20])
-    with pytest.raises(RunError, match=r"single prompt and its answers \(20 tokens\)"):
+    with pytest.raises(RunError, match=r"single prompt with its responses \(20 tokens\)"):
         search(19)
 
-    def broken(budget: int) -> None:
+    def broken(micro_batch_tokens: int) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):

@@ -96,7 +96,7 @@ def test_a_shared_row_by_hand() -> None:
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1]], "a response starts where its prompt ends"
     assert layout.targets.tolist() == [7, 8, 9, 7, 4, 4, 2]
     assert layout.positions.tolist() == [1, 2, 3, 1, 6, 7, 6], "the prompt's last state predicts each first token"
-    assert layout.distinct == (3, 1, 2, 1)
+    assert layout.distinct_lengths == (3, 1, 2, 1)
 
 
 def test_equal_answers_are_computed_once() -> None:
@@ -104,7 +104,7 @@ def test_equal_answers_are_computed_once() -> None:
     groups = [Group("a", prompt, {"real": (answer,), "generated": (other, answer.copy()), "proto": (answer,)})]
     layout = pack_shared(groups)
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 9]]
-    assert layout.which.tolist() == [0, 1, 0, 0]
+    assert layout.response_index.tolist() == [0, 1, 0, 0]
     assert layout.num_tokens.tolist() == [2, 3, 2, 2]
     assert group_tokens("shared", groups[0]) == 7
 
@@ -143,10 +143,10 @@ FAMILIES = {
 def twins(family: str) -> tuple[Scorer, Scorer]:
     """The same weights behind a shared and a padded scorer."""
     pair = []
-    for kind in ("shared", "padded"):
+    for packing in ("shared", "padded"):
         torch.manual_seed(0)
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
-        pair.append(Scorer(model, kind=kind))
+        pair.append(Scorer(model, packing=packing))
     return pair[0], pair[1]
 
 
@@ -157,7 +157,7 @@ def values_and_gradients(scorer: Scorer, groups: list[Group], batches: list[list
     scorer.zero_grad()
     values: list[torch.Tensor] = [torch.empty(0)] * len(groups)
     for batch in batches:
-        logprobs = scorer(pack(scorer.kind, [groups[i] for i in batch])).reshape(len(batch), -1)
+        logprobs = scorer(pack(scorer.packing, [groups[i] for i in batch])).reshape(len(batch), -1)
         (logprobs * torch.tensor([1.0, -0.5, 0.25, -2.0])[: logprobs.shape[1]]).sum().backward()
         for i, row in zip(batch, logprobs.detach(), strict=True):
             values[i] = row
@@ -171,7 +171,7 @@ def values_and_gradients(scorer: Scorer, groups: list[Group], batches: list[list
 def test_shared_rows_equal_padded_rows(family: str, drawn: list[tuple[list[int], ...]], budget: int) -> None:
     """Log-probs and gradients, over random groups and packings."""
     shared, padded = twins(family)
-    assert shared.kind == "shared", shared.why_padded
+    assert shared.packing == "shared", shared.why_padded
     groups = []
     for ids in drawn:
         prompt, real, first, second = (np.array(x, dtype=np.int32) for x in ids)
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_recomputes_the_shared_row() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         scorer = Scorer(model)
-        assert scorer.kind == "shared"
+        assert scorer.packing == "shared"
         scorer(layout).sum().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_recomputes_the_shared_row() -> None:
 
 
 RULED_OUT = {
-    "capped": transformers.Gemma2Config(**GROUPED, head_dim=8),
+    "caps": transformers.Gemma2Config(**GROUPED, head_dim=8),
     "conv": transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
 }
 
@@ -232,7 +232,7 @@ RULED_OUT = {
 def test_what_cannot_share_a_prompt_gets_padded_rows_and_says_why(reason: str) -> None:
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(RULED_OUT[reason])
     scorer = Scorer(model.eval())
-    assert scorer.kind == "padded"
+    assert scorer.packing == "padded"
     assert scorer.why_padded is not None and reason in scorer.why_padded
 
 
@@ -244,7 +244,7 @@ def test_a_model_that_ignores_shared_prompts_is_found_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(model.model, "forward", lambda *_, shared_prompts=None, **rest: inner(**rest))
     before = model.config._attn_implementation
     scorer = Scorer(model)
-    assert scorer.kind == "padded"
+    assert scorer.packing == "padded"
     assert scorer.why_padded is not None and "differ" in scorer.why_padded
     assert model.config._attn_implementation == before
 
@@ -257,7 +257,7 @@ def test_the_model_still_works_as_before(tmp_path: object) -> None:
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     before = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_length=20)
-    assert Scorer(model).kind == "shared"
+    assert Scorer(model).packing == "shared"
     after = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_length=20)
     torch.testing.assert_close(after[0][:, 5:], before[0][:, 5:])
     assert after[1].tolist() == before[1].tolist()

@@ -23,7 +23,7 @@ from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model, resolve_model, save_successor
 from sparring.model.lora import CONFIG, WEIGHTS, train_adapter
-from sparring.model.quantization import dequantize, import_bitsandbytes, quantized_layers, refuse_without_4bit
+from sparring.model.quantization import dequantize, import_bitsandbytes, quantized_layers, require_4bit
 from sparring.recipe.load import make_recipe as recipe_of
 from sparring.recipe.schema import Adapter, Recipe
 from sparring.run.manifest import hash_path
@@ -81,24 +81,19 @@ def test_dequantized_is_the_same_function(wide: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
+def runs(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """Three iterations in float32, twice, and two in bfloat16 with DoRA."""
     folder = tmp_path_factory.mktemp("4bit")
-    raw: dict[str, Any] = {
-        "model": str(tiny / "model"),
-        "method": "spin",
-        "iterations": 3,
-        "data": {"train": str(tiny / "rows.jsonl"), "held_out": 4, "limit": 20},
-        "adapter": ADAPTER,
-        "generate": {"max_new_tokens": 12},
-        "train": {"learning_rate": 1e-2, "batch_size": 8, "dtype": "float32", "epochs": 1},
+    common: dict[str, Any] = {"data": {"held_out": 4, "limit": 20}, "generate": {"max_new_tokens": 12}}
+    train = {"learning_rate": 1e-2, "batch_size": 8, "epochs": 1}
+    one = make_recipe("spin", iterations=3, adapter=ADAPTER, train=train, **common)
+    dora = {"adapter": {**ADAPTER, "use_dora": True}, "train": {**train, "dtype": "bfloat16"}}
+    recipes = {
+        "one": one,
+        "two": one.model_copy(update={"iterations": 2}),
+        "dora": make_recipe("space", iterations=2, **dora, **common),
     }
-    dora = {**raw, "iterations": 2, "adapter": {**ADAPTER, "use_dora": True}, "method": "space"}
-    dora["train"] = {**raw["train"], "dtype": "bfloat16"}
-    return {
-        name: play(recipe_of(r), folder / name)
-        for name, r in {"one": raw, "two": {**raw, "iterations": 2}, "dora": dora}.items()
-    }
+    return {name: play(recipe, folder / name) for name, recipe in recipes.items()}
 
 
 def test_every_iteration_starts_at_its_opponent(runs: dict[str, RunDir]) -> None:
@@ -121,6 +116,7 @@ def test_the_same_run_gives_the_same_bytes(runs: dict[str, RunDir]) -> None:
 def test_another_base_is_found_by_the_proof(tiny: Path, runs: dict[str, RunDir], tmp_path: Path) -> None:
     """A control: an iteration that was scored on the original weights does not pass."""
     from sparring.errors import RunError
+    from sparring.parallel import SingleProcess
     from sparring.run.iteration import Iteration
     from sparring.stages.score import score
     from sparring.stages.train.loop import train
@@ -130,9 +126,9 @@ def test_another_base_is_found_by_the_proof(tiny: Path, runs: dict[str, RunDir],
     shutil.rmtree(run.stage(1, "train"))
     recipe = Results(run.root).recipe
     plain = recipe.model_copy(update={"adapter": Adapter(r=4, lora_alpha=8)})
-    score(Iteration(run, plain, 1))
+    score(Iteration(run, plain, 1), SingleProcess())
     with pytest.raises(RunError, match="before the first update the policy should be its opponent"):
-        train(Iteration(run, recipe, 1))
+        train(Iteration(run, recipe, 1), SingleProcess())
 
 
 def test_merged_is_what_was_trained(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
@@ -191,8 +187,10 @@ def test_a_device_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)
-    with pytest.raises(UserError, match="bitsandbytes does not run on cpu: RuntimeError: no kernel image.*leave adapter"):
-        refuse_without_4bit(CPU)
+    with pytest.raises(
+        UserError, match="bitsandbytes does not run on cpu: RuntimeError: no kernel image.*leave adapter"
+    ):
+        require_4bit(CPU)
 
 
 def test_weights_that_are_stored_quantized_are_refused(tiny: Path, tmp_path: Path) -> None:

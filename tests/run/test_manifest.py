@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparring.errors import UserError, RunMismatch, RunError
+from sparring.errors import RunError, RunMismatch, UserError
 from sparring.run.manifest import MANIFEST, commit, commit_part, has_part, hash_path, is_committed, verify
 from sparring.run.rundir import RunDir
 
@@ -51,7 +51,7 @@ def test_every_flipped_bit_and_every_cut_is_found(
     else:
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     file.write_bytes(bytes(content))
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match="corrupted"):
         verify(folder)
 
 
@@ -62,7 +62,7 @@ def test_a_missing_file_and_a_broken_manifest_are_found(tmp_path: Path) -> None:
         verify(folder)
     folder = make(tmp_path / "two")
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50])
-    with pytest.raises(RunError, match="run. makes .*two again"):
+    with pytest.raises(RunError, match="'sparring run' recreates .*two"):
         verify(folder)
 
 
@@ -84,7 +84,7 @@ def test_digests_are_of_content(tmp_path: Path) -> None:
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("x")
     assert run.digest(outside) == hash_path(outside)
-    with pytest.raises(RunError, match="has not been made yet"):
+    with pytest.raises(RunError, match="does not exist yet"):
         run.digest(tmp_path / "nothing")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import sparring.run.tracking
 from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
@@ -87,7 +88,7 @@ def test_trackio(make_recipe: MakeRecipe, tmp_path: Path) -> None:
         pytest.skip("trackio is an extra: pip install 'sparring[trackio]'")
     recipe = make_recipe("sft", iterations=1, track=["trackio"], train={"epochs": 1})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "sparring", "run", tmp_path / "recipe.yaml", tmp_path / "run"]
+    command = [sys.executable, "-m", "sparring.cli", "run", tmp_path / "recipe.yaml", tmp_path / "run"]
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     assert list((tmp_path / "trackio").rglob("*.db"))
@@ -102,13 +103,11 @@ def test_the_page_has_the_names_that_are_told() -> None:
 def test_a_tracker_changes_no_result_and_a_missing_one_is_named(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sparring.parallel.distributed
-
     plain = play(make_recipe("sft", iterations=1, train={"epochs": 1}), tmp_path / "plain")
     tracked = play(make_recipe("sft", iterations=1, train={"epochs": 1}, track=["tensorboard"]), tmp_path / "tracked")
     assert plain.digest(plain.model(0)) == tracked.digest(tracked.model(0))
     assert not list(plain.root.rglob("*tfevents*")) and list(tracked.root.rglob("*tfevents*"))
     assert json.loads((tracked.stage(0, "evaluate") / "metrics.json").read_text())
-    monkeypatch.setattr(sparring.parallel.distributed, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="track: wandb is not installed; pip install 'wandb'"):
+    monkeypatch.setattr(sparring.run.tracking, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="track: wandb is not installed. Run pip install 'wandb'"):
         play(make_recipe("sft", iterations=1, train={"epochs": 1}, track=["wandb"]), tmp_path / "plain")
