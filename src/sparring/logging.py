@@ -43,7 +43,7 @@ Advance = Callable[[int, int], None]
 
 
 def escape_control(text: str) -> str:
-    """The text with control characters spelled out, so that a terminal shows an escape sequence and does not obey it."""
+    """The text with control characters spelled out: a terminal shows an escape sequence instead of obeying it."""
     return CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 

@@ -65,7 +65,7 @@ class Renderer:
         self.end = self._find_end_of_turn(end_token)
         bos = cast(int | None, tokenizer.bos_token_id)
         adds_bos = bos is not None and self._tokenize(PROBE, add_special_tokens=True)[:1] == [bos]
-        self._bos_ids = [bos] if bos is not None and adds_bos else list[int]()
+        self.bos_ids = [bos] if bos is not None and adds_bos else list[int]()
 
     @property
     def template_digest(self) -> str:
@@ -175,7 +175,7 @@ class Renderer:
 
     def _tokenize_with_bos(self, text: str) -> list[int]:
         """Tokens of a plain text, with the BOS token in front if the tokenizer adds one."""
-        return self._bos_ids + self._tokenize(text)
+        return self.bos_ids + self._tokenize(text)
 
     def _find_end_of_turn(self, end_token: str | None) -> EndOfTurn:
         """`end_token` if it is set, else the first special token after a response, else the EOS token."""

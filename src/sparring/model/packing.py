@@ -1,7 +1,8 @@
 """Packs groups of responses into tensors.
 
 `pack_shared` packs groups into one row in which the responses of a group share their prompt. `pack_padded`, its
-readable twin, gives every response its own row, prompt included; models that cannot share a prompt get this one. In both, `positions`, `targets` and `num_tokens` identify the response tokens.
+readable twin, gives every response its own row, prompt included; models that cannot share a prompt get this one. In
+both, `positions`, `targets` and `num_tokens` identify the response tokens.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def engine_difference(
     if not difference <= allowed:
         info(
             f"note: The engine's log-probs of {len(differences)} responses differ from the scorer's by "
-            f"{difference:.2g} nats per token, and rounding in {dtype} explains {allowed:g}. The engine serves another model than the "
-            "one that is scored: check its weights, adapter and precision."
+            f"{difference:.2g} nats per token, and rounding in {dtype} explains {allowed:g}. The engine serves "
+            "another model than the one that is scored: check its weights, adapter and precision."
         )
     return {"engine_difference": difference, "engine_allowed": allowed, "engine_answers": len(differences)}

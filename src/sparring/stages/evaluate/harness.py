@@ -58,7 +58,7 @@ def benchmark(iteration: Iteration, task: Task, label: str) -> None:
 def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
-            "evaluate.harness: lm-evaluation-harness is not installed. Run pip install 'sparring[lm-eval]', or remove it."
+            "evaluate.harness: lm-evaluation-harness is not installed. Run pip install 'sparring[lm-eval]'."
         )
 
 

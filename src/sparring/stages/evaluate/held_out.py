@@ -142,7 +142,7 @@ def score_answers(
 def answers(
     iteration: Iteration, open_backend: OpenBackend, rows: Sequence[Rendered], parallel: Parallel, *, is_checked: bool
 ) -> tuple[list[Generation], list[Generation]]:
-    """(sampled, greedy) responses to all rows; greedy ones only if they are checked. Ranks with an engine share the rows."""
+    """(sampled, greedy) responses to all rows; greedy ones only if they are checked."""
     settings = iteration.recipe.generate
     ranks = max(1, parallel.num_ranks // settings.tensor_parallel_size)  # each engine takes that many devices
     if parallel.num_ranks == 1:

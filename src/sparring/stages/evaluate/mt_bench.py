@@ -150,7 +150,7 @@ def turn_ids(render: Renderer, question: Question, said: Sequence[str], seen: To
     except BadRow:
         return NOTHING
     if is_text and said:
-        ids = np.concatenate([seen, ids[len(render.start) :]])
+        ids = np.concatenate([seen, ids[len(render.bos_ids) :]])
     return ids if len(ids) < render.max_length else NOTHING
 
 

@@ -32,8 +32,8 @@ START_SECONDS = 1800.0
 REQUEST_SECONDS = 3600.0
 CONTRACT = (
     "Sampling and training must use the same weights and token ids. The server must list the folder that it serves "
-    "in /v1/models, take a list of ids as `prompt`, and return ids when /v1/completions is called with `return_token_ids`, "
-    "as vLLM's server does from 0.10.2 on."
+    "in /v1/models, take a list of ids as `prompt`, and return ids when /v1/completions is called with "
+    "`return_token_ids`, as vLLM's server does from 0.10.2 on."
 )
 
 
