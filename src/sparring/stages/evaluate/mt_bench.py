@@ -38,43 +38,10 @@ class Question:
 def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
     """Writes benchmarks/mt_bench-.../: answers.jsonl, in FastChat's format, and metrics.json. Decodes greedily."""
     start = time.monotonic()
-    data, file = iteration.data, questions_file(iteration)
+    file = questions_file(iteration)
     questions = read_questions(file)
     input_digests = iteration.run.input_digests(iteration.policy, file)
-    tokenizer = load_tokenizer(iteration.policy)
-    render = Renderer(
-        tokenizer,
-        template=iteration.recipe.template,
-        end_token=iteration.recipe.data.end_token,
-        max_length=data.max_length,
-        max_response=None,
-    )
-    said: list[list[str]] = [[] for _ in questions]
-    seen: list[TokenIds] = [NOTHING] * len(questions)
-    num_truncated = num_failed = 0
-    with open_backend(iteration.policy) as backend:
-        for turn in range(max(len(question.turns) for question in questions)):
-            prompts = {}
-            for place, question in enumerate(questions):
-                if turn < len(question.turns):
-                    ids = turn_ids(render, question, said[place], seen[place])
-                    room = min(MAX_NEW_TOKENS, data.max_length - len(ids))
-                    if len(ids) and room > 0:
-                        seed = iteration.seed("mt_bench", question.id, turn)
-                        prompts[place] = Prompt(str(question.id), turn, ids, room, seed)
-            answers = draw(backend, prompts)
-            for place, question in enumerate(questions):
-                if turn >= len(question.turns):
-                    continue
-                found = answers.get(place)
-                if found is None or found.finish == "failed":
-                    num_failed += 1
-                    said[place].append("")
-                    seen[place] = NOTHING
-                    continue
-                num_truncated += found.finish == "length"
-                said[place].append(decode_answers(tokenizer, [found])[0])
-                seen[place] = np.concatenate([prompts[place].token_ids, found.token_ids])
+    responses, num_truncated, num_failed = converse(iteration, open_backend, questions)
     name = f"{iteration.run.root.name}-{'start' if iteration.index < 0 else iteration.index}"
     lines = [
         {
@@ -83,25 +50,60 @@ def answer_questions(iteration: Iteration, open_backend: OpenBackend) -> None:
             "model_id": name,
             "choices": [{"index": 0, "turns": turns}],
         }
-        for question, turns in zip(questions, said, strict=True)
+        for question, turns in zip(questions, responses, strict=True)
     ]
-    info = {
+    summary = {
         "seconds": time.monotonic() - start,
         "rows": len(lines),
         "peak_memory_mib": peak_memory_mib(local_device()),
     }
+    words = [len(response.split()) for turns in responses for response in turns]
+    metrics = {"words": sum(words), "cut": num_truncated, "failed": num_failed}
     with commit(
-        iteration.stage(f"{BENCHMARKS}/mt_bench-{file.stem}"), input_digests=input_digests, info=info
+        iteration.stage(f"{BENCHMARKS}/mt_bench-{file.stem}"), input_digests=input_digests, info=summary
     ) as folder:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / "answers.jsonl").write_text(text, encoding="utf-8")
-        words = [len(answer.split()) for turns in said for answer in turns]
-        metrics = {
-            "words": sum(words) / len(words),
-            "cut": num_truncated / len(words),
-            "failed": num_failed / len(words),
-        }
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "metrics.json", {metric: value / len(words) for metric, value in metrics.items()})
+
+
+def converse(
+    iteration: Iteration, open_backend: OpenBackend, questions: Sequence[Question]
+) -> tuple[list[list[str]], int, int]:
+    """(responses to every turn of every question, number of truncated ones, number of failed ones)."""
+    tokenizer = load_tokenizer(iteration.policy)
+    render = Renderer(
+        tokenizer,
+        template=iteration.recipe.template,
+        end_token=iteration.recipe.data.end_token,
+        max_length=iteration.data.max_length,
+        max_response=None,
+    )
+    responses: list[list[str]] = [[] for _ in questions]
+    context: list[TokenIds] = [NOTHING] * len(questions)
+    num_truncated = num_failed = 0
+    with open_backend(iteration.policy) as backend:
+        for turn in range(max(len(question.turns) for question in questions)):
+            prompts = {}
+            asked = [place for place, question in enumerate(questions) if turn < len(question.turns)]
+            for place in asked:
+                question, ids = questions[place], turn_ids(render, questions[place], responses[place], context[place])
+                room = min(MAX_NEW_TOKENS, iteration.data.max_length - len(ids))
+                if len(ids) and room > 0:
+                    seed = iteration.seed("mt_bench", question.id, turn)
+                    prompts[place] = Prompt(str(question.id), turn, ids, room, seed)
+            answers = draw(backend, prompts)
+            for place in asked:
+                answer = answers.get(place)
+                if answer is None or answer.finish == "failed":
+                    num_failed += 1
+                    responses[place].append("")
+                    context[place] = NOTHING
+                    continue
+                num_truncated += answer.finish == "length"
+                responses[place].append(decode_answers(tokenizer, [answer])[0])
+                context[place] = np.concatenate([prompts[place].token_ids, answer.token_ids])
+    return responses, num_truncated, num_failed
 
 
 def questions_file(iteration: Iteration) -> Path:

@@ -62,7 +62,7 @@ def generate(iteration: Iteration, open_backend: OpenBackend) -> None:
     )
     if num_copies > MANY_COPIES * len(answers):
         info(
-            f"note: {num_copies / len(answers):.0%} of the opponent's responses to training prompts equal the real ones "
+            f"note: {num_copies / len(answers):.0%} of the opponent's training responses equal the real ones "
             "token by token, so they teach nothing. Use rows that the model was not trained on"
         )
 
