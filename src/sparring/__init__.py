@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
-# large pages for torch's large tensors on CPU, where the system leaves the choice to programs: steps are shorter. Set
-# before torch is imported, and for the processes that we start
+# huge pages for torch's large tensors on CPU, where the system leaves the choice to programs: steps are faster. Set
+# before torch is imported; child processes inherit it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# in a notebook without ipywidgets, libraries that import tqdm would warn about progress bars that are never shown
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from sparring.errors import RunError, RunMismatch, UserError
