@@ -23,7 +23,7 @@ from sparring.recipe.schema import Train
 from sparring.run.disk import writing
 from sparring.run.examples import generated_inputs, load_training_examples
 from sparring.run.iteration import Iteration
-from sparring.run.manifest import begin_work, commit, failpoint, write_json
+from sparring.run.manifest import begin_work, commit, failpoint, hash_path, write_json
 from sparring.run.tracking import steps_before, track_step
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from sparring.stages.train.micro_batches import choose_micro_batch_tokens, run_step_within_memory
@@ -188,7 +188,7 @@ def finish(
             save_successor(policy.model, iteration.opponent, trained, state)
             if adapter is not None:  # the adapter is worthless on another base: export compares this digest
                 base = base_of(iteration.opponent)
-                write_json(trained / BASE, {"folder": str(base), "xxh3": iteration.run.digest(base)})
+                write_json(trained / BASE, {"folder": str(base), "xxh3": hash_path(base)})
             if is_merged:
                 save_merged(trained, folder / "model")
             failpoint("model-written")
