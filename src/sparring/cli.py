@@ -230,7 +230,7 @@ def judge(
     )
     shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("win", "tie", "loss", "unclear"))
     typer.echo(f"{shares}; score {found['score']:.3f} ± {found['score_stderr']:.3f} (one standard error)")
-    typer.echo(f"the place decided {found['prefers_a_place']:.1%} of the pairs, which are ties")
+    typer.echo(f"The position decided {found['position_bias']:.1%} of the pairs; they count as ties.")
 
 
 @app.command()

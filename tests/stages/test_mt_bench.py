@@ -13,12 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tenacity import wait_none
 
 import sparring.commands.judge
+import sparring.stages.evaluate.mt_bench
 from sparring.commands.demo import make_model, make_tokenizer
-from sparring.commands.judge import Verdict, conversation, judge, outcome, plain, read_prompts, summary
+from sparring.commands.judge import (
+    Verdict,
+    conversation,
+    format_request,
+    judge,
+    outcome,
+    read_prompts,
+    read_responses,
+    summarize,
+)
 from sparring.data.render import Renderer
-from sparring.errors import UserError, RunError
+from sparring.errors import RunError, UserError
 from sparring.loop import play
 from sparring.model.load import load_tokenizer, save_model
 from sparring.recipe.schema import Recipe
@@ -85,21 +96,16 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    recipe = {
-        "model": str(tiny / "model"),
-        "method": "sft",
-        "iterations": 2,
-        "data": {"train": str(tiny / "rows.jsonl"), "held_out": 0},
-        "generate": {"max_new_tokens": 12},
-        "train": {"learning_rate": 3e-3, "batch_size": 16, "dtype": "float32", "epochs": 1},
-        "evaluate": {"mt_bench": {"questions": str(questions), "max_new_tokens": 9}},
-    }
-    return play(Recipe.model_validate(recipe), tmp_path_factory.mktemp("mt") / "run")
+def run(make_recipe: MakeRecipe, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    train = {"learning_rate": 3e-3, "epochs": 1}
+    recipe = make_recipe("sft", data={"held_out": 0}, train=train, evaluate={"mt_bench": str(questions)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparring.stages.evaluate.mt_bench, "MAX_NEW_TOKENS", 9)
+        return play(recipe, tmp_path_factory.mktemp("mt") / "run")
 
 
 def answers(run: RunDir, index: int) -> list[dict[str, Any]]:
-    folder = (run.start if index < 0 else run.iteration(index)) / "benchmarks" / "mt_bench-question-9"
+    folder = (run.start if index < 0 else run.iteration(index)) / "benchmarks" / "mt_bench-question"
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
@@ -110,7 +116,7 @@ def test_every_iteration_answers_every_turn(run: RunDir) -> None:
         assert [len(row["choices"][0]["turns"]) for row in found] == [2, 1, 2]
         assert found[2]["choices"][0]["turns"] == ["", ""], "what does not fit is not answered"
     assert answers(run, 0)[0]["choices"] != answers(run, -1)[0]["choices"]
-    assert Results(run.root).benchmarks()[("mt_bench-question-9", "failed")][0] == (2 / 5, None)
+    assert Results(run.root).benchmarks()[("mt_bench-question", "failed")][0] == (2 / 5, None)
 
 
 def test_the_second_turn_sees_the_first(tiny: Path) -> None:
@@ -216,7 +222,8 @@ def test_a_real_server_judges(run: RunDir, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_busy_judge_is_asked_again_and_a_dead_one_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparring.commands.judge, "WAITS_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(sparring.commands.judge, "WAIT", wait_none())
+    monkeypatch.setattr(sparring.commands.judge, "NUM_TRIES", 3)
     monkeypatch.setattr(sparring.commands.judge, "CONCURRENCY", 1)
     asked = 0
 
@@ -257,7 +264,7 @@ def test_verdicts_and_scores() -> None:
         for turn in (0, 1)
         for swap in (False, True)
     }
-    result = summary(questions, found)
+    result = summarize(questions, found)
     scores = [1, 0, 0.5, 1]
     assert result["score"] == np.mean(scores)
     assert result["score_stderr"] == pytest.approx(np.std(scores, ddof=1) / 2), "two turns of a question are no two"
@@ -266,14 +273,14 @@ def test_verdicts_and_scores() -> None:
 
 def test_what_the_judge_is_shown() -> None:
     question = Question(1, "math", ("one?", "two?"))
-    text = plain(question, 1, ["a1", "a2"], ["b1", "{b2}"], ["r1", "r2"])
+    text = format_request(question, 1, ["a1", "a2"], ["b1", "{b2}"], ["r1", "r2"])
     order = [text.index(words) for words in ("r1", "r2", "one?", "a1", "two?", "a2", "b1", "{b2}", "last answers")]
     assert order == sorted(order)
-    assert "two?" not in plain(question, 0, ["a1", "a2"], ["b1", "b2"], None)
+    assert "two?" not in format_request(question, 0, ["a1", "a2"], ["b1", "b2"], None)
     own = {"pair-v2": {"system_prompt": "S", "prompt_template": "{question} {answer_a} {answer_b} {x}"}}
     system, user = conversation(question, 0, ["{answer_b}"], ["b"], own, None)
     assert (system["content"], user["content"]) == ("S", "one? {answer_b} b {x}"), "answers are no templates"
-    with pytest.raises(UserError, match="none named pair-math-v1"):
+    with pytest.raises(UserError, match="no prompt named pair-math-v1"):
         conversation(question, 0, ["a"], ["b"], own, ["r"])
 
 
@@ -282,7 +289,7 @@ def test_the_published_questions_and_prompts(shared: Path) -> None:
     found = read_questions(shared / "data" / "mt_bench" / "question.jsonl")
     assert len(found) == 80 and all(len(question.turns) == 2 for question in found)
     prompts = read_prompts(shared / "data" / "mt_bench" / "judge_prompts.jsonl")
-    references = sparring.commands.judge.read_answers(shared / "data" / "mt_bench" / "reference_gpt-4.jsonl")
+    references = read_responses(shared / "data" / "mt_bench" / "reference_gpt-4.jsonl")
     assert len(references) == 30
     for question in found:
         for turn in (0, 1):
@@ -306,9 +313,9 @@ def test_bad_questions_are_refused(tmp_path: Path, text: str, message: str) -> N
 def test_what_cannot_be_judged_is_refused(run: RunDir, tmp_path: Path) -> None:
     results = Results(run.root)
     for options, message in (
-        ({"index": 5, "against": 0}, "there is no iteration 5"),
-        ({"index": 1, "against": 1}, "against itself"),
-        ({"index": 1, "against": 0, "prompts": tmp_path / "none"}, "holds no judge prompts|none"),
+        ({"index": 5, "against": 0}, "iteration 5 does not exist"),
+        ({"index": 1, "against": 1}, "must differ"),
+        ({"index": 1, "against": 0, "prompts": tmp_path / "none"}, "does not contain judge prompts"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             judge(results, url="http://127.0.0.1:9", model="m", **options)  # pyright: ignore[reportArgumentType]

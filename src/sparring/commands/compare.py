@@ -1,7 +1,7 @@
-"""compare(): several methods on one data set, one split and one starting model, over seeds and shares of the data.
+"""`sparring compare`: compares methods on one data set, split and starting model, over seeds and fractions of the rows.
 
-Every arm is a run directory like any other, so what is done is not done again, and all that the arms have in common is
-made once: the prepared rows, the starting model's evaluation, and the first opponent's answers and scores.
+Every arm is an ordinary run directory, so finished work is not repeated. What the arms share is computed once: the
+prepared rows, the starting model's evaluation, and the first opponent's responses and scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import RunMismatch, UserError
 from sparring.logging import info
-from sparring.loop import check_settings, is_done, play
+from sparring.loop import play
 from sparring.objectives import OBJECTIVES
 from sparring.recipe import yaml
 from sparring.recipe.load import differences, load_recipe, make_recipe
@@ -24,18 +24,18 @@ from sparring.report.comparison import Arm, Comparison, write_comparison
 from sparring.run.iteration import DataSummary, Iteration, seed_of
 from sparring.run.manifest import commit, copy_committed, is_committed, make_folder, read_manifest, replace_file
 from sparring.run.rundir import RunDir
-from sparring.run.session import load_sealed_recipe, seal_recipe
+from sparring.run.session import check_settings, is_done, load_sealed_recipe, seal_recipe
 from sparring.stages.prepare import prepare
 
-FREE = frozenset(
-    ("optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "epochs", "batch_size", "sft_weight")
+PER_METHOD = frozenset(
+    ("optimizer", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "epochs", "batch_size", "sft_weight")
 )
-"""What of `train` may differ between methods. Everything else decides what is evaluated, and on what."""
+"""The settings of `train` that may differ between methods. All others affect what is evaluated, and on what."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One of --methods: "space", or with settings "space:mu=3:train.learning_rate=1e-4"."""
+    """An entry of --methods: "space", or with settings "space:mu=3:train.learning_rate=1e-4"."""
 
     label: str
     name: str
@@ -46,12 +46,8 @@ class Method:
         return self.label.replace(":", "_")
 
     def recipe(self, base: Recipe, seed: int) -> Recipe:
-        """The base recipe with this method: its own coefficients where the base names it, else the published ones."""
-        raw = {
-            **base.model_dump(by_alias=True, mode="json"),
-            "seed": seed,
-            "stop": {},
-        }  # all arms are played to the end
+        """The base recipe with this method. Coefficients are the base's if it has the method, else the paper's."""
+        raw = base.model_dump(by_alias=True, mode="json") | {"seed": seed, "stop": {}}  # no arm stops early
         if base.method.name != self.name:
             raw["method"] = {"name": self.name}
             kept = {
@@ -60,7 +56,7 @@ class Method:
             }
             raw["per_iteration"] = {index: table for index, table in kept.items() if table}
             if not raw["per_iteration"]:
-                del raw["per_iteration"]  # T-SPIN then has its own
+                del raw["per_iteration"]  # so that T-SPIN gets its default
         for path, value in self.settings:
             yaml.set_key(raw, path, value)
         return make_recipe(raw, source=f"--methods {self.label}: ")
@@ -69,15 +65,15 @@ class Method:
 def parse_method(label: str) -> Method:
     name, *parts = label.split(":")
     if name not in OBJECTIVES or not re.fullmatch(r"[\w.:=+-]+", label):
-        raise UserError(f"--methods: '{name}' is none of {', '.join(OBJECTIVES)}")
+        raise UserError(f"--methods: unknown method '{name}'. Use one of {', '.join(OBJECTIVES)}.")
     settings = []
     for part in parts:
         key, equals, text = part.partition("=")
         section, dot, setting = key.partition(".")
-        if not equals or (dot and (section != "train" or setting not in FREE)):
+        if not equals or (dot and (section != "train" or setting not in PER_METHOD)):
             raise UserError(
-                f"--methods: '{part}' of '{label}' is no setting of one method: a coefficient (lambda=1) or one of "
-                f"{', '.join(f'train.{name}' for name in sorted(FREE))}"
+                f"--methods: '{part}' of '{label}' cannot be set per method. Use a coefficient (lambda=1) or one of "
+                f"{', '.join(f'train.{name}' for name in sorted(PER_METHOD))}."
             )
         value, _ = yaml.parse(text, f"--methods {label}")
         settings.append(((section, setting) if dot else ("method", key), value))
@@ -93,20 +89,20 @@ def compare(
     fractions: Sequence[float] = (1.0,),
     overrides: Sequence[str] = (),
 ) -> Comparison:
-    """Plays every method with every seed on every fraction of the training rows, and writes the comparison.
+    """Runs every method with every seed on every fraction of the training rows, and writes the comparison.
 
-    The same call again continues it; more methods, seeds and fractions are added to what is there. Raises `UserError`
-    where the arms would not be comparable.
+    The same call continues it. A call with more methods, seeds or fractions adds to it. Raises `UserError` if the arms
+    would not be comparable.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides)
     chosen = [parse_method(label) for label in methods]
     if seeds < 1 or len({m.folder for m in chosen}) < len(chosen) or not all(0 < share <= 1 for share in fractions):
-        raise UserError("--methods must differ, --seeds be 1 or more, --fractions lie above 0 and up to 1")
+        raise UserError("--methods must differ, --seeds must be 1 or more, and --fractions above 0 and at most 1.")
     if recipe.data.self_play_rows is not None:
         raise UserError(
-            "data.self_play_rows is for one run with an sft phase; to compare games on rows that sft did not see, run the "
-            "sft phase by itself and compare from its model, with data.train the other rows"
+            "data.self_play_rows: a comparison has no sft phase. To compare methods on rows that sft did not see, run "
+            "sft separately, then set model to its result and data.train to the other rows."
         )
     plans = [
         (method, seed, share, method.recipe(recipe, recipe.seed + seed))
@@ -114,59 +110,62 @@ def compare(
         for seed in range(seeds)
         for method in chosen
     ]
-    whole = RunDir(root)
-    with whole.own():
-        check_comparison_settings(whole, recipe)
-        if not is_done(whole, whole.data):
-            prepare(whole, recipe)
-        summary = DataSummary.read(whole.data / "summary.json")
+    shared = RunDir(root)
+    with shared.own():
+        check_comparison_settings(shared, recipe)
+        if not is_done(shared, shared.data):
+            prepare(shared, recipe)
+        summary = DataSummary.read(shared.data / "summary.json")
         if not summary.num_held_out:
-            raise UserError("data.held_out leaves no row to compare by")
+            raise UserError("data.held_out: a comparison needs held-out rows. Set it above 0.")
         arms: list[Arm] = []
         for number, (method, seed, share, settings) in enumerate(plans, start=1):
-            place = RunDir(
-                whole.root / f"seed-{seed}" / (method.folder if share == 1 else f"{method.folder}-{share:g}")
-            )
-            info(f"\n{number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
-            make_folder(place.root)
-            check_settings(place, settings)
-            copy_rows(whole, place, share, settings.seed)
+            name = method.folder if share == 1 else f"{method.folder}-{share:g}"
+            run = RunDir(shared.root / f"seed-{seed}" / name)
+            info(f"\nRun {number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
+            make_folder(run.root)
+            check_settings(run, settings)
+            copy_rows(shared, run, share, settings.seed)
             donors = [arm.run for arm in arms if (arm.seed, arm.share) == (seed, share)]
-            reuse_stages(Iteration(place, settings.at(0), 0), donors)
-            arms.append(Arm(method.label, seed, share, play(settings, place.root)))
-        comparison = Comparison(whole.root, recipe, arms)
+            reuse_stages(Iteration(run, settings.at(0), 0), donors)
+            arms.append(Arm(method.label, seed, share, play(settings, run.root)))
+        comparison = Comparison(shared.root, recipe, arms)
         write_comparison(comparison)
     return comparison
 
 
-def check_comparison_settings(whole: RunDir, recipe: Recipe) -> None:
-    """Keeps the recipe that all arms share as comparison.yaml, or refuses another one."""
-    path = whole.root / "comparison.yaml"
+def check_comparison_settings(shared: RunDir, recipe: Recipe) -> None:
+    """Writes the recipe that all arms share to comparison.yaml. Raises `RunMismatch` if another one is there."""
+    path = shared.root / "comparison.yaml"
     if path.is_file():
         if changed := differences(load_sealed_recipe(path), recipe):
-            raise RunMismatch(f"{whole.root} holds a comparison with other settings:\n  " + "\n  ".join(changed))
-    elif any(whole.root.glob("*.yaml")):
-        raise RunMismatch(f"{whole.root} holds a run of its own; use another directory")
+            raise RunMismatch(
+                f"{shared.root} contains a comparison with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another directory, or restore the old values."
+            )
+    elif any(shared.root.glob("*.yaml")):
+        raise RunMismatch(f"{shared.root} contains a single run. Use another directory.")
     replace_file(path, seal_recipe(recipe))
 
 
-def copy_rows(whole: RunDir, place: RunDir, share: float, seed: int) -> None:
-    """Gives a run the prepared rows, or a share of them: by hash, so that a smaller share lies inside a larger one."""
-    if is_done(place, place.data):
+def copy_rows(shared: RunDir, run: RunDir, share: float, seed: int) -> None:
+    """Copies the prepared rows, or a fraction of them, to a run. Rows are ordered by hash, so fractions are nested."""
+    if is_done(run, run.data):
         return
-    rows = read_rendered(whole.data / "train.parquet")
+    rows = read_rendered(shared.data / "train.parquet")
     order = sorted(rows, key=lambda row: seed_of(seed, "share", row.id))
     kept = {row.id for row in order[: max(1, round(share * len(rows)))]}
-    summary = DataSummary.read(whole.data / "summary.json")
-    with commit(place.data, input_digests=read_manifest(whole.data).input_digests) as folder:
+    summary = DataSummary.read(shared.data / "summary.json")
+    with commit(run.data, input_digests=read_manifest(shared.data).input_digests) as folder:
         write_rows(folder / "train.parquet", [row for row in rows if row.id in kept])
         replace(summary, num_train=len(kept)).write(folder / "summary.json")
-        for name in ("held_out.parquet", "rejected.jsonl"):
-            shutil.copyfile(whole.data / name, folder / name)
+        for name in ("held_out.parquet", "skipped.jsonl"):
+            shutil.copyfile(shared.data / name, folder / name)
 
 
 def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
-    """Copies what another arm of the same seed and rows has already made of the starting model."""
+    """Copies stages of the starting model from arms with the same seed and rows."""
     method = first.recipe.method
     for donor in donors:
         other = load_sealed_recipe(donor.recipe).at(0).method
@@ -175,6 +174,6 @@ def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))
             if method.needs.opponent and other.needs.opponent and method.needs.roles == other.needs.roles:
                 stages.append((first.stage("score"), donor.stage(0, "score")))
-        for mine, theirs in stages:
-            if is_committed(theirs) and not mine.exists():
-                copy_committed(theirs, mine)
+        for target, source in stages:
+            if is_committed(source) and not target.exists():
+                copy_committed(source, target)

@@ -1,6 +1,6 @@
-"""The demo: small reasoning problems, a tiny model trained on them from scratch, and a game from there.
+"""`sparring demo`: trains a tiny model on small reasoning problems, then runs self-play from it.
 
-Nothing is downloaded. The starting model is trained by the same loop that plays (method sft).
+Downloads nothing. The starting model is trained by the same loop (method sft).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from sparring.run.results import Results
 
 NUM_TRAIN, NUM_HELD_OUT, LARGEST = 1000, 1000, 9
 WIDTH, LAYERS = 64, 2
-TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 64, "dtype": "float32", "warmup": 0.05}
+TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 64, "dtype": "float32", "warmup_ratio": 0.05}
 START = {**TRAIN, "learning_rate": 4e-3, "schedule": "constant", "epochs": 40}
 GAME = {**TRAIN, "learning_rate": 3e-4, "schedule": "linear", "epochs": 2}
 ITERATIONS = 3
 
 METHODS = ("tspin", "space", "spin", "sft")
-"""What the demo plays, each from the same start with the same settings. SFT is the control."""
+"""The methods of the demo, each with the same start and settings. SFT is the control."""
 
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 PAD, END = "<|pad|>", "<|end|>"
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def problem(random: random.Random, largest: int) -> tuple[str, str]:
-    """One two-step problem and its worked answer, which ends like GSM8K's: "#### 23"."""
+    """A two-step problem and its worked solution, which ends like GSM8K's: "#### 23"."""
     thing = random.choice(THINGS)
     match random.randrange(4):
         case 0:
@@ -70,16 +70,16 @@ def problem(random: random.Random, largest: int) -> tuple[str, str]:
 
 
 def problems(count: int, seed: int, largest: int) -> list[dict[str, str]]:
-    """Different problems as rows of the question/answer form."""
-    source, found = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
-    while len(found) < count:
+    """Distinct problems as question/answer rows."""
+    source, answers = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
+    while len(answers) < count:
         question, answer = problem(source, largest)
-        found[question] = answer
-    return [{"question": question, "answer": answer} for question, answer in found.items()]
+        answers[question] = answer
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
 def make_tokenizer(rows: Sequence[dict[str, str]]) -> PreTrainedTokenizerFast:
-    """Words and single digits, with a chat template whose turns end with <|end|>."""
+    """A vocabulary of words and single digits, with a chat template whose turns end with <|end|>."""
     words = {word for row in rows for text in row.values() for word in re.findall(WORD, text)}
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
@@ -114,16 +114,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, s
 def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
     """Writes ROOT/task, ROOT/start (a tiny model trained by SFT) and ROOT/METHOD; returns the run directories.
 
-    The same call again continues what was interrupted. `seed` makes other problems and another model.
+    The same call continues an interrupted demo. `seed` changes the problems and the model.
     """
     if method not in (*METHODS, "all"):
-        raise UserError(f"--method {method}: one of all, {', '.join(METHODS)}")
-    chosen = METHODS if method == "all" else (method,)
+        raise UserError(f"--method {method}: unknown method. Use all, {', '.join(METHODS)}.")
     write_task(root / "task", seed)
-    info("the starting model: supervised fine-tuning from random weights")
+    info("Starting model: supervised fine-tuning from random weights")
     start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start")
     runs = []
-    for name in chosen:
+    for name in METHODS if method == "all" else (method,):
         info("")
         recipe = demo_recipe(root, start.model(0), name, seed, iterations=ITERATIONS, train=GAME)
         runs.append(play(recipe, root / name).root)
@@ -132,7 +131,7 @@ def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
 
 
 def write_task(folder: Path, seed: int) -> None:
-    """The problems as rows, and a model with random weights."""
+    """Writes the problems as rows, and a model with random weights."""
     if is_committed(folder):
         return
     rows = problems(NUM_TRAIN + NUM_HELD_OUT, seed, LARGEST)
@@ -157,14 +156,14 @@ def demo_recipe(
             "train": train,
             "evaluate": {"checker": "number"},
             "seed": seed,
-            "threads": 1,  # on tensors this small a second thread costs more than it brings
+            "threads": 1,  # a second thread slows down tensors this small
         }
     )
 
 
 def print_comparison(runs: Sequence[Path]) -> None:
-    """The starting model and what each method made of it."""
-    table = Table(title="held-out problems: the start, and after the last iteration", box=None)
+    """Prints the metrics of the starting model and of each method's last iteration."""
+    table = Table(title="Held-out problems: the start, and each method after its last iteration", box=None)
     for column in ("", "NLL", "greedy accuracy", "sampled accuracy", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for number, run in enumerate(runs):
@@ -177,14 +176,12 @@ def print_comparison(runs: Sequence[Path]) -> None:
     console = Console()
     console.print()
     console.print(table)
-    console.print("sft is the control: as many rows and updates, without a game. The reports, one per method:")
+    console.print("sft is the control: the same rows and optimizer steps, without self-play. ± is one standard error.")
+    console.print("Reports:")
     for run in runs:
         console.print(f"  {run / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _cells(metrics: Mapping[str, float]) -> tuple[str, ...]:
-    return (
-        f"{metrics['held_out_nll']:.4f} ± {metrics['held_out_nll_stderr']:.4f}",
-        f"{metrics['greedy_accuracy']:.3f} ± {metrics['greedy_accuracy_stderr']:.3f}",
-        f"{metrics['sampled_accuracy']:.3f} ± {metrics['sampled_accuracy_stderr']:.3f}",
-    )
+    digits = {"held_out_nll": 4, "greedy_accuracy": 3, "sampled_accuracy": 3}
+    return tuple(f"{metrics[name]:.{n}f} ± {metrics[f'{name}_stderr']:.{n}f}" for name, n in digits.items())

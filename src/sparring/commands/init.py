@@ -1,8 +1,7 @@
-"""`sparring init`: a commented recipe for the user's own model and rows, written after a look at both."""
+"""`sparring init`: writes a commented recipe for the user's model and rows, after reading a few of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,97 +15,94 @@ from sparring.recipe.load import make_recipe
 from sparring.run.manifest import replace_file
 from sparring.stages.evaluate.checkers import number
 
-LOOK_AT = 50
+NUM_ROWS = 50
+"""Rows to read."""
 
 COEFFICIENTS = {
-    "sft": "sft                # the control: no game",
+    "sft": "sft                # the control: no self-play",
     "spin": "{name: spin, lambda: 0.1}",
     "tspin": "{name: tspin, alpha: 1.0, beta: 0.1}",
     "space": "{name: space, mu: 1.0}",
 }
 
 TEXT = """\
-# Written by sparring init after a look at {data}: rows of the form {shape}.
+# Written by sparring init for {data} (format: {row_format}).
 # Next: sparring doctor {file}, then sparring preview {file}, then sparring run {file} runs/NAME.
-# Every key: docs/recipe.md. What is not here has the paper's default.
+# docs/recipe.md lists every key. Keys that are not here have the paper's defaults.
 
 model: {model}
 method: {method}
-iterations: 3            # more can be asked for later; the gain is mostly in the first two
+iterations: 3            # you can raise it later; most of the gain comes from the first two
 
 data:
   train: {data}
-  held_out: 0.05           # share of the prompts kept apart for the evaluation
+  held_out: 0.05           # fraction of the prompts for evaluation
 {data_lines}{adapter}
 generate:
-  max_new_tokens: 256      # the real answers are cut there too, so that length alone does not tell them apart
+  max_new_tokens: 256      # real responses are truncated here too, so that length does not give them away
 
 train:
   optimizer: {optimizer}
   learning_rate: {rate}   # {rate_note}
   epochs: 2                # per iteration
   batch_size: 64
-  micro_batch_tokens: auto # at a time; a number is an upper bound
-  max_length: 2048         # prompt and answer
-  dtype: auto              # bfloat16 where the device multiplies it faster, else float32
+  micro_batch_tokens: auto # a number sets an upper bound
+  max_length: 2048         # prompt and response
+  dtype: auto              # bfloat16 on hardware that accelerates it, otherwise float32
 {evaluate}
 seed: 0
 """
 
 ADAPTER = """
-adapter:                   # a low-rank adapter in place of full fine-tuning
+adapter:                   # train a LoRA adapter instead of all weights
   r: 16
   lora_alpha: 32
 """
 
 EVALUATE = """
 evaluate:
-  checker: number          # the answers have a number after ####
+  checker: number          # compares the number after ####
 """
 
 
 def write_recipe(path: Path, *, model: str, data: str, method: str, lora: bool) -> None:
-    """Writes a recipe that is valid for these rows; refuses what a run would refuse."""
+    """Writes a recipe that is valid for these rows. Raises `UserError` for what a run would refuse."""
     if path.exists():
-        raise UserError(f"{path} is there already; give another name")
+        raise UserError(f"{path} exists already. Choose another name.")
     if method not in OBJECTIVES:
-        raise UserError(f"--method {method}: one of {', '.join(OBJECTIVES)}")
-    rows = [row for _, row in islice(read_rows(data), LOOK_AT) if not isinstance(row, BadRow)]
+        raise UserError(f"--method {method}: unknown method. Use one of {', '.join(OBJECTIVES)}.")
+    rows = [row for _, row in islice(read_rows(data), NUM_ROWS) if not isinstance(row, BadRow)]
     if not rows:
-        raise UserError(f"data: {data} has no row that can be read")
+        raise UserError(f"data: {data} has no readable row.")
     is_text = "text" in rows[0] and not set(rows[0]) & {"messages", "conversations", "prompt", "instruction"}
-    shape = detect_format(rows[0], {}, "sentence" if is_text else None, data).name
-    tokenizer = load_tokenizer(resolve_model(model))
-    lines = {}
-    if shape == "text":
-        lines["split_on"] = "sentence       # the prompt ends where the first sentence does"
+    row_format = detect_format(rows[0], {}, "sentence" if is_text else None, data).name
+    tokenizer, data_lines = load_tokenizer(resolve_model(model)), ""
+    if row_format == "text":
+        data_lines = "  split_on: sentence       # the prompt is the first sentence\n"
     elif not tokenizer.chat_template:
-        lines["template"] = '"### Instruction: {prompt}\\n\\n### Response: "  # the tokenizer has no chat template'
+        template = '"### Instruction: {prompt}\\n\\n### Response: "'
+        data_lines = f"  template: {template}  # the tokenizer has no chat template\n"
     text = TEXT.format(
         file=path,
         data=data,
-        shape=shape,
+        row_format=row_format,
         model=model,
         method=COEFFICIENTS.get(method, method),
-        data_lines="".join(f"  {key}: {value}\n" for key, value in lines.items()),
+        data_lines=data_lines,
         adapter=ADAPTER if lora else "",
         optimizer="adamw" if lora else "rmsprop",
         rate="5.0e-6" if lora else "5.0e-7",
-        rate_note="ten times that of full fine-tuning" if lora else "the papers' rate at 7B; small models want more",
-        evaluate=EVALUATE if is_checkable(rows, shape) else "",
+        rate_note="ten times that of full fine-tuning" if lora else "the papers' value for 7B; small models need more",
+        evaluate=EVALUATE if all(number(response_of(row)) is not None for row in rows) else "",
     )
-    raw, known_lines = yaml.parse(text, str(path))
-    make_recipe(raw, known_lines, str(path))
+    raw, lines = yaml.parse(text, str(path))
+    make_recipe(raw, lines, str(path))
     replace_file(path, text)
 
 
-def is_checkable(rows: list[Row], shape: str) -> bool:
-    """Whether the real answers that were looked at end as GSM8K's do."""
-    return bool(rows) and all(number(answer_of(row, shape)) is not None for row in rows)
-
-
-def answer_of(row: Mapping[str, object], shape: str) -> str:
+def response_of(row: Row) -> str:
+    """The real response of a row; empty if the row cannot be used."""
     try:
-        return examples(row, 1, detect_format(row, {}, "sentence", ""), "last")[0].answer if shape else ""
+        return examples(row, 1, detect_format(row, {}, "sentence", ""), "last")[0].answer
     except BadRow:
         return ""

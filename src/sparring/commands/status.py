@@ -1,4 +1,4 @@
-"""`sparring status`: the stages of a run as a table."""
+"""`sparring status`: shows the stages of a run as a table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sparring.logging import escape_control
 from sparring.run.results import Results
 
 MARKS = {"done": "✓", "running": "▶", "to do": "·"}
-SHORT = {
+SHORT_NAMES = {
     "held_out_nll": "NLL",
     "greedy_accuracy": "greedy",
     "sampled_accuracy": "sampled",
-    "rewards/accuracies": "reward acc.",
+    "rewards/accuracies": "reward accuracy",
     "rewards/margins": "margin",
     "alignment": "alignment",
     "length": "length",
-    "end_rate": "ends",
+    "end_rate": "ended",
 }
 
 
@@ -28,7 +28,7 @@ def print_status(results: Results) -> None:
     state = f"running as process {owner['pid']} on {owner['host']}" if owner else "not running"
     console.print(Text(escape_control(f"{results.run.root}: {results.recipe.method.name}, {state}")), soft_wrap=True)
     if results.data is None:
-        console.print("data: to do")
+        console.print("The data stage is not done.")
         return
     table = Table(box=None)
     for column in ("iteration", "stage", "", "seconds", "results"):
@@ -40,11 +40,11 @@ def print_status(results: Results) -> None:
             f"{MARKS[stage.state]} {stage.state}",
             f"{stage.seconds:.1f}" if stage.seconds is not None else "",
             stage.progress
-            or "  ".join(f"{SHORT.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
+            or "  ".join(f"{SHORT_NAMES.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
         )
     console.print(table)
     if results.stopped:
-        console.print(f"ended by itself after iteration {results.stopped[0]}: {results.stopped[1]}")
+        console.print(f"Stopped early, after iteration {results.stopped[0]}: {results.stopped[1]}")
     if best := results.best():
         where = "the starting model" if best.iteration < 0 else f"iteration {best.iteration}"
-        console.print(f"best by {best.metric}: {where} ({best.value:.4f})")
+        console.print(f"Best {best.metric}: {best.value:.4f} ({where})")

@@ -56,9 +56,9 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
-        count /= 1000  # pyright: ignore[reportAssignmentType]
+        count /= 1000
     return f"{count:,.1f} GB"
