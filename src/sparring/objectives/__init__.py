@@ -1,4 +1,4 @@
-"""The objectives. To add one: a file like these, a line in OBJECTIVES, a page in docs/objectives/."""
+"""The objectives. To add one: a file like these, its class here, a page in docs/objectives/."""
 
 from sparring.objectives.dpo import Dpo
 from sparring.objectives.sft import Sft
@@ -9,25 +9,6 @@ from sparring.objectives.ssimpo import Ssimpo
 from sparring.objectives.tspin import Tspin
 from sparring.objectives.tspin_ref import TspinRef
 
-OBJECTIVES = {
-    "sft": Sft,
-    "spin": Spin,
-    "tspin": Tspin,
-    "space": Space,
-    "s-ipo": Sipo,
-    "s-simpo": Ssimpo,
-    "tspin-ref": TspinRef,
-    "dpo": Dpo,
-}
+OBJECTIVES = {objective.name: objective for objective in (Sft, Spin, Tspin, Space, Sipo, Ssimpo, TspinRef, Dpo)}
 
-__all__ = [
-    "OBJECTIVES",
-    "Dpo",
-    "Sft",
-    "Sipo",
-    "Space",
-    "Spin",
-    "Ssimpo",
-    "Tspin",
-    "TspinRef",
-]
+__all__ = ["OBJECTIVES", "Dpo", "Sft", "Sipo", "Space", "Spin", "Ssimpo", "Tspin", "TspinRef"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import torch
 from pydantic import (
@@ -21,16 +21,7 @@ from pydantic import (
 from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
-from sparring.objectives import (
-    Dpo,
-    Sft,
-    Sipo,
-    Space,
-    Spin,
-    Ssimpo,
-    Tspin,
-    TspinRef,
-)
+from sparring.objectives import OBJECTIVES
 from sparring.recipe.benchmarks import Task, parse_tasks
 from sparring.recipe.yaml import set_key
 from sparring.types import NonNegative, Objective, Positive, Share
@@ -244,12 +235,15 @@ class Stop(Strict):
     """Stop after this many iterations without a better evaluate.save_best_by; 0: never."""
 
 
+if TYPE_CHECKING:
+    Method = Objective
+else:
+    Method = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="name")]  # noqa: UP007  (made at run time)
+
+
 class Recipe(Strict):
     model: str
-    method: Annotated[
-        Sft | Spin | Tspin | Space | Sipo | Ssimpo | TspinRef | Dpo,
-        Field(discriminator="name"),
-    ]
+    method: Method
     iterations: Annotated[int, Field(ge=1, json_schema_extra=MAY_CHANGE)] = 4
     data: Data
     adapter: Adapter | None = None
