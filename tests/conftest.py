@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,22 @@ if not torch.cuda.is_available():
 # executes the shapes in the signatures; before any module of sparring is imported
 install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import sparring.report
 from sparring.commands.demo import make_model, make_tokenizer, problems
 from sparring.model.load import save_model
 from sparring.recipe.schema import Recipe
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # a run collects garbage whenever it frees a model: without this it visits every module's objects each time
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is slow, not wrong
 settings.load_profile("no deadline")
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +43,26 @@ def shared() -> Path:
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip(f"the real input is not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_figures() -> Iterator[pytest.MonkeyPatch]:
+    """Figures take half the time of a tiny run. Tests that look at them use `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_held_out", "draw_training"):
+            patch.setattr(sparring.report, name, lambda results: [])
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def figures(without_figures: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reports of this module have their figures."""
+    from sparring.report.figures import draw_held_out, draw_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparring.report, "draw_held_out", draw_held_out)
+        patch.setattr(sparring.report, "draw_training", draw_training)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shortcuts import sparring
 
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
@@ -17,27 +20,11 @@ from sparring.recipe.schema import Recipe
 MakeRecipe = Callable[..., Recipe]
 
 
-def sparring(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparring", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
 @pytest.fixture(scope="module")
-def finish_generation(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run and its recipe beside it."""
     folder = tmp_path_factory.mktemp("cli")
-    recipe = Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "space",
-            "iterations": 1,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "generate": {"max_new_tokens": 8},
-            "train": {"epochs": 1, "dtype": "float32"},
-            "evaluate": {"checker": "number"},
-            "threads": 1,
-        }
-    )
+    recipe = make_recipe("space", iterations=1, generate={"max_new_tokens": 8}, train={"epochs": 1}, threads=1)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     play(recipe, folder / "run")
     return folder
@@ -54,15 +41,15 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    commands = "run status stage report compare demo export push init doctor preview schema watch"
-    for command in commands.split():
-        assert command in result.stdout
+    names = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    commands = "run init doctor preview plan launch status report export judge compare demo"
+    assert sorted(names) == sorted(commands.split())
 
 
-def test_run_again_says_that_all_is_done(finished: Path) -> None:
+def test_run_again_says_that_everything_is_done(finished: Path) -> None:
     result = sparring("run", finished / "recipe.yaml", finished / "run")
     assert result.returncode == 0, result.stderr
-    assert "all was done already" in result.stderr
+    assert "Everything was done already" in result.stderr
 
 
 def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Path) -> None:
@@ -74,11 +61,19 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("run", finished / "recipe.yaml", finished / "run", "train.epochs=2"): "train.epochs is 2, but the run was",
         ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "there is no file",
         ("status", tmp_path): "is not a run directory",
-        ("stage", "train", finished / "run", "--iteration", "3"): "iterations 0 to 0",
-        ("compare", finished / "recipe.yaml", tmp_path / "run", "--fractions", "half"): "write numbers with commas",
+        (
+            "run",
+            finished / "recipe.yaml",
+            finished / "run",
+            "--stage",
+            "train",
+            "--iteration",
+            "3",
+        ): "iterations 0 to 0",
+        ("run", finished / "recipe.yaml", finished / "run", "--stage", "polish"): "no such stage",
+        ("compare", finished / "recipe.yaml", tmp_path / "run", "--fractions", "half"): "write comma-separated numbers",
         ("report", tmp_path): "is not a run directory",
-        ("export", finished / "run", finished): "is there already",
-        ("push", finished / "run", "me/model"): "was not made by 'sparring export'",
+        ("export", finished / "run", finished): "exists already",
         ("demo", tmp_path / "demo", "--method", "dpo"): "one of all, tspin, space, spin, sft",
     }
     for arguments, message in cases.items():
@@ -90,17 +85,16 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
 
 
 def test_damage_is_exit_code_one(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished / "run", tmp_path / "run")
     file = tmp_path / "run" / "iter-00" / "generate" / "part-00000.parquet"
     file.write_bytes(file.read_bytes()[:-1])
-    result = sparring("stage", "evaluate", tmp_path / "run", "--iteration", "0")
+    command = ("run", finished / "recipe.yaml", tmp_path / "run", "--stage")
+    result = sparring(*command, "evaluate")
     assert result.returncode == 0, "what is not read is not checked"
     shutil.rmtree(tmp_path / "run" / "iter-00" / "score")
-    result = sparring("stage", "score", tmp_path / "run", "--iteration", "0")
+    result = sparring(*command, "score")
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("stopped: ") and "part-00000.parquet is damaged" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("stopped: ") and "part-00000.parquet is corrupted" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -122,10 +116,8 @@ def test_status_for_people_and_for_programs(finished: Path) -> None:
     assert all(s["seconds"] > 0 for s in programs["stages"])
 
 
-def test_status_of_a_run_that_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_status_of_a_run_at_work(finished: Path, tmp_path: Path) -> None:
     """While another process holds the run: what it is at, and how far."""
-    import shutil
-
     from sparring.run.results import Results
     from sparring.run.rundir import RunDir
 
@@ -150,23 +142,20 @@ def test_report_writes_the_file_and_says_where(finished: Path) -> None:
 
 def test_init_then_doctor(tiny: Path, tmp_path: Path) -> None:
     asked = sparring("init", tmp_path / "r.yaml", "--model", tiny / "model")
-    assert asked.returncode == 2 and "error: --data is not given, and there is no terminal" in asked.stderr
+    assert asked.returncode == 2 and "error: --data is missing, and there is no terminal" in asked.stderr
     assert not (tmp_path / "r.yaml").exists()
     assert sparring("init", tiny / "rows.jsonl").returncode == 2, "a file that is there, before any question"
     options = ["--model", tiny / "model", "--data", tiny / "rows.jsonl", "--method", "spin"]
     assert sparring("init", tmp_path / "r.yaml", *options).returncode == 0
     result = sparring("doctor", tmp_path / "r.yaml")
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "this recipe would run", result.stderr
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "This recipe would run.", result.stderr
     result = sparring("doctor", tmp_path / "r.yaml", "data.end_token=nothing")
-    assert result.returncode == 2 and result.stdout.splitlines()[-1] == "this recipe would not run"
+    assert result.returncode == 2 and result.stdout.splitlines()[-1] == "This recipe would not run."
 
 
-def test_export_and_the_dry_run_of_push(finished: Path, tmp_path: Path) -> None:
+def test_export(finished: Path, tmp_path: Path) -> None:
     result = sparring("export", finished / "run", tmp_path / "out", "--iteration", "0")
     assert result.returncode == 0 and result.stdout.startswith("iteration 0: "), result.stderr
-    shown = sparring("push", tmp_path / "out", "me/model")
-    assert shown.returncode == 0 and "model.safetensors" in shown.stdout
-    assert shown.stdout.splitlines()[-1] == "with --yes, to the private repository me/model"
     result = sparring("export", finished / "run", tmp_path / "pairs", "--pairs")
     assert result.stdout.startswith("48 pairs: ")
 
@@ -189,3 +178,34 @@ def test_commands_read_the_recipe_before_anything_heavy_is_imported(command: str
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["2", "False"], result.stderr
+
+
+def test_one_stage_by_hand(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter-00" / "evaluate")
+    command = ("run", finished / "recipe.yaml", tmp_path / "run", "--stage", "evaluate", "--iteration", "0")
+    first, again = sparring(*command), sparring(*command)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    assert again.stdout.strip() == "evaluate of iteration 0 is done already" and first.stdout == ""
+    assert (tmp_path / "run" / "iter-00" / "evaluate" / "metrics.json").is_file()
+
+
+def test_init_prints_the_schema() -> None:
+    schema = json.loads(sparring("init", "--schema").stdout)
+    assert schema["title"] == "sparring recipe" and "train" in schema["properties"]
+
+
+def test_json_lines_are_asked_for(finished: Path) -> None:
+    command = ("run", finished / "recipe.yaml", finished / "run", "--log-format")
+    lines = sparring(*command, "json").stderr.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["run", "done"]
+    assert not sparring(*command, "text").stderr.startswith("{")
+    refused = sparring(*command, "xml")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --log-format xml: text or json")
+
+
+def test_the_module_is_the_program(tmp_path: Path) -> None:
+    """In a real process: `python -m sparring.cli`."""
+    command = [sys.executable, "-m", "sparring.cli", "status", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: ")

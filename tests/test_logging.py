@@ -1,4 +1,4 @@
-"""What is said while a run works: bars for people, JSON lines for a job's log."""
+"""What people see while a run works: a bar on a terminal, plain lines in a log, and JSON lines when asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparring import logging as progress
+from sparring import logging
 from sparring.loop import play
 from sparring.recipe.schema import Recipe
 
@@ -30,7 +30,37 @@ def events(text: str) -> list[dict]:
     return found
 
 
-def test_a_log_has_one_json_object_per_line(
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """`wait(30)` moves the clock."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    return move
+
+
+@pytest.fixture
+def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(logging.LOG_FORMAT, "json")
+
+
+def test_a_log_has_plain_lines(make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal: one line per stage, no escape sequences, no JSON."""
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    printed = capfd.readouterr()
+    assert printed.out == "", "results go to stdout, progress to stderr"
+    assert "{" not in printed.err and "\x1b" not in printed.err
+    lines = printed.err.splitlines()
+    stages = [match[1] for line in lines if (match := re.match(r"(?:start|iteration 0): (\w+) \d", line))]
+    assert stages == ["evaluate", "generate", "score", "train", "evaluate"]
+    assert lines[-1] == f"Done. Report: {run.report}"
+
+
+@pytest.mark.usefixtures("as_json")
+def test_a_json_log_has_one_object_per_line(
     make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of a whole run, every line; each stage begins and ends once, and the numbers are those of the evaluation."""
@@ -54,22 +84,36 @@ def test_a_log_has_one_json_object_per_line(
     assert last["message"].startswith("iteration 0: evaluate ") and last["seconds"] > 0
 
 
-def test_words_of_others_stay_inside_their_line(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("as_json")
+def test_untrusted_text_stays_inside_its_line(capfd: pytest.CaptureFixture[str]) -> None:
     logging.info('a "quoted"\nline \x1b[31m {"event": "forged"}\n')
     logging.info("")
     (only,) = events(capfd.readouterr().err)
     assert only["event"] == "message" and only["message"].startswith('a "quoted"\nline \\u001b[31m')
 
 
-def test_progress_lines_have_rate_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_log_has_a_progress_line_every_half_minute(
+    wait: Callable[[float], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One per half minute; what an earlier start had done is not counted as speed."""
-    clock = iter([0.0, 1.0, 10.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with progress.track("train 0", 100) as advance:
+    with logging.track("train 0", 1000) as advance:
+        for _ in range(4):
+            wait(15.5)
+            advance(20, 310)
+    assert capfd.readouterr().err.splitlines() == [
+        "  train 0: 40 of 1,000, 20 tokens/s, 744 s left",
+        "  train 0: 80 of 1,000, 20 tokens/s, 713 s left",
+    ]
+
+
+@pytest.mark.usefixtures("as_json")
+def test_progress_lines_have_rate_and_time_left(
+    wait: Callable[[float], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At most one per half minute. What an earlier start had done is not part of the rate."""
+    with logging.track("train 0", 100) as advance:
         advance(40, 0)  # an earlier start's
         for _ in range(4):
+            wait(15.5)
             advance(10, 310)
     found = events(capfd.readouterr().err)
     assert [(e["event"], e["what"], e["done"], e["total"]) for e in found] == [
@@ -80,12 +124,12 @@ def test_progress_lines_have_rate_and_time_left(
     assert [e["seconds_left"] for e in found] == [62.0, 31.0], "20 of 40 in 31 s, 40 of 40 in 62 s"
 
 
+@pytest.mark.usefixtures("as_json")
 def test_no_time_left_where_the_end_is_not_known(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    wait: Callable[[float], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0, 31.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with progress.track("read rows.jsonl", None) as advance:
+    with logging.track("read rows.jsonl", None) as advance:
+        wait(31)
         advance(5, 50)
     (only,) = events(capfd.readouterr().err)
     assert only["total"] is None and "seconds_left" not in only
@@ -93,10 +137,10 @@ def test_no_time_left_where_the_end_is_not_known(
 
 def test_people_see_a_bar_and_plain_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(logging, "console", Console(file=screen, force_terminal=True, width=120))
     logging.info("a sentence", "stage", seconds=1.0)
-    progress.tell("stage begins", stage="train")
-    with progress.track("train 0", 4) as advance:
+    logging.log_event("stage begins", stage="train")
+    with logging.track("train 0", 4) as advance:
         advance(2, 1000)
     shown = screen.getvalue()
     assert "a sentence\n" in shown and "{" not in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown)
@@ -106,7 +150,7 @@ def test_people_see_a_bar_and_plain_sentences(monkeypatch: pytest.MonkeyPatch) -
 def test_init_asks_for_what_is_not_given_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     """On a real pseudo-terminal: three questions, the default of the last taken."""
     screen, terminal = pty.openpty()
-    command = [sys.executable, "-m", "sparring", "init", str(tmp_path / "r.yaml")]
+    command = [sys.executable, "-m", "sparring.cli", "init", str(tmp_path / "r.yaml")]
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
     os.close(terminal)
     said = b""
@@ -123,7 +167,7 @@ def test_init_asks_for_what_is_not_given_on_a_terminal(tiny: Path, tmp_path: Pat
     for question, answer in ((b"model", tiny / "model"), (b"rows", tiny / "rows.jsonl"), (b"method", "")):
         read_until(question)
         os.write(screen, f"{answer}\n".encode())
-    read_until(b"next: sparring doctor")
+    read_until(b"Next: sparring doctor")
     assert process.wait(timeout=60) == 0
     os.close(screen)
     assert b"[tspin]" in said, "the default is shown"

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparring
-from sparring.errors import UserError, RunMismatch
+from sparring.errors import RunMismatch, UserError
 from sparring.loop import play, run_one_stage
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -120,24 +120,25 @@ def test_stages_by_hand(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(recipe, tmp_path / "run")
     expected = bytes_of(run.model(1))
     shutil.rmtree(run.iteration(1))
-    with pytest.raises(UserError, match="'generate' of iteration 1 comes first"):
-        run_one_stage(run.root, "train", 1)
+    with pytest.raises(UserError, match="'generate' of iteration 1 must be done first"):
+        run_one_stage(recipe, run.root, "train", 1)
     for stage in ("generate", "score", "train", "evaluate"):
-        assert run_one_stage(run.root, stage, 1)
-    assert not run_one_stage(run.root, "evaluate", 1), "done already"
+        assert run_one_stage(recipe, run.root, stage, 1)
+    assert not run_one_stage(recipe, run.root, "evaluate", 1), "done already"
     assert bytes_of(run.model(1)) == expected
     with pytest.raises(UserError, match="iterations 0 to 1"):
-        run_one_stage(run.root, "train", 2)
-    with pytest.raises(UserError, match="has no stage 'polish'"):
-        run_one_stage(run.root, "polish", 1)
+        run_one_stage(recipe, run.root, "train", 2)
+    with pytest.raises(UserError, match="space has no such stage"):
+        run_one_stage(recipe, run.root, "polish", 1)
     with pytest.raises(UserError, match="is not a run yet"):
-        run_one_stage(tmp_path / "nowhere", "train", 0)
+        run_one_stage(recipe, tmp_path / "nowhere", "train", 0)
 
 
 def test_tspin_has_no_score_stage(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("tspin", iterations=1, train={"epochs": 1}), tmp_path / "run")
-    with pytest.raises(UserError, match="tspin has no stage 'score'"):
-        run_one_stage(run.root, "score", 0)
+    recipe = make_recipe("tspin", iterations=1, train={"epochs": 1})
+    run = play(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="tspin has no such stage"):
+        run_one_stage(recipe, run.root, "score", 0)
 
 
 def test_one_owner(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Random input to every reader gives a value or a `UserError`, never a traceback or a hang.
 
-Short here; `scripts/fuzz 600` runs longer.
+Short here; `tests/soak/fuzz 600` runs longer.
 """
 
 from __future__ import annotations

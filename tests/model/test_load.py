@@ -50,9 +50,9 @@ def test_tied_weights_stay_tied_and_are_stored_once(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/nowhere/at/all", "there is no folder /nowhere/at/all; relative paths start at the working directory"),
+        ("/nowhere/at/all", "there is no folder /nowhere/at/all. Relative paths start at the working directory"),
         ("nowhere", "there is no folder .*/nowhere"),
-        ("some-org/some-model-that-is-not-there", "the hub did not give 'some-org/some-model-that-is-not-there'"),
+        ("some-org/some-model-that-is-not-there", "the hub did not return 'some-org/some-model-that-is-not-there'"),
     ],
 )
 def test_what_is_not_there_is_refused(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

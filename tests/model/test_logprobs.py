@@ -225,7 +225,7 @@ def test_an_unknown_head_is_refused() -> None:
         return output
 
     model.forward = twisted  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="does something between its hidden states and its logits"):
+    with pytest.raises(UserError, match="transforms its logits in an unsupported way"):
         Scorer(model)
 
 

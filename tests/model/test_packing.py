@@ -118,7 +118,7 @@ def test_values_go_back_to_their_roles() -> None:
 
 @pytest.mark.parametrize("rows", [pack_padded, pack_shared])
 def test_groups_of_other_shapes_are_an_error(rows: object) -> None:
-    with pytest.raises(ValueError, match="other responses"):
+    with pytest.raises(ValueError, match="other roles or numbers of responses"):
         rows([group("a", 2, 3, [1]), group("b", 1, 1, [2, 2])])  # type: ignore[operator]
 
 

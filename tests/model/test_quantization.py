@@ -127,7 +127,7 @@ def test_another_base_is_found_by_the_proof(tiny: Path, runs: dict[str, RunDir],
     recipe = Results(run.root).recipe
     plain = recipe.model_copy(update={"adapter": Adapter(r=4, lora_alpha=8)})
     score(Iteration(run, plain, 1), SingleProcess())
-    with pytest.raises(RunError, match="before the first update the policy should be its opponent"):
+    with pytest.raises(RunError, match="Before the first update the policy must equal its opponent"):
         train(Iteration(run, recipe, 1), SingleProcess())
 
 
@@ -168,7 +168,7 @@ def test_an_exported_adapter_says_what_it_needs(runs: dict[str, RunDir], tmp_pat
 def test_what_cannot_be_is_refused(
     make_recipe: MakeRecipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="Remove one of the two"):
         make_recipe(adapter={**ADAPTER, "merge": "each_iteration"})
     with pytest.raises(ValueError, match="vllm would draw from other weights than are trained"):
         make_recipe(adapter=ADAPTER, generate={"backend": "vllm"})
@@ -188,7 +188,7 @@ def test_a_device_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)
     with pytest.raises(
-        UserError, match="bitsandbytes does not run on cpu: RuntimeError: no kernel image.*leave adapter"
+        UserError, match="bitsandbytes cannot run on cpu: RuntimeError: no kernel image.*remove adapter"
     ):
         require_4bit(CPU)
 

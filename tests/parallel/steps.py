@@ -15,22 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import Kind, group_tokens
+from sparring.model.packing import Packing, group_tokens
 from sparring.objectives import Spin
-from sparring.parallel import distributed
-from sparring.stages.train.loop import TrainingExample, forward_backward
-from sparring.types import Group
+from sparring.parallel import Parallel
+from sparring.parallel.ddp import Ddp
+from sparring.parallel.fsdp2 import Fsdp2
+from sparring.parallel.rendezvous import Rendezvous
+from sparring.stages.train.policy import Policy
+from sparring.stages.train.step import forward_backward
+from sparring.types import Group, TrainingExample
 
 BATCH = 16
-ARMS: list[tuple[Kind, int]] = [("shared", 1), ("shared", 8), ("padded", 1), ("padded", 8)]
-"""PackedBatch, and about how many micro-batches a rank of one cuts a step into."""
+ARMS: list[tuple[Packing, int]] = [("shared", 1), ("shared", 8), ("padded", 1), ("padded", 8)]
+"""How rows are packed, and about how many micro-batches a single rank divides a step into."""
 
 
-def make_plays(vocab: int, count: int = 64) -> list[TrainingExample]:
+def make_examples(vocab: int, count: int = 64) -> list[TrainingExample]:
     random = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:
@@ -45,67 +50,73 @@ def make_plays(vocab: int, count: int = 64) -> list[TrainingExample]:
     ]
 
 
-def begin(folder: Path, kind: Kind) -> tuple[torch.nn.Module, list[TrainingExample], Scorer, Any, Any]:
+def make_policy(folder: Path, packing: Packing, parallel: Parallel) -> Policy:
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
-    plays = make_plays(model.config.vocab_size)
-    scorer, size = Scorer(model, kind=kind), sum(p.numel() for p in model.parameters())
+    scorer, size = Scorer(model, packing=packing), sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5)
-    forward, optimizer = distributed.prepare(scorer, sorted(model._no_split_modules or ()), optimizer, 1.0)
+    forward, optimizer = parallel.prepare(scorer, sorted(model._no_split_modules or ()), optimizer)
     part = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-    assert (part < size) == distributed.is_sharded()
-    return model, plays, scorer, forward, optimizer
+    assert (part < size) == parallel.is_sharded
+    return Policy(model, scorer, forward, optimizer)
 
 
-def run(folder: Path, kind: Kind, pieces: int, steps: int) -> list[tuple[float, float]]:
+def run(folder: Path, packing: Packing, pieces: int, steps: int, parallel: Parallel) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
-    _, plays, scorer, forward, optimizer = begin(folder, kind)
+    policy = make_policy(folder, packing, parallel)
+    examples = make_examples(policy.model.config.vocab_size)
     found = []
     for step in range(steps):
-        batch = [plays[(step * BATCH + i) % len(plays)] for i in range(BATCH)]
-        tokens = sum(group_tokens(kind, play.group) for play in batch)
-        metrics = forward_backward(
-            scorer, Spin(lambda_=0.1), batch, 10**6 if pieces == 1 else tokens // pieces, 0.0, forward
-        )
-        found.append((metrics["loss"], distributed.update(forward, optimizer, 1.0)))
+        batch = [examples[(step * BATCH + i) % len(examples)] for i in range(BATCH)]
+        tokens = sum(group_tokens(packing, example.group) for example in batch)
+        micro_batch_tokens = 10**6 if pieces == 1 else tokens // pieces
+        metrics = forward_backward(policy, Spin(lambda_=0.1), batch, micro_batch_tokens, 0.0, parallel)
+        found.append((metrics["loss"], parallel.optimizer_step(policy.forward, policy.optimizer, 1.0)))
     return found
 
 
-def after_nan(folder: Path) -> tuple[list[float], list[bool]]:
-    """Gradient norms of a step, of one with an opponent's log-prob that is no number, and of another; and whether each
-    left the weights as they were."""
-    model, plays, scorer, forward, optimizer = begin(folder, "shared")
-    poisoned = [replace(plays[0], opponent={**plays[0].opponent, "real": np.array(np.nan, dtype=np.float32)})]
+def after_nan(folder: Path, parallel: Parallel) -> tuple[list[float], list[bool]]:
+    """A step, one whose opponent's log-prob is NaN, and another step: gradient norms, and which changed no weight."""
+    policy = make_policy(folder, "shared", parallel)
+    examples = make_examples(policy.model.config.vocab_size)
+    nan = {**examples[0].opponent, "real": np.array(np.nan, dtype=np.float32)}
+    poisoned = [replace(examples[0], opponent=nan)]
     norms, unchanged = [], []
-    for batch in (plays[:BATCH], poisoned + plays[1:BATCH], plays[:BATCH]):
-        before = [distributed.whole(parameter).clone() for parameter in model.parameters()]
-        forward_backward(scorer, Spin(lambda_=0.1), batch, 10**6, 0.0, forward)
-        norms.append(distributed.update(forward, optimizer, 1.0))
-        after = [distributed.whole(parameter) for parameter in model.parameters()]
+    for batch in (examples[:BATCH], poisoned + examples[1:BATCH], examples[:BATCH]):
+        before = [parallel.gather_full(parameter).clone() for parameter in policy.model.parameters()]
+        forward_backward(policy, Spin(lambda_=0.1), batch, 10**6, 0.0, parallel)
+        norms.append(parallel.optimizer_step(policy.forward, policy.optimizer, 1.0))
+        after = [parallel.gather_full(parameter) for parameter in policy.model.parameters()]
         unchanged.append(all(torch.equal(one, other) for one, other in zip(before, after, strict=True)))
     return norms, unchanged
 
 
-def divided_again(run: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The control: the loss is divided by each rank's own examples, whose gradients are averaged."""
-    backward = distributed.backward
-    distributed.backward = lambda loss, scorer: backward(loss / distributed.num_ranks(), scorer)
+def with_local_mean(parallel: Ddp, run: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Control: the loss is divided by the number of each rank's own examples, and gradients are averaged again."""
+    backward = parallel.backward
+
+    def divided(loss: Tensor) -> None:
+        backward(loss / parallel.num_ranks)
+
+    parallel.backward = divided  # type: ignore[method-assign]
     try:
         return run()
     finally:
-        distributed.backward = backward
+        parallel.backward = backward  # type: ignore[method-assign]
 
 
 def main() -> None:
-    folder, parallel, steps, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    folder, name, steps, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
-    distributed.join(parallel, 40.0)
-    found: dict[str, Any] = {f"{kind}/{pieces}": run(folder, kind, pieces, steps) for kind, pieces in ARMS}
-    assert distributed.is_sharded() == (parallel in ("fsdp2", "zero3"))
-    found["after_nan"] = after_nan(folder)
-    found["wrong"] = divided_again(lambda: run(folder, "shared", 1, 3))
-    if distributed.is_first():
+    parallel = {"ddp": Ddp, "fsdp2": Fsdp2}[name](Rendezvous(40.0))
+    found: dict[str, Any] = {
+        f"{packing}/{pieces}": run(folder, packing, pieces, steps, parallel) for packing, pieces in ARMS
+    }
+    assert parallel.is_sharded == (name == "fsdp2")
+    found["after_nan"] = after_nan(folder, parallel)
+    found["wrong"] = with_local_mean(parallel, lambda: run(folder, "shared", 1, 3, parallel))
+    if parallel.is_main:
         out.write_text(json.dumps(found))
-    distributed.meet()
+    parallel.barrier()
     os._exit(0)
 
 

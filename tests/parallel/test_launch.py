@@ -1,4 +1,4 @@
-"""Several processes for one stage: torchrun, for real, with two of them."""
+"""Stages on two real ranks, started by torchrun."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from sparring.errors import UserError, RunError
-from sparring.loop import play, check_settings
+from sparring.errors import RunError, UserError
+from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.rundir import RunDir
+from sparring.run.session import check_settings
 from sparring.stages.generate import backend_factory, generate
 from sparring.stages.generate.vllm import devices_for_rank
 from sparring.stages.launch import run_on_ranks
@@ -36,18 +37,19 @@ def test_two_processes_draw_the_parts_that_one_would(
     recipe = make_recipe("space", generate=SETTINGS, threads=1)
     alone = make_iteration(recipe, tmp_path / "alone")
     generate(alone, backend_factory(alone))
-    shared = make_iteration(recipe.model_copy(update={"launch": "torchrun", "processes": 2}), tmp_path / "shared")
+    shared = make_iteration(recipe.model_copy(update={"launch": "torchrun", "num_processes": 2}), tmp_path / "shared")
     monkeypatch.setenv("SPARRING_FAIL_AT", "before-part")
     with pytest.raises(
-        RunError, match=r"generate of iteration 0 ended .* rank . ended with status 137.* the same command continues"
+        RunError,
+        match=r"generate of iteration 0 ended early: rank . exited with status 137.* the same command continues",
     ):
         run_on_ranks(shared, "generate")
     monkeypatch.delenv("SPARRING_FAIL_AT")
     run_on_ranks(shared, "generate")
     stage = shared.stage("generate")
-    assert not is_committed(stage), "the processes commit parts; the stage is ours"
+    assert not is_committed(stage), "ranks commit parts; this process commits the stage"
 
-    few = make_iteration(make_recipe("spin", threads=1, launch="torchrun", processes=2), tmp_path / "few")
+    few = make_iteration(make_recipe("spin", threads=1, launch="torchrun", num_processes=2), tmp_path / "few")
     run_on_ranks(few, "generate")  # one part: the rank that has none does not keep the other
 
     def nothing_left(model: Path) -> None:
@@ -61,7 +63,7 @@ def test_two_processes_draw_the_parts_that_one_would(
 
 def test_a_run_may_be_continued_with_another_launcher(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     play(make_recipe("space", iterations=1, generate=SETTINGS), tmp_path / "run")
-    recipe = make_recipe("space", iterations=2, generate=SETTINGS, launch="torchrun", processes=2)
+    recipe = make_recipe("space", iterations=2, generate=SETTINGS, launch="torchrun", num_processes=2)
     run = play(recipe, tmp_path / "run")
     assert is_committed(run.stage(1, "train"))
 
@@ -70,7 +72,7 @@ def test_a_run_that_a_launcher_started_is_refused(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="set 'launch: torchrun'"):
+    with pytest.raises(UserError, match="set launch: torchrun"):
         play(make_recipe("space"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

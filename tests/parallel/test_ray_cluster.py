@@ -16,8 +16,8 @@ from ray.cluster_utils import Cluster
 
 from sparring.errors import RankLost
 from sparring.loop import play
-from sparring.parallel import ray_cluster as ranks_on_ray
-from sparring.parallel.ray_cluster import RanksOnRay
+from sparring.parallel import ray_cluster
+from sparring.parallel.ray_cluster import RayRanks
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
@@ -30,13 +30,13 @@ SETTINGS: dict[str, Any] = {
     "iterations": 1,
     "train": {"epochs": 2, "batch_size": 16, "checkpoint_every": 2},
     "threads": 1,
-    "processes": 2,
-    "evaluate": {"held_out": False, "checker": None},
+    "num_processes": 2,
+    "data": {"held_out": 0, "limit": 48},
 }
 HANGS = """
 import os, sys, time
 from pathlib import Path
-from sparring.stages import worker as rank
+from sparring.stages import worker
 from sparring.stages.train import loop as train
 note = Path({note!r})
 real = train.failpoint
@@ -46,7 +46,7 @@ def hang(name):
         time.sleep(3600)
     real(name)
 train.failpoint = hang
-rank.main()
+worker.main()
 """
 """A rank that, the first time, hangs in the step after the first checkpoint, and says so in a file."""
 
@@ -70,16 +70,16 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
     whole = play(make_recipe("sft", launch="torchrun", **SETTINGS), tmp_path / "whole")
 
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
-    started: list[RanksOnRay] = []
+    started: list[RayRanks] = []
     note = tmp_path / "cluster" / "hangs"
 
-    class Hanging(RanksOnRay):
-        def __init__(self, ray: Any, recipe: Recipe, words: Sequence[str], ended: Path) -> None:
-            super().__init__(ray, recipe, ["-c", HANGS.format(note=str(note)), *words[2:]], ended)
+    class Hanging(RayRanks):
+        def __init__(self, ray: Any, count: int | None, threads: int | None, words: Sequence[str], ended: Path) -> None:
+            super().__init__(ray, count, threads, ["-c", HANGS.format(note=str(note)), *words[2:]], ended)
             started.append(self)
 
-    monkeypatch.setattr(ranks_on_ray, "RanksOnRay", Hanging)
-    recipe = make_recipe("sft", launch="ray", address=cluster.address, **SETTINGS)
+    monkeypatch.setattr(ray_cluster, "RayRanks", Hanging)
+    recipe = make_recipe("sft", launch="ray", ray_address=cluster.address, **SETTINGS)
     run = RunDir(tmp_path / "cluster" / "run")
     playing = threading.Thread(target=play, args=(recipe, run.root), daemon=True)
     playing.start()  # elsewhere, since nodes are ended from the main thread
@@ -91,7 +91,7 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
     playing.join(timeout=240)
     assert not playing.is_alive()
 
-    assert "begin anew from what is kept" in capsys.readouterr().err
+    assert "restarts from what is committed" in capsys.readouterr().err
     assert len(started) == 2
     assert doomed.node_id not in started[1].nodes and len(set(started[1].nodes)) == 2
     lines = [json.loads(line) for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
@@ -106,14 +106,14 @@ def test_ranks_that_die_again_and_again_end_the_stage(
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1, object_store_memory=10**8)
     monkeypatch.setattr(launch, "MAX_LOSSES", 2)
-    run = play(make_recipe("sft", **SETTINGS | {"processes": "auto"}), tmp_path / "run")
+    run = play(make_recipe("sft", **SETTINGS | {"num_processes": "auto"}), tmp_path / "run")
     run.stage(0, "train").rename(tmp_path / "aside")
 
-    class Dying(RanksOnRay):
-        def __init__(self, ray: Any, recipe: Recipe, words: Sequence[str], ended: Path) -> None:
-            super().__init__(ray, recipe, ["-c", "import os; os._exit(9)"], ended)
+    class Dying(RayRanks):
+        def __init__(self, ray: Any, count: int | None, threads: int | None, words: Sequence[str], ended: Path) -> None:
+            super().__init__(ray, count, threads, ["-c", "import os; os._exit(9)"], ended)
 
-    monkeypatch.setattr(ranks_on_ray, "RanksOnRay", Dying)
-    recipe = make_recipe("sft", launch="ray", address=cluster.address, **SETTINGS)
-    with pytest.raises(RankLost, match="ended with status 9"):
+    monkeypatch.setattr(ray_cluster, "RayRanks", Dying)
+    recipe = make_recipe("sft", launch="ray", ray_address=cluster.address, **SETTINGS)
+    with pytest.raises(RankLost, match="exited with status 9"):
         run_on_ranks(Iteration(run, recipe, 0), "train")

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from test_disk import may_mount
 
-import sparring.report
 from sparring.commands.compare import compare
-from sparring.commands.export import export_model, export_pairs, push
+from sparring.commands.export import export_model, export_pairs, push_folder
 from sparring.errors import UserError
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
@@ -37,23 +36,9 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_held_out", "draw_training"):
-        monkeypatch.setattr(sparring.report, name, lambda results: [])
-
-
 @pytest.fixture(scope="module")
-def finish_generation(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    recipe = Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "evaluate": {"held_out": False},
-            **{key: value for key, value in SMALL.items() if key != "evaluate"},
-        }
-    )
+def finished(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    recipe = make_recipe("spin", data={"held_out": 0, "limit": 48}, **SMALL)
     return Results(play(recipe, tmp_path_factory.mktemp("finished") / "run").root)
 
 
@@ -77,7 +62,7 @@ def committed(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in kept}
 
 
-def test_a_comparison_that_is_killed_goes_on(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_comparison_that_is_killed_resumes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("spin", **SMALL)
 
     def act(root: Path) -> Any:
@@ -101,12 +86,12 @@ def test_a_comparison_s_own_settings_are_sealed(make_recipe: MakeRecipe, tmp_pat
     check_comparison_settings(whole, make_recipe("spin"))
     file = tmp_path / "comparison.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(UserError, match=r"comparison\.yaml is damaged or was edited"):
+    with pytest.raises(UserError, match=r"comparison\.yaml is corrupted or was edited"):
         check_comparison_settings(whole, make_recipe("spin", seed=1))
 
 
 @pytest.mark.parametrize("kind", ["a model", "pairs"])
-def test_an_export_that_is_killed_leaves_no_half_and_is_made_anew(kind: str, finished: Results, tmp_path: Path) -> None:
+def test_an_export_that_is_killed_leaves_no_half_and_is_repeated(kind: str, finished: Results, tmp_path: Path) -> None:
     out = tmp_path / "out [1]"
 
     def act(to: Path) -> Any:
@@ -123,7 +108,7 @@ def test_an_export_that_is_killed_leaves_no_half_and_is_made_anew(kind: str, fin
     assert all((out / n).read_bytes() == (tmp_path / "straight" / n).read_bytes() for n in names - {"MANIFEST.json"})
 
 
-def test_an_upload_that_is_killed_is_made_anew(
+def test_an_upload_that_is_killed_is_repeated(
     finished: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the hub, on disk. What is uploaded goes in one commit of the hub's, which is whole or is not."""
@@ -142,29 +127,29 @@ def test_an_upload_that_is_killed_is_made_anew(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     export_model(finished, tmp_path / "out", iteration="0")
-    assert die_at("before-upload", lambda: push(tmp_path / "out", "me/it", is_dry=False)) == 137
+    assert die_at("before-upload", lambda: push_folder(tmp_path / "out", "me/it", is_public=False)) == 137
     assert list((tmp_path / "hub").iterdir()) == []
-    files = push(tmp_path / "out", "me/it", is_dry=False)
+    files = push_folder(tmp_path / "out", "me/it", is_public=False)
     assert sorted(p.name for p in (tmp_path / "hub").iterdir()) == sorted(f.name for f in files)
     (damaged := tmp_path / "out" / "model.safetensors").write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(Exception, match=r"model\.safetensors is damaged"):
-        push(tmp_path / "out", "me/it", is_dry=False)
+    with pytest.raises(Exception, match=r"model\.safetensors is corrupted"):
+        push_folder(tmp_path / "out", "me/it", is_public=False)
 
 
 def test_parts_survive_a_death_between_the_manifest_and_the_rename(tmp_path: Path) -> None:
     """The note of what they were made from is gone by then: the manifest says the same."""
-    final, input_digests = tmp_path / "generate", {"model": "a"}
+    final, digests = tmp_path / "generate", {"model": "a"}
 
     def act() -> None:
-        work = begin_work(tmp_path / ".generate.partial", input_digests)
+        work = begin_work(tmp_path / ".generate.partial", digests)
         commit_part(work / "part-00000.parquet", lambda path: path.write_bytes(b"answers"))
-        commit_folder(work, final, input_digests=input_digests)
+        commit_folder(work, final, input_digests=digests)
 
     assert die_at("before-rename-generate", act) == 137
-    work = begin_work(tmp_path / ".generate.partial", input_digests)
+    work = begin_work(tmp_path / ".generate.partial", digests)
     assert has_part(work / "part-00000.parquet"), "nothing is drawn again"
-    commit_folder(work, final, input_digests=input_digests)
-    assert read_manifest(final).input_digests == reads and not (final / ".input_digests.json").exists()
+    commit_folder(work, final, input_digests=digests)
+    assert read_manifest(final).input_digests == digests and not (final / ".input_digests.json").exists()
     shutil.rmtree(final)
     assert die_at("before-rename-generate", act) == 137
     assert not has_part(begin_work(tmp_path / ".generate.partial", {"model": "b"}) / "part-00000.parquet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,10 @@ import torch
 
 import sparring.loop
 import sparring.run.manifest
+import sparring.run.session
 from sparring.errors import CorruptedError, UserError
 from sparring.loop import play
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
 from sparring.run.manifest import commit_part, has_part
@@ -30,7 +32,7 @@ KINDS = {
     "manifest": ("**/MANIFEST.json",),
     "json": ("data/*.json*", "*/evaluate/metrics.json", "iter-00/train/**/*.json*"),
 }
-STAGE_FUNCTIONS = ("prepare", "generate", "score", "train", "evaluate")
+STAGE_FUNCTIONS = ("prepare", "launch_stage")
 
 
 class MadeAgain(Exception):
@@ -38,22 +40,13 @@ class MadeAgain(Exception):
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Path) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 1,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 8, "limit": 24},
-            "generate": {"max_new_tokens": 4},
-            "train": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 16, "dtype": "float32"},
-            "evaluate": {"checker": "number"},
-        }
-    )
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    rows = {"held_out": 8, "limit": 24}
+    return make_recipe("spin", iterations=1, data=rows, generate={"max_new_tokens": 4}, train={"epochs": 1})
 
 
 @pytest.fixture(scope="module")
-def finish_generation(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return play(recipe, tmp_path_factory.mktemp("damage") / "run")
 
 
@@ -116,12 +109,12 @@ def test_a_run_s_own_notes_are_sealed(name: str, recipe: Recipe, finished: RunDi
     for _, damaged in hundred([path], seed=2):
         path.write_bytes(damaged)
         if name == "recipe.yaml":  # the only witness of the settings: refused by name
-            with pytest.raises(UserError, match=r"recipe\.yaml (is damaged|cannot be read).*Put the old text back"):
+            with pytest.raises(UserError, match=r"recipe\.yaml (is corrupted|cannot be read).*Restore its text"):
                 play(recipe, finished.root)
             with pytest.raises(UserError, match=r"recipe\.yaml"):
                 write_report(finished)
-        else:  # a log: kept aside, begun anew
-            sparring.loop.record_session(finished)
+        else:  # a log: kept aside, and a new one is started
+            sparring.run.session.record_session(finished)
             assert len(json.loads(path.read_text())["sessions"]) == 1
             restore(finished)
         found += 1
@@ -167,7 +160,7 @@ def test_a_report_shows_nothing_damaged(name: str, finished: RunDir) -> None:
     content = path.read_bytes()
     for damaged in damages(content, random.Random(4), 2, 3):
         path.write_bytes(damaged)
-        with pytest.raises(CorruptedError, match=f"{path.name} is (damaged|missing).*makes .* again"):
+        with pytest.raises(CorruptedError, match=f"{path.name} is (corrupted|missing).*recreates"):
             write_report(RunDir(finished.root))
         path.write_bytes(content)
 
@@ -184,16 +177,16 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(pattern: str, tmp_path: Pa
         model(torch.ones(8)).sum().backward()
         optimizer.step()
         metrics.write_text(f'{{"step": {step}}}\n')
-        save_checkpoint(tmp_path, step, model, optimizer, metrics)
+        save_checkpoint(tmp_path, step, model, optimizer, metrics, SingleProcess())
         weights[step] = model.weight.detach().clone()
     newest = tmp_path / "step-00000002"
     whole = shutil.copytree(newest, tmp_path / "whole")
-    assert load_checkpoint(tmp_path, model, optimizer, metrics) == 2
+    assert load_checkpoint(tmp_path, model, optimizer, metrics, SingleProcess()) == 2
     found = 0
     for path, damaged in hundred(sorted(whole.glob(pattern)), seed=5):
         shutil.copytree(whole, newest, dirs_exist_ok=True)
         (newest / path.name).write_bytes(damaged)
-        assert load_checkpoint(tmp_path, model, optimizer, metrics) == 1
+        assert load_checkpoint(tmp_path, model, optimizer, metrics, SingleProcess()) == 1
         assert torch.equal(model.weight, weights[1]) and metrics.read_text() == '{"step": 1}\n'
         found += 1
     assert found == 100

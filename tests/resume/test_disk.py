@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ GROWS_BY_BYTES = 80 * 1024
 DRIVER = """
 import json, os, subprocess, sys
 from pathlib import Path
-import sparring.cli, sparring.run.disk, sparring.stages.generate.stage, sparring.loop, sparring.report
+import sparring.cli, sparring.commands.forecast, sparring.run.disk, sparring.stages.generate.stage, sparring.report
 from sparring.run.manifest import is_committed, verify
 
 recipe, disk, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -46,7 +47,7 @@ while True:
         said = os.open(disk.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 2)
         if len(outcomes) % 4:  # else the forecast, and what is asked for beforehand, come first
-            sparring.loop.report_disk_forecast = lambda *_: None
+            sparring.commands.forecast.check_disk = lambda *_: None
             sparring.run.disk.free_bytes = lambda path: 10**15
         sys.argv = ["sparring", "run", recipe, str(disk / "run")]
         sparring.cli.main()
@@ -69,18 +70,8 @@ print(json.dumps({"outcomes": outcomes, "content": content}))
 
 
 @pytest.fixture
-def recipe(tiny: Path, tmp_path: Path) -> Path:
-    made = Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 1,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "generate": {"max_new_tokens": 6},
-            "train": {"learning_rate": 1e-3, "batch_size": 16, "dtype": "float32", "checkpoint_every": 2},
-            "threads": 1,
-        }
-    )
+def recipe(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    made = make_recipe("spin", iterations=1, generate={"max_new_tokens": 6}, train={"checkpoint_every": 2}, threads=1)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(made))
     return tmp_path / "recipe.yaml"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the unit at hand is finished and kept, and going on from there changes nothing."""
+"""Ctrl-C and SIGTERM: the current unit is finished and kept, and resuming from there changes nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,24 +18,14 @@ from sparring.parallel import interrupt
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
 
+MakeRecipe = Callable[..., Recipe]
 UNITS = {
     "a step": "iter-00/.train.partial/metrics.jsonl",
     "a part": "iter-00/.generate.partial/part-00000.parquet",
 }
 
 
-def recipe_for(tiny: Path, **train: object) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 1,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "generate": {"max_new_tokens": 6, "batch_size": 4},
-            "train": {"learning_rate": 1e-3, "batch_size": 4, "dtype": "float32", **train},
-            "threads": 1,
-        }
-    )
+SMALL = {"iterations": 1, "generate": {"max_new_tokens": 6, "batch_size": 4}, "threads": 1}
 
 
 def weights(root: Path) -> bytes:
@@ -55,12 +46,12 @@ def when_there(path: Path, number: int, seconds: float = 60) -> int:
 
 @pytest.mark.parametrize(("unit", "number"), [("a step", signal.SIGTERM), ("a part", signal.SIGINT)])
 def test_the_unit_at_hand_is_kept(
-    unit: str, number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, number: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sparring.stages.generate.stage
 
     monkeypatch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 4)
-    recipe = recipe_for(tiny)
+    recipe = make_recipe("spin", train={"batch_size": 4}, **SMALL)
     file = tmp_path / "run" / UNITS[unit]
     child = when_there(file, number)
     with pytest.raises(Interrupted, match="the same command continues") as caught:
@@ -81,7 +72,7 @@ def test_the_unit_at_hand_is_kept(
     assert weights(tmp_path / "run") == weights(straight.root)
 
 
-def test_twice_is_at_once(tiny: Path, tmp_path: Path) -> None:
+def test_twice_is_at_once() -> None:
     with pytest.raises(Interrupted), interrupt.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.is_asked()
@@ -91,9 +82,11 @@ def test_twice_is_at_once(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_exit_codes(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(tiny, epochs=50)))
-    command = [sys.executable, "-m", "sparring", "run", str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
+def test_exit_codes(number: int, code: int, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        dump_recipe(make_recipe("spin", train={"batch_size": 4, "epochs": 50}, **SMALL))
+    )
+    command = [sys.executable, "-m", "sparring.cli", "run", str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     when = tmp_path / "run" / "iter-00" / ".train.partial" / "metrics.jsonl"
     deadline = time.monotonic() + 120

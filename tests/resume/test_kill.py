@@ -48,18 +48,8 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Path) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 2,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 12},
-            "generate": {"max_new_tokens": 12, "batch_size": 20},
-            "train": {"learning_rate": 1e-3, "batch_size": 16, "dtype": "float32", "checkpoint_every": 2},
-            "evaluate": {"checker": "number"},
-        }
-    )
+def recipe(make_recipe: MakeRecipe) -> Recipe:
+    return make_recipe("spin", generate={"max_new_tokens": 12, "batch_size": 20}, train={"checkpoint_every": 2})
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +105,7 @@ def test_dies_again_while_it_recovers(recipe: Recipe, clean: RunDir, tmp_path: P
     assert content(play(recipe, tmp_path / "run")) == content(clean)
 
 
-CRASH_TEST = Path(__file__).parents[2] / "scripts" / "crash_test"
+CRASH_TEST = Path(__file__).parents[1] / "soak" / "crash_test"
 
 
 def crash_test(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +130,7 @@ def test_the_command_line_survives_a_kill(recipe: Recipe, tmp_path: Path) -> Non
     """As a user sees it: the process is killed, the same command ends the run, with the same model as one run."""
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "sparring", "run", str(file), str(tmp_path / "run"), "threads=1"]
+    command = [sys.executable, "-m", "sparring.cli", "run", str(file), str(tmp_path / "run"), "threads=1"]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "iter-00" / "generate").exists() and time.monotonic() < deadline:

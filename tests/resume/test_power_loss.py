@@ -1,4 +1,4 @@
-"""Power loss: what was not synced may be gone, and a run goes on from what is left.
+"""Power loss: what was not synced may be gone, and a run resumes from what is left.
 
 A kill leaves the page cache, so no kill shows that files and folders are synced, and in an order that helps. Here a run
 is recorded, with every change of a name or of bytes and every sync; then the power fails after each of these.
@@ -7,22 +7,21 @@ is recorded, with every change of a name or of bytes and every sync; then the po
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from unsynced import Disk, Operation, Promised, Synced, Tree, put, record
 
 import sparring.loop
-import sparring.report
 import sparring.stages.generate.stage
-from sparring.errors import UserError, RunError
+from sparring.errors import RunError, UserError
 from sparring.loop import play
-from sparring.recipe.load import load_sealed_recipe
 from sparring.recipe.schema import Recipe
 from sparring.run.manifest import copy_committed, has_part, is_committed, read_sealed, verify
 from sparring.run.mirror import Mirror
 from sparring.run.rundir import RunDir
+from sparring.run.session import load_sealed_recipe
 from sparring.stages.train.checkpoint import _newest
 
 Log = list[Operation]
@@ -33,22 +32,17 @@ PLAYED_ON = 6
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 8)
-        for draw in ("draw_held_out", "draw_training"):  # curves take longest and write nothing of their own
-            patch.setattr(sparring.report, draw, lambda results: [])
         yield
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Path) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": "spin",
-            "iterations": 1,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 8, "limit": 40},
-            "generate": {"max_new_tokens": 4, "batch_size": 8},
-            "train": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 4, "dtype": "float32", "checkpoint_every": 2},
-        }
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    return make_recipe(
+        "spin",
+        iterations=1,
+        data={"held_out": 8, "limit": 40},
+        generate={"max_new_tokens": 4, "batch_size": 8},
+        train={"epochs": 1, "batch_size": 4, "checkpoint_every": 2},
     )
 
 
@@ -78,7 +72,7 @@ def after_power_loss(log: Log, seed: int = 0) -> Iterator[tuple[int, Tree, int]]
 
 
 def faults(run: RunDir, truth: Tree, lost: int) -> Iterator[str]:
-    """What is wrong with a run directory after a power loss, as the code finds it that would go on from there."""
+    """What is wrong with a run directory after a power loss, as the code finds it that would resume from there."""
     if lost:
         yield f"{lost} files were committed and are gone"
     top = run.root.parent
@@ -86,7 +80,7 @@ def faults(run: RunDir, truth: Tree, lost: int) -> Iterator[str]:
         try:
             names = [*verify(folder).files]
         except RunError as problem:
-            yield f"damaged under its final name: {problem}"
+            yield f"corrupted under its final name: {problem}"
             continue
         for name in names:
             if (folder / name).read_bytes() != truth[str((folder / name).relative_to(top))]:
@@ -98,14 +92,14 @@ def faults(run: RunDir, truth: Tree, lost: int) -> Iterator[str]:
     whole = [name for name in truth if name.endswith("MANIFEST.json") and is_whole(top, name, truth)]
     expected = max((Path(name).parent.name for name in whole if "/step-" in name), default="")
     if work.is_dir() and (found := _newest(work, work / "metrics.jsonl")) != expected:
-        yield f"goes on from '{found}' where '{expected}' is whole"
+        yield f"resumes from '{found}' where '{expected}' is whole"
     try:
         if run.recipe.is_file() or run.has_begun:
             load_sealed_recipe(run.recipe)
         if run.env.is_file():
             read_sealed(run.env)
     except (RunError, UserError) as problem:
-        yield f"the run cannot go on: {problem}"
+        yield f"the run cannot resume: {problem}"
 
 
 def is_whole(top: Path, manifest: str, truth: Tree) -> bool:
@@ -143,13 +137,13 @@ def test_the_replay_sees_what_is_not_synced(what: str, recorded: tuple[RunDir, L
     unsynced = [o for o in log if not (isinstance(o, Synced) and (o.node > 0) == (what == "files"))]
     found = set[str]()
     for _, said in all_faults(unsynced, tmp_path / "left", truth_of(log)):
-        found |= {kind for kind in ("are gone", "damaged under its final name") for line in said if kind in line}
+        found |= {kind for kind in ("are gone", "corrupted under its final name") for line in said if kind in line}
         if len(found) == 2:
             return
     pytest.fail(f"found was {found}")
 
 
-def test_the_same_command_goes_on(recipe: Recipe, recorded: tuple[RunDir, Log], tmp_path: Path) -> None:
+def test_the_same_command_resumes(recipe: Recipe, recorded: tuple[RunDir, Log], tmp_path: Path) -> None:
     straight, log = recorded
     states = list(after_power_loss(log))
     for number, tree, _ in random.Random(1).sample(states, PLAYED_ON):

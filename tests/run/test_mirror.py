@@ -204,7 +204,7 @@ def test_a_stranger_s_store_writes_nowhere_else(folder_of_a_run: tuple[RunDir, P
 def test_a_mirror_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path, s3: str) -> None:
     for uri, words in (
         ("ftp://host/x", "unsupported URI"),
-        ("s3://key:secret@bucket/x", "leave the secret out"),
+        ("s3://key:secret@bucket/x", "remove the secret"),
     ):
         with pytest.raises(UserError, match=words) as refusal:
             play(make_recipe("sft", mirror=uri), tmp_path / "run")

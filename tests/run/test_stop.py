@@ -1,4 +1,4 @@
-"""The stop rule: when a run ends by itself, and that it ends there again when it is continued."""
+"""The stop rule: when a run ends early, and that it ends there again when it is resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_run_that_declines_ends_and_stays_ended(make_recipe: MakeRecipe, tmp_p
     written = run.report.stat().st_mtime_ns
     play(recipe, run.root)
     assert not run.iteration(2).exists() and run.report.stat().st_mtime_ns == written
-    play(make_recipe("sft", iterations=3, train=train), run.root)  # without the rule it goes on
+    play(make_recipe("sft", iterations=3, train=train), run.root)  # without the rule it continues
     assert run.model(2).is_dir() and Results(run.root).stopped is None
 
 

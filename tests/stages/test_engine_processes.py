@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparring.errors import UserError, RunError
+from sparring.errors import RunError, UserError
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
 from sparring.types import Prompt
@@ -151,5 +151,5 @@ def test_a_server_that_does_not_start_is_refused_with_its_words(folder: Path) ->
         pass
     with pytest.raises(UserError, match="'gpu'; it may name {model}"), started_server("serve {gpu}", folder, "float32"):
         pass
-    with pytest.raises(UserError, match="there is no server at"):
+    with pytest.raises(UserError, match="no server answers at"):
         ServerBackend("http://127.0.0.1:9", folder, end_ids=[END])

@@ -1,7 +1,6 @@
 """The contract of a backend, run on every engine that is at hand; and what is particular to vLLM.
 
-`make test-vllm` makes vLLM's environment and names its interpreter in SPARRING_VLLM_PYTHON; `make test-llama` makes
-llama.cpp's server and names its folder in SPARRING_LLAMA.
+`make test-vllm` makes vLLM's environment and names its interpreter in SPARRING_VLLM_PYTHON.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,17 +18,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from shortcuts import generations
 
 from sparring.errors import UserError
 from sparring.loop import play
 from sparring.model.load import load_model, load_tokenizer
 from sparring.model.logprobs import Scorer, score_groups
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
-from sparring.run.iteration import Iteration
-from sparring.run.seeds import seed_of
+from sparring.run.iteration import Iteration, seed_of
 from sparring.stages.generate.hf import HfBackend
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
@@ -39,11 +39,9 @@ from sparring.types import Backend, Generation, Group, Prompt
 CPU = torch.device("cpu")
 END = 3
 VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
-LLAMA = os.environ.get("SPARRING_LLAMA")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
-needs_llama = pytest.mark.skipif(LLAMA is None, reason="SPARRING_LLAMA is not set; 'make test-llama' sets it")
 
 
 @pytest.fixture(scope="session")
@@ -88,29 +86,10 @@ def server_backend(server: tuple[str, str], folder: Path) -> ServerBackend:
     return ServerBackend(url, folder, end_ids=[END], token=token)
 
 
-LLAMA_SERVE = (
-    f"sh -c '{sys.executable} {Path(__file__).with_name('gguf_of.py')} {LLAMA} {{model}} $0 && exec {LLAMA}/bin/"
-    "llama-server --model $0 --alias {model} --host 127.0.0.1 --port {port} --api-key {token} --parallel 8 "
-    "--ctx-size 1024 --cache-type-k f32 --cache-type-v f32 --no-context-shift --threads 1'"
-)
-
-
-def llama_serve(target: Path) -> str:
-    """A command that converts what it is to serve, as a user's would."""
-    return f"{LLAMA_SERVE} {target / 'model.gguf'}"
-
-
-@pytest.fixture(scope="session")
-def llama_backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerBackend]:
-    with started_server(llama_serve(tmp_path_factory.mktemp("llama")), folder, "float32") as (url, token):
-        yield ServerBackend(url, folder, end_ids=[END], token=token)
-
-
 ENGINES = [
     "hf",
     pytest.param("vllm", marks=needs_vllm),
     pytest.param("server", marks=needs_vllm),
-    pytest.param("llama", marks=needs_llama),
 ]
 
 
@@ -137,7 +116,7 @@ def ids_of(answers: Iterator[Generation]) -> list[list[int]]:
 def logprobs(folder: Path, wanted: list[Prompt], answers: list[Generation]) -> np.ndarray:
     model = load_model(folder, dtype=torch.float32, device=CPU)
     groups = [Group(p.id, p.token_ids, {"real": (a.token_ids,)}) for p, a in zip(wanted, answers, strict=True)]
-    return score_groups(Scorer(model), groups, 4000)["real"]
+    return score_groups(Scorer(model), groups, 4000, SingleProcess())["real"]
 
 
 def test_order_in_is_order_out_and_nothing_is_lost(backend: Backend, folder: Path) -> None:
@@ -226,10 +205,10 @@ def test_reported_logprobs_are_those_of_the_scorer(backend: Backend, folder: Pat
 @needs_vllm
 def test_a_run_on_vllm_passes_the_proof_of_its_first_step(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     settings = {"backend": "vllm", "python": VLLM_PYTHON, "samples": 2, "max_new_tokens": 16}
-    recipe = make_recipe("space", iterations=1, generate=settings, evaluate={"held_out": False, "checker": None})
+    recipe = make_recipe("space", iterations=1, generate=settings, data={"held_out": 0, "limit": 48})
     run = play(recipe, tmp_path / "run")
     iteration = Iteration(run, recipe, 0)
-    answers = iteration.generations(0)
+    answers = generations(iteration, 0)
     assert sorted(answers) == sorted(row.id for row in iteration.train_rows())
     assert all([a.sample for a in drawn] == [0, 1] for drawn in answers.values())
     first = json.loads((run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()[0])
@@ -306,7 +285,7 @@ def test_a_server_of_other_weights_or_without_the_token_is_refused(server: tuple
     url, token = server
     with pytest.raises(UserError, match=r"serves .*, but the answers must come from"):
         ServerBackend(url, tiny / "model", end_ids=[END], token=token)
-    with pytest.raises(UserError, match="wants a token: set OPENAI_API_KEY"):
+    with pytest.raises(UserError, match="requires a token; set OPENAI_API_KEY"):
         ServerBackend(url, tiny / "model", end_ids=[END])
 
 
@@ -317,6 +296,10 @@ def test_a_request_that_fails_is_made_again_and_gives_the_same_answer(
     """Through a gateway that answers each request first with 503, then not at all, and then passes it on."""
     seen: Counter[bytes] = Counter()
 
+    def forward(path: str, body: bytes) -> tuple[int, bytes]:
+        response = server_backend.client.post(path, content=body, headers={"Content-Type": "application/json"})
+        return response.status_code, response.content
+
     class Gateway(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -324,7 +307,7 @@ def test_a_request_that_fails_is_made_again_and_gives_the_same_answer(
             if seen[body] == 2:
                 self.close_connection = True
                 return
-            status, text = (503, b"busy") if seen[body] == 1 else server_backend._once("POST", self.path, body.decode())
+            status, text = (503, b"busy") if seen[body] == 1 else forward(self.path, body)
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -333,7 +316,7 @@ def test_a_request_that_fails_is_made_again_and_gives_the_same_answer(
     gateway = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
     threading.Thread(target=gateway.serve_forever, daemon=True).start()
     through = copy(server_backend)
-    through.url, through.local = f"http://127.0.0.1:{gateway.server_port}", threading.local()
+    through.client = httpx.Client(base_url=f"http://127.0.0.1:{gateway.server_port}", timeout=60, trust_env=False)
     wanted = prompts(folder, 5)
     assert ids_of(through.generate(wanted)) == ids_of(server_backend.generate(wanted))
     assert set(seen.values()) == {3}
@@ -352,19 +335,10 @@ def test_a_server_that_speaks_text_is_refused(folder: Path) -> None:
         ServerBackend(url, folder, end_ids=[END], token=token)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=needs_vllm), pytest.param("llama", marks=needs_llama)])
-def test_a_run_starts_and_ends_its_own_server(kind: str, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    command = SERVE if kind == "vllm" else llama_serve(tmp_path)
-    settings = {"backend": "server", "command": command, "max_new_tokens": 16}
-    recipe = make_recipe("spin", generate=settings, evaluate={"held_out": False, "checker": None})
+@needs_vllm
+def test_a_run_starts_and_ends_its_own_server(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = {"backend": "server", "command": SERVE, "max_new_tokens": 16}
+    recipe = make_recipe("spin", generate=settings, data={"held_out": 0, "limit": 48})
     run = play(recipe, tmp_path / "run")  # two iterations: each serves its own opponent
     first = json.loads((run.stage(1, "train") / "metrics.jsonl").read_text().splitlines()[0])
     assert first["log_ratio"] < 1e-5
-
-
-@needs_llama
-def test_a_server_with_another_end_token_is_refused(llama_backend: ServerBackend, folder: Path) -> None:
-    """It would end answers where the training sees none."""
-    other = ServerBackend(llama_backend.url, folder, end_ids=[5], token=llama_backend.headers["Authorization"][7:])
-    with pytest.raises(UserError, match="ended an answer with token 3, which ends none here"):
-        list(other.generate(prompts(folder, 30, 40)))

@@ -15,7 +15,8 @@ from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer, score_groups
 from sparring.objectives import Space, Spin, Tspin
-from sparring.objectives.metrics import self_play_metrics, quadrants
+from sparring.objectives.metrics import quadrants, self_play_metrics
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe, Regex
 from sparring.run.iteration import Iteration
 from sparring.stages.evaluate.checkers import is_correct, make_extract, number
@@ -115,18 +116,8 @@ def test_quadrants_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def recipe_and_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
-    recipe = Recipe.model_validate(
-        {
-            "model": str(tiny / "model"),
-            "method": {"name": "spin", "lambda": 0.5},
-            "iterations": 2,
-            "data": {"train": str(tiny / "rows.jsonl"), "held_out": 20},
-            "generate": {"max_new_tokens": 16},
-            "train": {"learning_rate": 3e-3, "batch_size": 16, "dtype": "float32"},
-            "evaluate": {"checker": "number"},
-        }
-    )
+def recipe_and_run(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory):
+    recipe = make_recipe({"name": "spin", "lambda": 0.5}, data={"held_out": 20}, train={"learning_rate": 3e-3})
     return recipe, play(recipe, tmp_path_factory.mktemp("evaluate") / "run")
 
 
@@ -145,7 +136,7 @@ def test_metrics_equal_a_recomputation(recipe_and_run) -> None:
             Group(r.id, r.prompt_ids, {"real": (r.real_ids,), "generated": (ids(*a["token_ids"]),)})  # type: ignore[misc]
             for r, a in zip(rows, answers, strict=True)
         ]
-        scores = score_groups(scorer, groups, 512)
+        scores = score_groups(scorer, groups, 512, SingleProcess())
         return scores["real"], scores["generated"][:, 0]
 
     real, generated = score(run.model(1), before)
@@ -183,9 +174,8 @@ def test_answers_are_kept_with_what_was_found(recipe_and_run) -> None:
         assert all(a["greedy_text"] is not None for a in answers)
 
 
-@pytest.mark.parametrize("change", [{"data": {"held_out": 0}}, {"evaluate": {"held_out": False, "checker": None}}])
-def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Path, change: dict) -> None:  # type: ignore[type-arg]
-    run = play(make_recipe("space", iterations=1, **change), tmp_path / "run")
+def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = play(make_recipe("space", iterations=1, data={"held_out": 0}), tmp_path / "run")
     assert run.model(0).is_dir()
     assert not list(run.root.rglob("evaluate"))
     assert run.report.is_file()

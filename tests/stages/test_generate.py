@@ -12,21 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shortcuts import generations
 
 from sparring.data.tables import read_rendered, write_rows
 from sparring.errors import RunError
 from sparring.model.load import load_model, load_tokenizer
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
-from sparring.run.iteration import Iteration
+from sparring.run.examples import load_training_examples
+from sparring.run.iteration import Iteration, seed_of
 from sparring.run.manifest import commit, read_manifest
 from sparring.run.rundir import RunDir
-from sparring.run.seeds import seed_of
 from sparring.stages.generate import generate, open_backend
 from sparring.stages.generate.answers import failed, finish_generation
 from sparring.stages.generate.hf import HfBackend, choose
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
-from sparring.stages.train.loop import load_training_examples, train
+from sparring.stages.train.loop import train
 from sparring.types import Generation, Prompt
 
 CPU = torch.device("cpu")
@@ -125,7 +127,7 @@ def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Rec
     recipe = make_recipe("space", iterations=1, generate={"samples": 3, "max_new_tokens": 16})
     run = play(recipe, tmp_path / "run")
     iteration = Iteration(run, recipe, 0)
-    answers = iteration.generations(0)
+    answers = generations(iteration, 0)
     assert sorted(answers) == sorted(row.id for row in iteration.train_rows())
     assert all([a.sample for a in drawn] == [0, 1, 2] for drawn in answers.values())
     assert len({tuple(a.token_ids.tolist()) for drawn in answers.values() for a in drawn}) > len(answers)
@@ -158,9 +160,9 @@ def test_a_row_without_all_its_answers_is_not_played(
     generate(iteration, stumbles)
     info = read_manifest(run.stage(0, "generate")).info
     assert (info["answers"], info["failed"]) == (2 * len(rows) - 1, 1)
-    score(iteration)
-    assert [play.group.id for play in load_training_examples(iteration)] == rows[:3] + rows[4:]
-    train(iteration)
+    score(iteration, SingleProcess())
+    assert [one.group.id for one in load_training_examples(iteration)] == rows[:3] + rows[4:]
+    train(iteration, SingleProcess())
 
     strict = make_recipe("space", generate={"samples": 2, "max_new_tokens": 8}, data={"max_skipped": 0})
     run = RunDir(tmp_path / "strict")

@@ -12,7 +12,7 @@ import torch
 
 from sparring.errors import UserError
 from sparring.loop import play
-from sparring.model.load import load_model, load_tokenizer, decode_answers
+from sparring.model.load import decode_answers, load_model, load_tokenizer
 from sparring.recipe.benchmarks import SUITES, parse_tasks
 from sparring.recipe.load import differences
 from sparring.recipe.schema import Recipe
@@ -53,11 +53,11 @@ def task(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_iteration_is_measured_anew(make_recipe: MakeRecipe, task: Path, tiny: Path, tmp_path: Path) -> None:
     """Asked of a run that exists: nothing is trained again. The answers are those of the policy of each iteration."""
-    plain = make_recipe("sft", iterations=1, evaluate={"checker": None, "held_out": False})
+    plain = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48})
     run = play(plain, tmp_path / "run")
     trained = (run.stage(0, "train") / "MANIFEST.json").read_bytes()
-    harness = {"tasks": [f"{task}:0"], "limit": 6, "batch_size": 3}
-    recipe = make_recipe("sft", iterations=1, evaluate={"checker": None, "held_out": False, "harness": harness})
+    harness = {"tasks": [f"{task}:0"], "limit": 6}
+    recipe = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48}, evaluate={"harness": harness})
     assert not differences(plain, recipe)
     play(recipe, tmp_path / "run")
     assert (run.stage(0, "train") / "MANIFEST.json").read_bytes() == trained
@@ -92,7 +92,7 @@ def test_what_the_harness_refuses_is_one_message(make_recipe: MakeRecipe, task: 
     broken = tmp_path / "broken.yaml"
     broken.write_text(task.read_text().replace("test_split: test", "test_split: nowhere"))
     harness = {"tasks": [str(broken)], "limit": 2}
-    recipe = make_recipe("sft", iterations=1, evaluate={"checker": None, "held_out": False, "harness": harness})
+    recipe = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48}, evaluate={"harness": harness})
     with pytest.raises(UserError, match=r"(?s)evaluate\.harness: .*broken\.yaml of .*nowhere"):
         play(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="there is no file .*other.yaml"):

@@ -45,8 +45,8 @@ def test_broken_rows_are_counted_listed_and_passed_over(make_recipe: MakeRecipe,
     recipe = make_recipe(data={"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.1, "max_skipped": 0.2})
     directory, summary = run(tmp_path, recipe)
     assert (summary.num_train, summary.num_held_out) == (36, 4)
-    assert sum(summary.rejected.values()) == 4
-    listed = [json.loads(line) for line in (directory.data / "rejected.jsonl").read_text().splitlines()]
+    assert sum(summary.skipped.values()) == 4
+    listed = [json.loads(line) for line in (directory.data / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["row"], entry["reason"].split(":")[0]) for entry in listed] == [
         (41, "not JSON"),
         (42, "the answer is empty"),
@@ -87,18 +87,18 @@ def test_held_out_prompts_are_not_in_training(make_recipe: MakeRecipe, tmp_path:
 PHASES = {0: {"method": "sft"}}
 
 
-def test_game_rows_are_kept_from_sft(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_self_play_rows_are_kept_from_sft(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Two answers to each prompt; a share of what is not held out."""
     rows = [row for r in good(30) for row in (r, {**r, "answer": r["answer"] + "0"})]
     data = {"train": write(tmp_path / "rows.jsonl", rows), "held_out": 0.2, "self_play_rows": 0.25}
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
-    parts = [read_rendered(directory.data / f"{name}.parquet") for name in ("train", "game", "held_out")]
+    parts = [read_rendered(directory.data / f"{name}.parquet") for name in ("train", "self_play", "held_out")]
     assert [len(part) for part in parts] == [36, 12, 12]
     assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (48, 12, 12)
     assert len({row.prompt for part in parts for row in part}) == 30, "no prompt is on two sides"
 
 
-def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_file_of_self_play_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     other = [{**row, "answer": row["answer"] + "0"} for row in good(20, start=18)]
     data = {
         "train": write(tmp_path / "rows.jsonl", good(20)),
@@ -107,11 +107,11 @@ def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     }
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
     assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (28, 8, 10)
-    assert summary.rejected == {
+    assert summary.skipped == {
         "the prompt is also in the training data": 2,
         "the prompt is also in the held-out data": 10,
     }
-    assert len(read_rendered(directory.data / "game.parquet")) == 8
+    assert len(read_rendered(directory.data / "self_play.parquet")) == 8
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_file_of_game_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
         (0.01, "space", PHASES, "data.self_play_rows: 0.01 leaves no row to play on"),
     ],
 )
-def test_game_rows_that_cannot_be(
+def test_self_play_rows_that_cannot_be(
     make_recipe: MakeRecipe, tmp_path: Path, amount: float, method: str, phases: dict[int, object], message: str
 ) -> None:
     data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "self_play_rows": amount}
@@ -187,7 +187,7 @@ def test_the_summary_reads_back(make_recipe: MakeRecipe, tmp_path: Path) -> None
     directory, summary = run(tmp_path, make_recipe())
     assert DataSummary.read(directory.data / "summary.json") == summary
     assert summary.end_token == "<|end|>" and summary.end_ids == (3,)
-    assert summary.shape == "question/answer"
+    assert summary.format == "question/answer"
 
 
 def test_a_context_shorter_than_the_setting_counts(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shortcuts import generations
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
-from sparring.errors import UserError, RunError
-from sparring.loop import check_settings
+from sparring.errors import RunError, UserError
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
-from sparring.stages.generate import prepare_parts, backend_factory, generate, plan_parts
+from sparring.run.session import check_settings
+from sparring.stages.generate import backend_factory, generate, plan_parts, prepare_parts
 from sparring.stages.generate import ray_pool as on_ray
 from sparring.stages.generate.ray_pool import generate_on_ray
 from sparring.stages.prepare import prepare
@@ -106,7 +107,7 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
     opener = partial(open_stuck, opener=backend_factory(alone), doomed=doomed.node_id, note=note)
     monkeypatch.setattr(on_ray, "backend_factory", lambda _: opener)
 
-    on_cluster = recipe.model_copy(update={"launch": "ray", "address": cluster.address})
+    on_cluster = recipe.model_copy(update={"launch": "ray", "ray_address": cluster.address})
     shared = make_iteration(on_cluster, tmp_path / "run")
     playing = threading.Thread(target=generate_on_ray, args=(shared,), daemon=True)
     playing.start()  # elsewhere, since nodes are started from the main thread
@@ -125,7 +126,7 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
         raise AssertionError("everything is drawn already")
 
     generate(shared, nothing_left)  # type: ignore[arg-type]
-    answers = shared.generations(0)
+    answers = generations(shared, 0)
     assert sorted(answers) == sorted(row.id for row in shared.train_rows())
     assert all([a.sample for a in drawn] == list(range(80)) for drawn in answers.values())
     names = sorted(path.name for path in alone.stage("generate").glob("part-*.parquet"))
@@ -137,7 +138,7 @@ def test_what_an_engine_refuses_or_dies_of_ends_the_stage(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any
 ) -> None:
     monkeypatch.setattr(on_ray, "MAX_DEATHS", 2)
-    recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", address=cluster.address)
+    recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", ray_address=cluster.address)
     iteration = make_iteration(recipe, tmp_path / "run")
     monkeypatch.setattr(on_ray, "backend_factory", lambda _: open_refused)
     with pytest.raises(UserError, match="not installed on this node"):
@@ -150,7 +151,7 @@ def test_what_an_engine_refuses_or_dies_of_ends_the_stage(
 
 
 def test_a_cluster_that_is_not_there_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make_recipe("space", launch="ray", address="127.0.0.1:1")
+    recipe = make_recipe("space", launch="ray", ray_address="127.0.0.1:1")
     with pytest.raises(UserError, match="no Ray cluster answers at 127.0.0.1:1:"):
         generate_on_ray(make_iteration(recipe, tmp_path / "run"))
 
@@ -158,11 +159,11 @@ def test_a_cluster_that_is_not_there_is_refused(make_recipe: Callable[..., Recip
 def test_an_address_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     iteration = make_iteration(make_recipe("space"), tmp_path / "run")
     for address in ("head-node", "ray://head:10001"):
-        recipe = iteration.recipe.model_copy(update={"launch": "ray", "address": address})
+        recipe = iteration.recipe.model_copy(update={"launch": "ray", "ray_address": address})
         with pytest.raises(UserError, match="write HOST:PORT"):
             generate_on_ray(replace(iteration, recipe=recipe))
 
 
 def test_an_address_without_ray_is_a_mistake(make_recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(ValueError, match="address is a setting of launch: ray"):
-        make_recipe("space", address="auto")
+    with pytest.raises(ValueError, match="ray_address is a setting of launch: ray"):
+        make_recipe("space", ray_address="auto")

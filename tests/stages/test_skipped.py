@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shortcuts import step_metrics
 
 from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import distinct_responses
+from sparring.model.packing import Packing, distinct_responses
 from sparring.objectives import Space, Spin, Tspin
 from sparring.recipe.schema import Recipe
+from sparring.run.examples import generated_inputs, load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
-from sparring.stages.train.loop import TrainingExample, forward_backward, inputs, load_training_examples
-from sparring.types import Group, Objective, Role
+from sparring.types import Group, Objective, Role, TrainingExample
 
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ ANSWERS = {
 }
 
 
-def one_play(objective: Objective, answers: str) -> Play:
+def one_example(objective: Objective, answers: str) -> TrainingExample:
     """With log-probs of the opponent that are near those of the tiny model, so that no gradient vanishes by chance."""
     every: dict[Role, np.ndarray] = dict(zip(("real", "generated", "proto"), ANSWERS[answers], strict=True))
     needs = objective.needs
@@ -45,9 +46,11 @@ def one_play(objective: Objective, answers: str) -> Play:
     )
 
 
-def gradient(tiny: Path, objective: Objective, play: TrainingExample, kind: str) -> tuple[torch.Tensor, dict[str, float]]:
+def gradient(
+    tiny: Path, objective: Objective, one: TrainingExample, packing: Packing
+) -> tuple[torch.Tensor, dict[str, float]]:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-    metrics = forward_backward(Scorer(model, kind=kind), objective, [play], 10_000)  # type: ignore[arg-type]
+    metrics = step_metrics(Scorer(model, packing=packing), objective, [one], 10_000)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), metrics
 
 
@@ -60,7 +63,7 @@ def test_equal_answers_are_computed_once(game: str, answers: str, tiny: Path) ->
     historical one does not unless the proto answer is the same. SPACE's does only where policy and opponent agree.
     """
     objective = GAMES[game]
-    one = one_play(objective, answers)
+    one = one_example(objective, answers)
     shared, metrics = gradient(tiny, objective, one, "shared")
     alone, unskipped = gradient(tiny, objective, one, "padded")
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=1e-4)
@@ -83,42 +86,46 @@ def test_equal_answers_are_computed_once(game: str, answers: str, tiny: Path) ->
 
 def test_an_sft_term_keeps_a_pair_that_the_game_would_not_need(tiny: Path) -> None:
     """So pairs of equal answers stay in the step: their tokens are a prompt and one answer."""
-    one = one_play(Spin(), "generated is real")
+    one = one_example(Spin(), "generated is real")
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-    forward_backward(Scorer(model), Spin(), [one], 10_000, 1.0)
+    step_metrics(Scorer(model), Spin(), [one], 10_000, 1.0)
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) > 1e-3
 
 
-def expected_tokens(plays: list[TrainingExample]) -> int:
+def expected_tokens(examples: list[TrainingExample]) -> int:
     """Of one epoch: every prompt once, and the answers to it that differ."""
-    return sum(len(one.group.prompt_ids) + sum(map(len, distinct_responses(one.group)[0])) for one in plays)
+    return sum(len(one.group.prompt_ids) + sum(map(len, distinct_responses(one.group)[0])) for one in examples)
 
 
 def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """T-SPIN with beta 0 and without, in an iteration that has proto answers: read, and counted in tokens."""
-    quiet = {"held_out": False, "checker": None}
     phases = {0: {"method.beta": 0.0}, 1: {"method.beta": 0.0}}
-    recipe = make_recipe("tspin", iterations=3, per_iteration=phases, train={"epochs": 1}, evaluate=quiet)
+    recipe = make_recipe(
+        "tspin", iterations=3, per_iteration=phases, train={"epochs": 1}, data={"held_out": 0, "limit": 48}
+    )
     run = play(recipe, tmp_path / "run")
     for index in range(3):
         iteration = Iteration(run, recipe.at(index), index)
-        plays = load_training_examples(iteration)
+        examples = load_training_examples(iteration)
         has_proto = index == 2
-        assert ("proto" in plays[0].group.responses) == has_proto
-        assert (run.stage(0, "generate") in inputs(iteration)) == (has_proto or index == 0)
+        assert ("proto" in examples[0].group.responses) == has_proto
+        assert (run.stage(0, "generate") in generated_inputs(iteration)) == (has_proto or index == 0)
         lines = (run.stage(index, "train") / "metrics.jsonl").read_text().splitlines()
-        assert sum(json.loads(line)["num_tokens"] for line in lines) == expected_tokens(plays)
+        assert sum(json.loads(line)["num_tokens"] for line in lines) == expected_tokens(examples)
         assert not run.stage(index, "score").exists(), "no reference, so nothing is scored"
         drawn = read_manifest(run.stage(index, "generate")).info
-        assert drawn["answers"] == len(plays), "each iteration draws its own answers once, and no proto answers"
+        assert drawn["answers"] == len(examples), "each iteration draws its own answers once, and no proto answers"
 
 
 def test_answers_that_an_earlier_iteration_holds_are_not_drawn_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SPIN's older round is read from disk: twice as many pairs, as many answers drawn."""
-    recipe = make_recipe("spin", train={"epochs": 1}, evaluate={"held_out": False, "checker": None})
+    recipe = make_recipe("spin", train={"epochs": 1}, data={"held_out": 0, "limit": 48})
     run = play(recipe, tmp_path / "run")
     counts = [
-        (len(load_training_examples(Iteration(run, recipe, t))), read_manifest(run.stage(t, "generate")).info["answers"])
+        (
+            len(load_training_examples(Iteration(run, recipe, t))),
+            read_manifest(run.stage(t, "generate")).info["answers"],
+        )
         for t in range(2)
     ]
-    assert counts == [(60 - 12, 48), (2 * 48, 48)]
+    assert counts == [(48, 48), (2 * 48, 48)]

@@ -10,28 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shortcuts import generations, step_metrics
 
-import sparring.stages.score
 import sparring.stages.train.loop
 from sparring.data.tables import read_rendered, read_scores
 from sparring.errors import RunError
 from sparring.loop import play
 from sparring.model.load import load_model, load_tokenizer
-from sparring.model.logprobs import Scorer, score_groups
+from sparring.model.logprobs import Scorer
 from sparring.objectives import OBJECTIVES, Sft, Space, Spin, Tspin
 from sparring.recipe.schema import Recipe, Train
+from sparring.run.examples import load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
-from sparring.stages.train.loop import TrainingExample, forward_backward, learning_rate, load_training_examples, check_policy_equals_opponent
-from sparring.types import Group, Objective
+from sparring.stages.train.loop import learning_rate
+from sparring.stages.train.step import check_policy_equals_opponent
+from sparring.types import Group, Objective, TrainingExample
 
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def plays() -> list[TrainingExample]:
+def examples() -> list[TrainingExample]:
     random = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:
@@ -51,22 +53,24 @@ def plays() -> list[TrainingExample]:
 
 
 @pytest.mark.parametrize("objective", [Spin(), Tspin(), Space(), Sft()], ids=lambda o: o.name)
-def test_micro_batches_change_neither_loss_nor_gradient(objective: Objective, plays: list[TrainingExample], tiny: Path) -> None:
+def test_micro_batches_change_neither_loss_nor_gradient(
+    objective: Objective, examples: list[TrainingExample], tiny: Path
+) -> None:
     """13 examples of unequal lengths, in one piece, in pieces of other sizes, one by one."""
     results = []
-    for budget in (10_000, 150, 1):
+    for micro_batch_tokens in (10_000, 150, 1):
         model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-        metrics = forward_backward(Scorer(model), objective, plays, budget)
+        metrics = step_metrics(Scorer(model), objective, examples, micro_batch_tokens)
         results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for metrics, gradient in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-5, abs=1e-5)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-5, rtol=1e-4)
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_examples(plays: list[TrainingExample], tiny: Path) -> None:
+def test_the_loss_of_a_step_is_the_mean_over_its_examples(examples: list[TrainingExample], tiny: Path) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-    together = forward_backward(Scorer(model), Spin(), plays, 100)["loss"]
-    alone = [forward_backward(Scorer(model), Spin(), [one], 100)["loss"] for one in plays]
+    together = step_metrics(Scorer(model), Spin(), examples, 100)["loss"]
+    alone = [step_metrics(Scorer(model), Spin(), [one], 100)["loss"] for one in examples]
     assert together == pytest.approx(float(np.mean(alone)), rel=1e-5)
 
 
@@ -89,9 +93,13 @@ def test_step_zero_is_the_published_constant_in_every_iteration(
         assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize("budget", [64, 8192])
-def test_the_proof_holds_in_bfloat16_whatever_the_batches(make_recipe: MakeRecipe, tmp_path: Path, budget: int) -> None:
-    recipe = make_recipe("space", iterations=2, train={"dtype": "bfloat16", "micro_batch_tokens": budget, "epochs": 1})
+@pytest.mark.parametrize("micro_batch_tokens", [64, 8192])
+def test_the_proof_holds_in_bfloat16_whatever_the_batches(
+    make_recipe: MakeRecipe, tmp_path: Path, micro_batch_tokens: int
+) -> None:
+    recipe = make_recipe(
+        "space", iterations=2, train={"dtype": "bfloat16", "micro_batch_tokens": micro_batch_tokens, "epochs": 1}
+    )
     run = play(recipe, tmp_path / "run")
     for t in range(2):
         first = json.loads((run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()[0])
@@ -100,25 +108,25 @@ def test_the_proof_holds_in_bfloat16_whatever_the_batches(make_recipe: MakeRecip
 
 
 def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """SPIN: rounds t and t-1 from iteration 1 on. T-SPIN: this round, and the first one as proto. SPACE: this round."""
+    """SPIN: iterations t and t-1. T-SPIN: t, and the first one as proto. SPACE: t."""
     counts = {}
     for method in ("spin", "tspin", "space", "sft"):
         recipe = make_recipe(method, iterations=3, train={"epochs": 1})
         run = play(recipe, tmp_path / method)
         for t in range(3):
             iteration = Iteration(run, recipe.at(t), t)
-            plays = load_training_examples(iteration)
-            counts[method, t] = len(plays)
+            examples = load_training_examples(iteration)
+            counts[method, t] = len(examples)
             rows = {row.id for row in iteration.train_rows()}
-            assert {p.group.id for p in plays} == rows
+            assert {p.group.id for p in examples} == rows
             if method == "tspin":
-                assert ("proto" in plays[0].group.responses) == (t > 0)
-                for one in plays if t > 0 else []:
-                    first = iteration.generations(0)[one.group.id][0].token_ids
+                assert ("proto" in examples[0].group.responses) == (t > 0)
+                for one in examples if t > 0 else []:
+                    first = generations(iteration, 0)[one.group.id][0].token_ids
                     assert np.array_equal(one.group.responses["proto"][0], first)
             if method == "spin" and t > 0:
-                drawn = [iteration.generations(r) for r in (t, t - 1)]
-                halves = [plays[: len(rows)], plays[len(rows) :]]
+                drawn = [generations(iteration, r) for r in (t, t - 1)]
+                halves = [examples[: len(rows)], examples[len(rows) :]]
                 for half, answers in zip(halves, drawn, strict=True):
                     for one in half:
                         expected = answers[one.group.id][0].token_ids
@@ -132,53 +140,40 @@ def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Pat
     assert not (tmp_path / "sft" / "iter-00" / "generate").exists(), "SFT reads no generated answer"
     input_digests = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["input_digests"]
     assert set(input_digests) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
-    assert reads["iter-01/train/model"] == run.digest(run.model(1)), "iteration t's scores name the model of t-1"
-
-
-def test_the_anchor_mixes_the_starting_model_in(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """alpha-SPIN: from iteration 1 on what stands for the opponent's log-probs is a share of the first model's."""
-    method = {"name": "alpha-spin", "alpha": 0.25}
-    recipe = make_recipe(method, per_iteration={0: {"method": "sft"}}, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
-    iteration = Iteration(run, recipe.at(1), 1)
-    groups = [one.group for one in load_training_examples(iteration)]
-    mixed = {role: np.stack([one.opponent[role] for one in load_training_examples(iteration)]) for role in ("real", "generated")}
-    first, last = (
-        score_groups(Scorer(load_model(path, dtype=torch.float32, device=CPU)), groups, 256)
-        for path in (Path(iteration.data.model), iteration.opponent)
-    )
-    for role in ("real", "generated"):
-        assert np.abs(first[role] - last[role]).max() > 0.1
-        np.testing.assert_allclose(mixed[role], 0.25 * first[role] + 0.75 * last[role], atol=1e-4)
+    assert input_digests["iter-01/train/model"] == run.digest(run.model(1)), "scores of t name the model of t-1"
 
 
 @pytest.mark.parametrize("method", ["spin", "tspin", "space"])
 def test_sft_then_a_game_on_rows_that_it_did_not_see(
     method: str, make_recipe: MakeRecipe, tiny: Path, tmp_path: Path
 ) -> None:
-    """data.self_play_rows: sft trains on the other rows, the game draws, scores and plays on these; proto is its first."""
+    """data.self_play_rows: sft trains on the other rows. Self-play uses only these; its first answers are the proto."""
     data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "self_play_rows": 0.25}
     recipe = make_recipe(method, iterations=3, data=data, per_iteration={0: {"method": "sft"}})
     run = play(recipe, tmp_path / "run")
-    rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "game"))
+    rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "self_play"))
     assert (len(rows), len(kept)) == (36, 12) and not rows & kept
     first, second, third = (Iteration(run, recipe.at(t), t) for t in range(3))
     assert {one.group.id for one in load_training_examples(first)} == rows
     assert not run.stage(0, "generate").exists()
     for iteration in (second, third):
-        assert {one.group.id for one in load_training_examples(iteration)} == kept == set(iteration.generations(iteration.index))
+        assert (
+            {one.group.id for one in load_training_examples(iteration)}
+            == kept
+            == set(generations(iteration, iteration.index))
+        )
     assert (second.rounds(), third.rounds()) == ([1], [2, 1] if method == "spin" else [2])
     if method == "tspin":
-        drawn = second.generations(1)
+        drawn = generations(second, 1)
         for one in load_training_examples(third):
             assert np.array_equal(one.group.responses["proto"][0], drawn[one.group.id][0].token_ids)
     assert Results(run.root).data.num_train == 48  # type: ignore[union-attr]
 
 
-def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(plays: list[TrainingExample], tiny: Path) -> None:
+def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(examples: list[TrainingExample], tiny: Path) -> None:
     def gradient(objective: Objective, weight: float = 0.0) -> tuple[float, torch.Tensor]:
         model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
-        metrics = forward_backward(Scorer(model), objective, plays, 1000, weight)
+        metrics = step_metrics(Scorer(model), objective, examples, 1000, weight)
         return metrics["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     (alone, game), (_, sft), (loss, both) = gradient(Space()), gradient(Sft()), gradient(Space(), 10.0)
@@ -196,10 +191,10 @@ def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_pa
     lines = Results(run.root).training(1)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert lines[-1]["rewards/margins"] > 0 and lines[-1]["rewards/rejected"] < lines[-1]["rewards/real"]
-    plays = load_training_examples(Iteration(run, recipe.at(1), 1))
+    examples = load_training_examples(Iteration(run, recipe.at(1), 1))
     pairs = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(tiny / "model")
-    worse = {tokenizer.decode(p.group.responses["rejected"][0], skip_special_tokens=True) for p in plays}
+    worse = {tokenizer.decode(p.group.responses["rejected"][0], skip_special_tokens=True) for p in examples}
     assert worse <= {pair["rejected"] for pair in pairs}
 
 
@@ -207,18 +202,20 @@ def test_both_rounds_are_scored_by_the_current_opponent(make_recipe: MakeRecipe,
     recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
     run = play(recipe, tmp_path / "run")
     iteration = Iteration(run, recipe.at(1), 1)
-    plays = load_training_examples(iteration)
+    examples = load_training_examples(iteration)
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
-    metrics = forward_backward(Scorer(model), recipe.method, plays, 256)
+    metrics = step_metrics(Scorer(model), recipe.method, examples, 256)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["log_ratio"] < 1e-5
 
 
-def test_another_model_than_the_opponent_is_found_before_the_first_update(plays: list[TrainingExample], tiny: Path) -> None:
+def test_another_model_than_the_opponent_is_found_before_the_first_update(
+    examples: list[TrainingExample], tiny: Path
+) -> None:
     model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
     for objective in (Spin(), Space()):
-        metrics = forward_backward(Scorer(model), objective, plays, 1000)
-        with pytest.raises(RunError, match="the policy should be its opponent, but it is not"):
+        metrics = step_metrics(Scorer(model), objective, examples, 1000)
+        with pytest.raises(RunError, match="the policy must equal its opponent"):
             check_policy_equals_opponent(objective, metrics, "float32")
     for objective in (Tspin(), Sft()):
         check_policy_equals_opponent(objective, {}, "float32")  # they read no opponent
@@ -228,9 +225,9 @@ def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe
     """In float32 it tells models apart that one update at a usual rate made different."""
     recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
     run = play(recipe, tmp_path / "run")
-    plays = load_training_examples(Iteration(run, recipe, 0))
+    examples = load_training_examples(Iteration(run, recipe, 0))
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
-    metrics = forward_backward(Scorer(model), Space(), plays, 256)
+    metrics = step_metrics(Scorer(model), Space(), examples, 256)
     with pytest.raises(RunError):
         check_policy_equals_opponent(Space(), metrics, "float32")
 
@@ -248,7 +245,7 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", poisoned)
     recipe = make_recipe("space", iterations=1, train={"checkpoint_every": 1})
-    with pytest.raises(RunError, match=r"iteration 0, step 3: the loss is nan.*Nothing was updated"):
+    with pytest.raises(RunError, match=r"Iteration 0, step 3: the loss is nan.*Nothing was updated"):
         play(recipe, tmp_path / "run")
     work = tmp_path / "run" / "iter-00" / ".train.partial"
     assert sorted(p.name for p in work.glob("step-*")) == ["step-00000001", "step-00000002"]
@@ -260,7 +257,7 @@ def test_a_non_finite_loss_stops_before_the_update(
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(schedule: str) -> None:
-    settings = Train.model_validate({"learning_rate": 1.0, "schedule": schedule, "warmup": 0.1})
+    settings = Train.model_validate({"learning_rate": 1.0, "schedule": schedule, "warmup_ratio": 0.1})
     rates = [learning_rate(step, 100, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(rates) == 1.0 and min(rates) > 0, "no step is wasted on a rate of 0"
