@@ -194,7 +194,9 @@ def export(
     from sparring.commands.export import export_model, export_pairs, push_folder
     from sparring.run.results import Results
 
-    if pairs:
+    if push is not None and out.exists():
+        typer.echo(f"{out} exists already. Uploading it.")
+    elif pairs:
         typer.echo(f"{export_pairs(Results(run_dir), out):,} pairs: {out}")
     else:
         index = export_model(Results(run_dir), out, iteration=iteration, merge=merge, dtype=dtype)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from test_report import assert_inert
 
-from sparring.commands.compare import compare, parse_method, copy_rows
+from sparring.commands.compare import compare, copy_rows, parse_method
 from sparring.data.tables import read_rendered
-from sparring.errors import UserError, RunMismatch
-from sparring.loop import play, check_settings
+from sparring.errors import RunMismatch, UserError
+from sparring.loop import check_settings, play
 from sparring.objectives import Space, Spin, Tspin
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Comparison, bootstrap, over_seeds, write_comparison

@@ -1,4 +1,4 @@
-"""The demo: its problems are right, and the whole of it runs, here with fewer steps."""
+"""The demo: its problems are correct, and it runs end to end, here with fewer steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparring.data.render import Renderer
 from sparring.run.results import Results
 
 
-def test_problems_are_solved_right() -> None:
+def test_solutions_are_correct() -> None:
     source = random.Random(0)
     kinds = set()
     for _ in range(2000):
@@ -37,19 +37,19 @@ def test_problems_are_solved_right() -> None:
     assert len(kinds) == 4
 
 
-def test_problems_are_different_and_a_function_of_the_seed() -> None:
+def test_problems_are_distinct_and_a_function_of_the_seed() -> None:
     rows = problems(500, 0, 9)
     assert len({row["question"] for row in rows}) == 500
     assert rows == problems(500, 0, 9) != problems(500, 1, 9)
 
 
-def test_the_tokenizer_loses_nothing() -> None:
+def test_the_tokenizer_is_lossless() -> None:
     rows = problems(200, 0, 12)
     tokenizer = make_tokenizer(rows)
     render = Renderer(tokenizer, template=None, end_token=None, max_length=64, max_response=None)
-    shape = detect_format(rows[0], {}, None, "rows")
+    row_format = detect_format(rows[0], {}, None, "rows")
     for number, row in enumerate(rows):
-        rendered = render(examples(row, number, shape, "last")[0])
+        rendered = render(examples(row, number, row_format, "last")[0])
         assert tokenizer.decode(rendered.real_ids.tolist()) == row["answer"] + "<|end|>"
         assert tokenizer.decode(rendered.prompt_ids.tolist()) == f"<|user|>{row['question']}<|end|><|assistant|>"
 
@@ -64,14 +64,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = play_demo(tmp_path / "demo")
     assert [run.name for run in runs] == ["tspin", "space", "spin", "sft"]
     starts = [Results(run).evaluations()[-1] for run in runs]
-    assert all(start == starts[0] for start in starts), "one start for all"
+    assert all(start == starts[0] for start in starts), "all methods share the start"
     assert starts[0]["held_out_nll"] < Results(tmp_path / "demo" / "start").evaluations()[-1]["held_out_nll"] - 0.5
     printed = capsys.readouterr().out
     for word in ("start", "tspin", "space", "spin", "sft", "greedy accuracy", "report.html"):
         assert word in printed
     assert all((run / "report.html").is_file() for run in runs)
-    assert play_demo(tmp_path / "demo", "space") == [tmp_path / "demo" / "space"], "again: nothing is played twice"
+    assert play_demo(tmp_path / "demo", "space") == [tmp_path / "demo" / "space"], "finished work is not repeated"

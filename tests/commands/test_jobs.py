@@ -1,4 +1,4 @@
-"""Job files: read by the languages that they are in, and the Slurm script run with a cluster that is played."""
+"""Job files: valid in their languages, and the Slurm script executed with fake cluster programs."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from sparring.errors import UserError
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
-AWKWARD = Path("/shared/our runs/it's $HOME; `x`")
+ODD_PATH = Path("/shared/our runs/it's $HOME; `x`")
 RECIPE = Path("/shared/recipe one.yaml")
 
 
-def slurm(nodes: int, gpus: int, run_dir: Path = AWKWARD) -> str:
+def slurm(nodes: int, gpus: int, run_dir: Path = ODD_PATH) -> str:
     return job_file("slurm", RECIPE, run_dir, nodes=nodes, gpus=gpus, image=None, claim=None)
 
 
 def kubernetes(nodes: int, gpus: int) -> str:
-    return job_file("kubernetes", RECIPE, AWKWARD, nodes=nodes, gpus=gpus, image="x/y:1", claim="team")
+    return job_file("kubernetes", RECIPE, ODD_PATH, nodes=nodes, gpus=gpus, image="x/y:1", claim="team")
 
 
 @pytest.fixture
-def played(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the cluster's programs only write down how they were called."""
+def fake_cluster(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the cluster's programs only record how they were called."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("srun", "ray", "scontrol", "sparring"):
         program = folder / name
-        fate = 'exit "${STATUS:-0}"' if name == "sparring" else "exit 0"
+        ending = 'exit "${STATUS:-0}"' if name == "sparring" else "exit 0"
         program.write_text(
             f'#!/bin/bash\n{{ printf "%s" {name}; printf " [%s]" "$@"; echo; }} >> "$CALLS"\n'
             f'[ {name} = sparring ] && [ -n "${{STUCK:-}}" ] && {{ trap "exit 143" TERM; kill -TERM $PPID; '
-            f"sleep 30 & wait; }}\n{fate}\n"
+            f"sleep 30 & wait; }}\n{ending}\n"
         )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "17"}
 
 
-def calls_of(script: str, played: dict[str, str]) -> tuple[int, list[str]]:
-    done = subprocess.run(["bash", "-c", script], env=played, capture_output=True, text=True, timeout=60)
+def calls_of(script: str, fake_cluster: dict[str, str]) -> tuple[int, list[str]]:
+    done = subprocess.run(["bash", "-c", script], env=fake_cluster, capture_output=True, text=True, timeout=60)
     assert not done.stderr, done.stderr
-    return done.returncode, Path(played["CALLS"]).read_text().splitlines()
+    return done.returncode, Path(fake_cluster["CALLS"]).read_text().splitlines()
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (1, 1), (1, 8), (4, 8)])
@@ -62,26 +62,26 @@ def test_slurm_scripts_are_bash(nodes: int, gpus: int) -> None:
     assert ("launch=torchrun" in script) == (nodes == 1 and gpus > 1)
 
 
-def test_slurm_starts_ray_on_every_node_and_one_run(played: dict[str, str]) -> None:
+def test_slurm_starts_ray_on_every_node_and_one_run(fake_cluster: dict[str, str]) -> None:
     host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
-    status, calls = calls_of(slurm(4, 8), played)
+    status, calls = calls_of(slurm(4, 8), fake_cluster)
     assert status == 0
-    assert f"sparring [run] [{RECIPE}] [{AWKWARD}] [launch=ray] [address={host}:6379]" in calls, "whatever is in a path"
+    assert f"sparring [run] [{RECIPE}] [{ODD_PATH}] [launch=ray] [ray_address={host}:6379]" in calls, "paths are quoted"
     starts = [call for call in calls if call.startswith("srun")]
     assert any("[--nodes=1]" in call and "[--head]" in call for call in starts)
     assert any("[--nodes=3]" in call and f"[--exclude={host}]" in call for call in starts)
 
 
-def test_slurm_requeues_what_was_asked_to_stop_and_nothing_else(played: dict[str, str]) -> None:
-    status, calls = calls_of(slurm(1, 1), {**played, "STATUS": "2"})
+def test_slurm_requeues_an_interrupted_run_only(fake_cluster: dict[str, str]) -> None:
+    status, calls = calls_of(slurm(1, 1), {**fake_cluster, "STATUS": "2"})
     assert status == 2 and not any(call.startswith("scontrol") for call in calls)
-    Path(played["CALLS"]).unlink()
-    status, calls = calls_of(slurm(1, 1), {**played, "STUCK": "1"})
-    assert status == 143 and "scontrol [requeue] [17]" in calls, "the signal reached the run, whose end was awaited"
+    Path(fake_cluster["CALLS"]).unlink()
+    status, calls = calls_of(slurm(1, 1), {**fake_cluster, "STUCK": "1"})
+    assert status == 143 and "scontrol [requeue] [17]" in calls, "the run got the signal, and the script waited"
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (1, 8), (4, 8)])
-def test_kubernetes_objects_are_what_the_schema_asks_for(nodes: int, gpus: int) -> None:
+def test_kubernetes_manifests_match_the_schema(nodes: int, gpus: int) -> None:
     documents = list(yaml.safe_load_all(kubernetes(nodes, gpus)))
     assert [d["kind"] for d in documents] == (["Job", "Service", "NetworkPolicy"] if nodes > 1 else ["Job"])
     for document in documents:
@@ -97,26 +97,26 @@ def test_kubernetes_objects_are_what_the_schema_asks_for(nodes: int, gpus: int) 
         assert documents[1]["metadata"]["name"] == job["template"]["spec"]["subdomain"]
 
 
-def test_the_schema_check_can_fail() -> None:
+def test_control_the_schema_check_can_fail() -> None:
     job = yaml.safe_load(kubernetes(1, 1))
     job["spec"]["completion"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, "1.33", strict=True)
 
 
-def test_the_pod_s_script_runs_what_the_recipe_says(played: dict[str, str]) -> None:
+def test_the_pod_script_starts_ray_and_the_run(fake_cluster: dict[str, str]) -> None:
     job = next(yaml.safe_load_all(kubernetes(4, 8)))
     script = job["spec"]["template"]["spec"]["containers"][0]["args"][0]
-    status, calls = calls_of(script, {**played, "JOB_COMPLETION_INDEX": "0"})
+    status, calls = calls_of(script, {**fake_cluster, "JOB_COMPLETION_INDEX": "0"})
     assert status == 0 and calls[0].startswith("ray [start] [--head]")
-    assert calls[1] == f"sparring [run] [{RECIPE}] [{AWKWARD}] [launch=ray] [address=127.0.0.1:6379]"
+    assert calls[1] == f"sparring [run] [{RECIPE}] [{ODD_PATH}] [launch=ray] [ray_address=127.0.0.1:6379]"
 
 
-def test_what_cannot_be_a_job_is_refused() -> None:
-    with pytest.raises(UserError, match="a path from /"):
+def test_invalid_arguments_are_refused() -> None:
+    with pytest.raises(UserError, match="not an absolute path"):
         slurm(1, 1, Path("runs/mine"))
     with pytest.raises(UserError, match="needs --image"):
-        job_file("kubernetes", RECIPE, AWKWARD, nodes=1, gpus=1, image=None, claim=None)
+        job_file("kubernetes", RECIPE, ODD_PATH, nodes=1, gpus=1, image=None, claim=None)
     result = CliRunner().invoke(app, ["launch", "--print", "slurm", "/r.yaml", "/runs/a", "--nodes", "2"])
     assert result.exit_code == 0 and result.output.startswith("#!/bin/bash")
     assert isinstance(CliRunner().invoke(app, ["launch", "--print", "pbs", "/r.yaml", "/runs/a"]).exception, UserError)

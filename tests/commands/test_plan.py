@@ -1,4 +1,4 @@
-"""`sparring plan`: its arithmetic by hand, what it takes from a run, and how far it is from published times."""
+"""`sparring plan`: its arithmetic checked by hand, measured speeds, and the distance to published times."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sparring.cli import app
 from sparring.commands.plan import (
     GPUS,
     LAYER_SECONDS,
-    Lengths,
-    Shape,
+    ModelSize,
+    RowTokens,
     Speed,
-    answers_at_a_time,
+    gpu_speed,
     measure_rows,
+    measured_speed,
+    num_rounds,
     plan,
     print_plan,
-    rounds_of,
-    gpu_speed,
-    measured_speed,
+    sampling_batch_size,
 )
 from sparring.errors import UserError
 from sparring.loop import play
@@ -48,116 +48,120 @@ def mistral(tmp_path: Path) -> Path:
 
 
 def test_forward_flops_are_those_that_torch_counts(tiny: Path) -> None:
-    """Of a whole sequence, with attention over all positions and not only over visible ones, as torch counts it."""
-    shape = Shape.of(tiny / "model", "float32")
+    """Of a full sequence, with attention over all positions, masked ones included, as torch counts it."""
+    size = ModelSize.of(tiny / "model", "float32")
     model = load_model(tiny / "model", dtype=torch.float32, device=torch.device("cpu"))
     model.set_attn_implementation("eager")
     length = 64
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, length, dtype=torch.int64))
-    causal = 4 * shape.layers * shape.width * length**2 / 2
+    causal = 4 * size.layers * size.width * length**2 / 2
     norms = sum(
         p.numel() for name, p in model.named_parameters() if "norm" in name
-    )  # no matrices: not counted by torch
-    ours = shape.forward_flops(0.0, [float(length)]) + causal - 2 * norms * length
+    )  # not matrices, so torch does not count them
+    ours = size.forward_flops(0.0, [float(length)]) + causal - 2 * norms * length
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_the_sizes_of_mistral_7b(mistral: Path) -> None:
-    shape = Shape.of(mistral, "bfloat16")
-    assert shape.body + 2 * shape.head == 7_241_732_096  # as published
-    assert shape.kv_bytes == 2 * 32 * 8 * 128 * 2
+    size = ModelSize.of(mistral, "bfloat16")
+    assert size.body + 2 * size.head == 7_241_732_096  # as published
+    assert size.kv_bytes == 2 * 32 * 8 * 128 * 2
 
 
-def test_what_is_shared_out_takes_a_share_of_the_time(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
+def test_time_scales_with_devices(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
     recipe = make_recipe("spin", iterations=2, train={"batch_size": 64})
-    lengths = Lengths(1000, 100.0, 200.0, 200.0)
+    tokens = RowTokens(1000, 100.0, 200.0, 200.0)
     speed = Speed(generate=100.0, score=1e12, train=1e12)
-    one, eight, many = (plan(recipe, mistral, lengths, n, speed, None, parallel="fsdp2") for n in (1, 8, 128))
+    one, eight, many = (plan(recipe, mistral, tokens, n, speed, None, parallel="fsdp2") for n in (1, 8, 128))
     first = one.iterations[0]
     assert first.generate == 1000 * 200 / 100
-    shape = Shape.of(mistral, recipe.train.dtype)
-    group = shape.forward_flops(100.0, [200.0, 200.0])
+    size = ModelSize.of(mistral, recipe.train.dtype)
+    group = size.forward_flops(100.0, [200.0, 200.0])
     assert first.score == pytest.approx(1000 * group / 1e12)
     assert first.train == pytest.approx(3 * recipe.train.epochs * 1000 * group / 1e12)
-    assert one.iterations[1].train == pytest.approx(2 * first.train), "SPIN plays with two rounds from iteration 1 on"
+    assert one.iterations[1].train == pytest.approx(2 * first.train), (
+        "SPIN trains on two iterations' responses from iteration 1 on"
+    )
     assert eight.iterations[0].total == pytest.approx(first.total / 8)
-    assert many.iterations[0].train == pytest.approx(first.train / 64), "a step cannot be cut finer than its prompts"
-    assert one.train_bytes - one.needs.work_bytes == pytest.approx(8 * (eight.train_bytes - eight.needs.work_bytes))
+    assert many.iterations[0].train == pytest.approx(first.train / 64), "a rank needs at least one prompt per step"
+    assert one.train_bytes - one.forecast.work_bytes == pytest.approx(
+        8 * (eight.train_bytes - eight.forecast.work_bytes)
+    )
     assert one.gpu_hours == pytest.approx(sum(s.total for s in one.iterations) / 3600)
 
 
-def test_methods_pay_for_what_they_read(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
-    lengths, speed = Lengths(100, 50.0, 80.0, 80.0), Speed(10.0, 1e12, 1e12)
+def test_methods_pay_only_for_what_they_read(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
+    tokens, speed = RowTokens(100, 50.0, 80.0, 80.0), Speed(10.0, 1e12, 1e12)
 
     def stages(method: str) -> object:
         recipe = make_recipe(method, iterations=1)
-        return plan(recipe, mistral, lengths, 1, speed, None, parallel="ddp").iterations[0]
+        return plan(recipe, mistral, tokens, 1, speed, None, parallel="ddp").iterations[0]
 
     assert stages("sft").generate == 0 and stages("sft").score == 0  # type: ignore[attr-defined]
     assert stages("tspin").generate > 0 and stages("tspin").score == 0  # type: ignore[attr-defined]
     assert stages("space").score > 0  # type: ignore[attr-defined]
-    assert [rounds_of(make_recipe("spin", iterations=3), index) for index in range(3)] == [1, 2, 2]
+    assert [num_rounds(make_recipe("spin", iterations=3), index) for index in range(3)] == [1, 2, 2]
 
 
-def test_engines_draw_as_they_do(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
-    lengths = Lengths(1000, 100.0, 200.0, 200.0)
-    shape = Shape.of(mistral, "bfloat16")
+def test_generation_speed_of_the_engines(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
+    tokens = RowTokens(1000, 100.0, 200.0, 200.0)
+    size = ModelSize.of(mistral, "bfloat16")
 
     def rate(**settings: object) -> float:
         recipe = make_recipe("spin", generate={"max_new_tokens": 256, **settings}, train={"dtype": "bfloat16"})
-        return gpu_speed(GPUS["a100"], recipe, shape, lengths).generate
+        return gpu_speed(GPUS["a100"], recipe, size, tokens).generate
 
     assert rate(batch_size=1) == pytest.approx(200 / 256 / (32 * LAYER_SECONDS), rel=0.1), "it waits for Python"
     assert rate(batch_size=8) > 7 * rate(batch_size=1)
     assert rate(backend="vllm") > 3 * rate()
     small = make_recipe("spin", generate={"backend": "vllm", "max_new_tokens": 256})
-    few = answers_at_a_time(small, shape, Lengths(1000, 30_000.0, 200.0, 200.0), GPUS["a100"])
-    assert few == math.floor((0.9 * 80e9 - shape.weight_bytes) / (30_200 * shape.kv_bytes)) < 256
+    few = sampling_batch_size(small, size, RowTokens(1000, 30_000.0, 200.0, 200.0), GPUS["a100"])
+    assert few == math.floor((0.9 * 80e9 - size.weight_bytes) / (30_200 * size.kv_bytes)) < 256
 
 
-def test_a_measured_run_is_forecast_as_it_was(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
+def test_a_measured_run_predicts_its_own_times(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
     recipe = make_recipe("space", iterations=1)
     run = play(recipe, tmp_path / "run")
-    shape = Shape.of(tiny / "model", "float32")
-    speed = measured_speed(run.root, shape)
+    size = ModelSize.of(tiny / "model", "float32")
+    speed = measured_speed(run.root, size)
     drawn = read_manifest(run.stage(0, "generate")).info
     data = json.loads((run.data / "summary.json").read_text())
     mean = drawn["tokens"] / drawn["answers"]  # type: ignore[operator]
-    lengths = Lengths(data["num_train"], data["mean_prompt_tokens"], data["mean_real_tokens"], mean)
-    again = plan(recipe, tiny / "model", lengths, 1, speed, None, parallel="ddp").iterations[0]
+    tokens = RowTokens(data["num_train"], data["mean_prompt_tokens"], data["mean_real_tokens"], mean)
+    again = plan(recipe, tiny / "model", tokens, 1, speed, None, parallel="ddp").iterations[0]
     for stage in ("generate", "score", "train"):
         assert getattr(again, stage) == pytest.approx(read_manifest(run.stage(0, stage)).info["seconds"]), stage
-    with pytest.raises(UserError, match="other sizes"):
-        measured_speed(run.root, Shape.of(tiny / "model", "bfloat16"))
-    with pytest.raises(UserError, match="no run that has finished"):
-        measured_speed(tmp_path, shape)
+    with pytest.raises(UserError, match="differs from the recipe's"):
+        measured_speed(run.root, ModelSize.of(tiny / "model", "bfloat16"))
+    with pytest.raises(UserError, match="not a run that has finished"):
+        measured_speed(tmp_path, size)
 
 
-def test_the_command_says_what_it_assumes(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
+def test_the_command_prints_its_assumptions(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny / 'model'}\nmethod: spin\ndata: {{train: {tiny / 'rows.jsonl'}}}\n")
     result = CliRunner().invoke(app, ["plan", str(recipe), "--gpus", "8", "--gpu", "h100", "--price", "2"])
     assert result.exit_code == 0, result.output
-    for words in ("memory per device, training", "iteration 3: generate", "GPU-hours", "disk:", "assumed:", "40%"):
+    for words in ("Memory per device, training", "Iteration 3: ", "GPU-hours, $", "Disk:", "Assumptions:", "40%"):
         assert words in result.output
     for gpu, measured, tokens, words in (
-        (None, None, None, "say how fast"),
-        ("h900", None, None, "known are a100-40"),
-        ("h100", None, "many", "write two numbers"),
+        (None, None, None, "Set the speed"),
+        ("h900", None, None, "Use one of a100-40"),
+        ("h100", None, "many", "not two numbers"),
     ):
         with pytest.raises(UserError, match=words):
             print_plan(make_recipe("spin"), 1, gpu, measured, None, tokens, None)
 
 
-def test_lengths_that_are_given_need_no_rows_and_no_weights(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
+def test_given_token_counts_need_neither_rows_nor_weights(make_recipe: Callable[..., Recipe], mistral: Path) -> None:
     recipe = make_recipe("spin", generate={"max_new_tokens": 100}).model_copy(update={"model": str(mistral)})
-    folder, lengths = measure_rows(recipe, 5000, (120.0, 180.0))
-    assert folder == mistral and lengths == Lengths(4988, 120.0, 100.0, 100.0)
+    folder, tokens = measure_rows(recipe, 5000, (120.0, 180.0))
+    assert folder == mistral and tokens == RowTokens(4988, 120.0, 100.0, 100.0)
 
 
-def test_how_far_the_plan_is_from_spin_s_published_times(mistral: Path) -> None:
-    """What docs/performance.md says, and no better: a change of the rates or of the counting shows here."""
+def test_distance_to_spin_s_published_times(mistral: Path) -> None:
+    """The numbers in docs/performance.md. A change of the rates or of the counting shows here."""
     found = SCRIPT["compare"](mistral)
     kept = json.loads((ROOT / "benchmarks" / "results" / "plan_spin.json").read_text())
     assert found["published_program_over_published"] == kept["published_program_over_published"]

@@ -1,4 +1,4 @@
-"""sparring push, against a hub on this machine: what is sent, who may see it, and what is never sent."""
+"""`sparring export --push`, with a Hub on this machine: which files are uploaded, and who can see them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SENT = {
     "tokenizer.json": b"{}\n",
     "chat_template.jinja": b"{{ messages }}\n",
 }
-KEPT = (".env", "training_args.bin", "optimizer.pt", "notes.txt", "runs/README.md", "tokenizer/config.json")
+NOT_SENT = (".env", "training_args.bin", "optimizer.pt", "notes.txt", "runs/README.md", "tokenizer/config.json")
 Call = Callable[..., tuple[int, str]]
 TOKEN = "hf_" + "t" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """The part of the hub's interface that an upload needs. Keeps what it is told, and has no other repositories."""
+    """The part of the Hub's API that an upload uses. Records requests, and has no other repositories."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.private: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
-        self.refuses = False
+        self.rejects = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,7 +53,7 @@ class Hub(ThreadingHTTPServer):
             def do_POST(self) -> None:
                 outer.asked.append(f"POST {self.path}")
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if outer.refuses or self.headers["Authorization"] != f"Bearer {TOKEN}":
+                if outer.rejects or self.headers["Authorization"] != f"Bearer {TOKEN}":
                     return self.answer(401, {"error": "who are you?"})
                 if self.path == "/api/repos/create":
                     wanted = json.loads(body)
@@ -73,16 +73,16 @@ class Hub(ThreadingHTTPServer):
                 return self.answer(200, {})
 
             def answer(self, status: int, content: object, code: str = "") -> None:
-                words = json.dumps(content).encode()
+                body = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(words)))
+                self.send_header("Content-Length", str(len(body)))
                 if code:
                     self.send_header("X-Error-Code", code)
                 self.end_headers()
-                self.wfile.write(words)
+                self.wfile.write(body)
 
-            def log_message(self, *words: object) -> None: ...
+            def log_message(self, *arguments: object) -> None: ...
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -99,13 +99,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """An export, and beside its files what has no business on a hub."""
+    """An exported folder, with files that must not be uploaded."""
     out = tmp_path / "out"
     with commit(out) as folder:
         for name, content in SENT.items():
             (folder / name).write_bytes(content)
         save_file({"weight": torch.arange(6.0)}, folder / "model.safetensors")
-    for name in KEPT:
+    for name in NOT_SENT:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("of this machine")
     return out
@@ -122,60 +122,53 @@ def sparring(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return call
 
 
-def test_without_yes_nothing_is_asked_of_the_hub(hub: Hub, exported: Path, sparring: Call) -> None:
-    code, said = sparring("push", exported, "me/it")
-    assert code == 0 and "with --yes, to the private repository me/it" in said
-    assert all(name in said for name in (*SENT, "model.safetensors"))
-    assert not any(Path(name).name in said for name in ("training_args.bin", "optimizer.pt", "notes.txt", ".env"))
-    assert hub.asked == []
-
-
 @pytest.mark.parametrize("public", [False, True])
-def test_known_files_are_sent_and_only_those(public: bool, hub: Hub, exported: Path, sparring: Call) -> None:
-    code, said = sparring("push", exported, "me/it", "--yes", *(["--public"] if public else []))
-    assert code == 0, said
+def test_only_known_files_are_uploaded(public: bool, hub: Hub, exported: Path, sparring: Call) -> None:
+    code, output = sparring("export", "run", exported, "--push", "me/it", *(["--public"] if public else []))
+    assert code == 0 and f"Uploaded to the {'public' if public else 'private'} repository me/it" in output, output
+    assert all(name in output for name in (*SENT, "model.safetensors"))
+    assert not any(Path(name).name in output for name in ("training_args.bin", "optimizer.pt", "notes.txt", ".env"))
     assert hub.private == {"me/it": not public}
     weights = {"model.safetensors": (exported / "model.safetensors").read_bytes()}
     assert hub.files == SENT | weights
-    assert TOKEN not in said
+    assert TOKEN not in output
 
 
-def test_a_repository_that_is_public_already_is_not_filled_in_passing(hub: Hub, exported: Path, sparring: Call) -> None:
+def test_an_existing_public_repository_needs_the_option(hub: Hub, exported: Path, sparring: Call) -> None:
     hub.private["me/it"] = False
-    code, said = sparring("push", exported, "me/it", "--yes")
-    assert code == 2 and "'me/it' is there already and public; add --public" in said
+    code, output = sparring("export", "run", exported, "--push", "me/it")
+    assert code == 2 and "'me/it' exists already and is public. Add --public" in output
     assert not hub.files
-    assert sparring("push", exported, "me/it", "--yes", "--public")[0] == 0 and hub.files
+    assert sparring("export", "run", exported, "--push", "me/it", "--public")[0] == 0 and hub.files
 
 
 @pytest.mark.parametrize("place", ["README.md", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_secret_stops_everything(place: str, hub: Hub, tmp_path: Path, sparring: Call) -> None:
+def test_a_secret_stops_the_upload(place: str, hub: Hub, tmp_path: Path, sparring: Call) -> None:
     with commit(tmp_path / "out") as folder:
         (folder / "config.json").write_text("{}")
         (folder / place).write_text(f"one line\nand hf_{'s' * 34}\n")
-    for options in ((), ("--yes",)):
-        code, said = sparring("push", tmp_path / "out", "me/it", *options)
-        assert code == 2 and f"nothing is uploaded:\n  {place}, line 2: a Hugging Face token" in said
-        assert "s" * 34 not in said
+    code, output = sparring("export", "run", tmp_path / "out", "--push", "me/it")
+    assert code == 2 and f"Nothing was uploaded:\n  {place}, line 2: a Hugging Face token" in output
+    assert "s" * 34 not in output
     assert hub.asked == []
 
 
-def test_what_was_changed_after_the_export_is_not_sent(hub: Hub, exported: Path, sparring: Call) -> None:
+def test_files_that_changed_after_the_export_are_not_uploaded(hub: Hub, exported: Path, sparring: Call) -> None:
     (exported / "config.json").write_text('{"auto_map": {}}')
-    code, said = sparring("push", exported, "me/it", "--yes")
-    assert code == 1 and "config.json is damaged" in said
+    code, output = sparring("export", "run", exported, "--push", "me/it")
+    assert code == 1 and "config.json is " in output
     assert hub.asked == []
 
 
-def test_a_hub_that_refuses(hub: Hub, exported: Path, sparring: Call) -> None:
-    hub.refuses = True
-    code, said = sparring("push", exported, "me/it", "--yes")
-    assert code == 2 and "the hub did not take 'me/it'" in said and "hf auth login" in said
+def test_a_hub_that_rejects_the_upload(hub: Hub, exported: Path, sparring: Call) -> None:
+    hub.rejects = True
+    code, output = sparring("export", "run", exported, "--push", "me/it")
+    assert code == 2 and "The Hub rejected 'me/it'" in output and "hf auth login" in output
     assert not hub.files
 
 
-def test_a_hub_that_is_away(hub: Hub, exported: Path, sparring: Call) -> None:
+def test_a_hub_that_is_unreachable(hub: Hub, exported: Path, sparring: Call) -> None:
     hub.shutdown()
     hub.server_close()
-    code, said = sparring("push", exported, "me/it", "--yes")
-    assert code == 1 and "the hub cannot be reached" in said and "Traceback" not in said
+    code, output = sparring("export", "run", exported, "--push", "me/it")
+    assert code == 1 and "The Hub cannot be reached" in output and "Traceback" not in output

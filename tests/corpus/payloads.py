@@ -1,7 +1,7 @@
-"""Texts that a model, a data file or a name may hold, and that a page must show and not obey.
+"""Texts that a model, a data file or a name may contain, and that a page must display and never interpret.
 
-Each that can run marks the page: MARK becomes an attribute of its root. Families follow the well-known lists: tags,
-handlers, broken nesting, attributes, protocols, encodings, templates, mutation on parsing, controls.
+A payload that executes marks the page: MARK becomes an attribute of its root. The families follow the well-known lists:
+tags, handlers, broken nesting, attributes, protocols, encodings, templates, mutation on parsing, control characters.
 """
 
 from __future__ import annotations

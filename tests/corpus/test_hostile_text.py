@@ -1,4 +1,4 @@
-"""What strangers wrote is shown and never obeyed: by a browser, by a parser, by a terminal."""
+"""Untrusted text is displayed and never interpreted: by a browser, a parser or a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from test_report import assert_inert
 
-from sparring import logging as progress
+from sparring import logging
 from sparring.cli import main
 from sparring.commands.status import print_status
 from sparring.data.tables import read_table
@@ -39,7 +39,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 @pytest.fixture(scope="module")
 def hostile(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run with every payload as a prompt, as a real answer, as a model's answer, in a reason and in names."""
+    """A run with every payload as a prompt, a real response, a model's response, a skip reason and in names."""
     folder = tmp_path_factory.mktemp("hostile")
     turns = [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": p + " #### 1"}]}
@@ -72,12 +72,12 @@ def _recipe(folder: Path, tiny: Path) -> Path:
 
 
 def rewrite_answers(folder: Path) -> None:
-    """A model that says the payloads: the tiny one has no words for them. Committed as a stage commits."""
+    """Replaces the model's responses by the payloads, committed as a stage commits them."""
     manifest = read_manifest(folder)
     table = read_table(folder / "answers.parquet")
-    words = [PAYLOADS[i % len(PAYLOADS)] for i in range(len(table))]
+    texts = [PAYLOADS[i % len(PAYLOADS)] for i in range(len(table))]
     at = table.schema.get_field_index("text")
-    table = table.set_column(at, ANSWERS.field("text"), pa.array(words, pa.string()))
+    table = table.set_column(at, ANSWERS.field("text"), pa.array(texts, pa.string()))
     metrics = (folder / "metrics.json").read_bytes()
     shutil.rmtree(folder)
     with commit(folder, input_digests=manifest.input_digests, info=manifest.info) as work:
@@ -95,7 +95,7 @@ def test_there_are_enough_payloads() -> None:
 
 
 @pytest.mark.usefixtures("all_samples")
-def test_a_parsed_report_holds_only_our_own_elements(hostile: RunDir) -> None:
+def test_a_parsed_report_contains_only_our_own_elements(hostile: RunDir) -> None:
     html = write_report(hostile).read_text()
     shown = "".join(assert_inert(html).text)
     held_out = Results(hostile.root).data
@@ -112,7 +112,7 @@ def test_a_parsed_report_holds_only_our_own_elements(hostile: RunDir) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.usefixtures("all_samples")
 def test_a_browser_executes_nothing(hostile: RunDir, tmp_path: Path) -> None:
-    """Also without the content security policy, which is the second lock; and the same payloads raw do execute."""
+    """Also without the content security policy, the second line of defense. As a control, the raw payloads do execute."""
     html = write_report(hostile).read_text().replace("<details>", "<details open>")
     policy = re.search(r'<meta http-equiv="Content-Security-Policy".*?>', html)
     assert policy
@@ -135,14 +135,14 @@ def test_a_browser_executes_nothing(hostile: RunDir, tmp_path: Path) -> None:
     assert owned == {"report": False, "unlocked": False, "raw": True}
 
 
-def test_a_terminal_gets_no_orders(
+def test_a_terminal_gets_no_escape_sequences(
     hostile: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Progress, status and refusals, as a terminal would get them."""
+    """Progress, status and error messages, as a terminal would get them."""
     assert len(TERMINAL) >= 4
     for payload in TERMINAL:
         screen = io.StringIO()
-        monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=10_000))
+        monkeypatch.setattr(logging, "console", Console(file=screen, force_terminal=True, width=10_000))
         logging.info(f"the model says {payload} [bold]and[/bold] [link=http://x]this[/link]")
         assert not CONTROLS.search(screen.getvalue().replace("\n", "")), payload
         assert "[bold]and[/bold]" in screen.getvalue()
@@ -153,10 +153,10 @@ def test_a_terminal_gets_no_orders(
         raise UserError("data: " + "".join(TERMINAL))
 
     monkeypatch.setattr("sparring.cli.app", refuse)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where colours are not stripped again
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # so that colors are not stripped
     with pytest.raises(SystemExit):
         main()
     said = capsys.readouterr().err
-    for ours in ("\x1b[31m", "\x1b[0m"):  # the colour of the message itself: at its two ends
+    for ours in ("\x1b[31m", "\x1b[0m"):  # the color of the message itself, at both ends
         said = said.replace(ours, "", 1)
     assert "\\u001b]0;title" in said and not CONTROLS.search(said)

@@ -1,4 +1,4 @@
-"""What comes in from outside may not run code or read elsewhere, and nothing goes out: no request, no secret."""
+"""Untrusted input runs no code and reads no other files, and nothing leaves the machine: no request, no secret."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sparring.loop import play
 from .conftest import Refusal
 from .test_bad_models import edit_json
 
-# file -> a key that must not pass, by what it would do
-ORDERS: dict[str, tuple[str, dict[str, object]]] = {
+# description -> file, and the key that must be refused
+UNSAFE: dict[str, tuple[str, dict[str, object]]] = {
     "a kernel from the hub, as in CVE-2026-4372": (
         "config.json",
         {"_attn_implementation_internal": "evil-org/kernel"},
@@ -41,15 +41,15 @@ ORDERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ORDERS)
-def test_orders_in_a_model_folder_are_refused(name: str, task: Path, refusal: Refusal) -> None:
-    file, change = ORDERS[name]
+@pytest.mark.parametrize("name", UNSAFE)
+def test_unsafe_keys_in_a_model_folder_are_refused(name: str, task: Path, refusal: Refusal) -> None:
+    file, change = UNSAFE[name]
     if not (task / "model" / file).is_file():
         (task / "model" / file).write_text("{}")
     edit_json(task / "model", file, **change)
-    said = refusal()
-    assert re.search(r"would run or read what is not part of the model; remove the key", said), said
-    assert str(task / "model" / file) in said
+    output = refusal()
+    assert re.search(r"would run or read what is not part of the model; remove the key", output), output
+    assert str(task / "model" / file) in output
 
 
 def evil(marker: Path) -> str:
@@ -69,21 +69,21 @@ CODE: dict[str, dict[str, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_code_beside_the_weights_is_not_run(name: str, task: Path) -> None:
-    """A known model with code beside it is played without that code."""
+def test_code_next_to_the_weights_is_not_run(name: str, task: Path) -> None:
+    """A known model with code next to its weights runs without that code."""
     marker = task / "marker"
     (task / "model" / "evil.py").write_text(evil(marker))
     (task / "model" / "custom_generate").mkdir()
     (task / "model" / "custom_generate" / "generate.py").write_text(evil(marker))
     for file, change in CODE[name].items():
         edit_json(task / "model", file, **change)
-    play(task / "recipe.yaml", task / "run", ["evaluate.held_out=false"])
+    play(task / "recipe.yaml", task / "run", ["data.held_out=0"])
     assert not marker.exists()
-    assert not list((task / "run").rglob("*.py")), "and it is not passed on"
+    assert not list((task / "run").rglob("*.py")), "nor copied"
 
 
-def test_the_control_that_code_runs_where_it_is_trusted(task: Path) -> None:
-    """The fixtures above do run: with transformers alone, and its flag."""
+def test_control_code_runs_where_it_is_trusted(task: Path) -> None:
+    """The code above does run with transformers alone and its flag."""
     from transformers import AutoConfig
 
     marker = task / "marker"
@@ -94,13 +94,11 @@ def test_the_control_that_code_runs_where_it_is_trusted(task: Path) -> None:
     assert marker.exists()
 
 
-@pytest.mark.parametrize("name", ORDERS)
-def test_the_control_that_without_the_filter_nothing_is_refused(
-    name: str, task: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", UNSAFE)
+def test_control_without_the_filter_nothing_is_refused(name: str, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparring.model.load import check_model_folder
 
-    file, change = ORDERS[name]
+    file, change = UNSAFE[name]
     if not (task / "model" / file).is_file():
         (task / "model" / file).write_text("{}")
     edit_json(task / "model", file, **change)
@@ -126,8 +124,7 @@ class Bomb:
 
 
 def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names under which others keep theirs, beside the weights and in half-done work. Resume itself was the attack
-    in CVE-2026-1839."""
+    """Under the usual names, next to the weights and in a partial stage. In CVE-2026-1839 resuming was the attack."""
     marker = task / "marker"
     names = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "state.pkl")
     bomb = pickle.dumps(Bomb(marker))
@@ -148,9 +145,9 @@ def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPa
             (folder / name).write_bytes(bomb)
     run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_every=1"])
     assert not marker.exists()
-    assert not [p for p in run.root.rglob("*") if p.name in names], "and none is kept"
+    assert not [p for p in run.root.rglob("*") if p.name in names], "and none is copied"
     pickle.loads(bomb)
-    assert marker.exists(), "the control: the bomb works"
+    assert marker.exists(), "control: the pickle does execute"
 
 
 SECRETS = """
@@ -179,7 +176,7 @@ if words == ["control"]:
         sys.exit("unreachable")
     sys.exit(0)
 from sparring.cli import main
-commands = " ".join(words).split(" ; ")  # one after the other: importing takes longest
+commands = " ".join(words).split(" ; ")  # in one process, because imports take longest
 for command in commands:
     sys.argv = ["sparring", *command.split(" ")]
     try:
@@ -192,19 +189,19 @@ print(f"{len(commands)} commands done")
 
 
 def guarded_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process that reports what it would connect to; in a network namespace of its own where that is allowed."""
+    """A process that reports its connection attempts, in a network namespace of its own where that is allowed."""
     unshare = shutil.which("unshare")
     is_allowed = unshare is not None and subprocess.run([unshare, "-rn", "true"], check=False).returncode == 0
-    apart = [unshare, "-rn"] if is_allowed and unshare else []
+    prefix = [unshare, "-rn"] if is_allowed and unshare else []
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_OFFLINE")} | CANARIES
     return subprocess.run(
-        [*apart, sys.executable, "-c", GUARDED, *arguments],
+        [*prefix, sys.executable, "-c", GUARDED, *arguments],
         capture_output=True, text=True, check=False, env=environment, timeout=300,
     )  # fmt: skip
 
 
-def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> None:
-    """In a namespace without a network, with secrets in the environment."""
+def test_an_offline_run_sends_no_request_and_stores_no_secret(task: Path) -> None:
+    """In a network namespace without interfaces, with secrets in the environment."""
     control = guarded_process("control")
     assert "OUTBOUND socket.connect" in control.stderr and "unreachable" in control.stderr
     assert "LISTENS ('0.0.0.0', 0)" in control.stderr
@@ -215,24 +212,25 @@ def test_an_offline_run_asks_nobody_and_takes_no_secret_along(task: Path) -> Non
         f"status {run}",
         f"export {run} {task / 'out'} --iteration 0",
         f"export {run} {task / 'pairs'} --pairs",
-        f"push {task / 'out'} me/it",  # a dry run
     )
     result = guarded_process(" ; ".join(commands))
-    assert result.returncode == 0 and "6 commands done" in result.stdout, result.stderr
-    said = result.stdout + result.stderr
-    assert "OUTBOUND" not in said and "LISTENS" not in said
+    assert result.returncode == 0 and "5 commands done" in result.stdout, result.stderr
+    output = result.stdout + result.stderr
+    assert "OUTBOUND" not in output and "LISTENS" not in output
     folders = (task / "run", task / "out", task / "pairs")
     written = {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
     assert len(written) > 25
-    assert not secrets_in(said, written)
-    (task / "run" / "env.json").write_text(json.dumps(dict(os.environ) | CANARIES))  # the control: as others keep it
+    assert not secrets_in(output, written)
+    (task / "run" / "env.json").write_text(
+        json.dumps(dict(os.environ) | CANARIES)
+    )  # control: an unfiltered environment
     written[task / "run" / "env.json"] = (task / "run" / "env.json").read_bytes()
-    assert secrets_in(said, written) == sorted(CANARIES)
+    assert secrets_in(output, written) == sorted(CANARIES)
     for folder in folders:
         for path in (folder, *folder.rglob("*")):
-            assert path.stat().st_mode & 0o077 == 0, f"{path} may be read by others"
+            assert path.stat().st_mode & 0o077 == 0, f"{path} is readable by others"
 
 
-def secrets_in(said: str, written: dict[Path, bytes]) -> list[str]:
-    texts = [said.encode(), *written.values()]
+def secrets_in(output: str, written: dict[Path, bytes]) -> list[str]:
+    texts = [output.encode(), *written.values()]
     return sorted(name for name, canary in CANARIES.items() if any(canary.encode() in text for text in texts))

@@ -129,7 +129,7 @@ def test_text_is_split_by_rule() -> None:
     assert turns({"text": "Q: a\nA: b"}, split_on="\nA:")[0] == [("user", "Q: a"), ("assistant", "\nA: b")]
     with pytest.raises(BadRow, match="matches nothing in the text"):
         turns({"text": "nothing here"}, split_on="sentence")
-    with pytest.raises(UserError, match=r"set data\.split_on"):
+    with pytest.raises(UserError, match=r"Set data\.split_on"):
         turns({"text": text})
 
 
@@ -144,9 +144,7 @@ def test_columns_are_mapped() -> None:
 
 
 def test_unknown_columns_are_refused_with_the_supported_ones() -> None:
-    with pytest.raises(
-        UserError, match=r"\(foo, bar\) match no known format .messages; .*question \+ answer.*data\.columns"
-    ):
+    with pytest.raises(UserError, match=r"\(foo, bar\) match no known .*question \+ answer.*data\.columns"):
         turns({"foo": 1, "bar": 2})
 
 

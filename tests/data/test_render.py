@@ -179,9 +179,7 @@ def test_the_trailing_space_of_a_text_template_belongs_to_the_response(tokenizer
     assert text(tokenizer, row.prompt_ids) == "<s>### Instruction: Hello there\n\n### Response:"
     assert text(tokenizer, row.real_ids) == " Yes, it is!</s>"
     whole = tokenizer("### Instruction: Hello there\n\n### Response: Yes, it is!")["input_ids"]
-    assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], (
-        "the tokens of the full text, with one BOS and one end token"
-    )
+    assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], "the full text, with one BOS and one end token"
 
 
 def test_text_template_slots_are_filled_once(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -218,9 +216,7 @@ def test_a_truncated_response_is_marked_and_has_no_end_token(tokenizer: PreTrain
 def test_the_response_may_use_all_tokens_that_the_prompt_leaves(tokenizer: PreTrainedTokenizerFast) -> None:
     row = renderer(tokenizer, "{prompt}:", max_length=40)(example("The answer is 42. " * 30))
     assert len(row.prompt_ids) + len(row.real_ids) == 40
-    with pytest.raises(
-        BadRow, match=r"the prompt has \d+ tokens, which leaves no room for a response \(train.max_length is 40\)"
-    ):
+    with pytest.raises(BadRow, match=r"has \d+ tokens and leaves no room for a response \(train.max_length is 40\)"):
         renderer(tokenizer, "{prompt}:", max_length=40)(example("Yes", ("user", "Hello there " * 40)))
 
 

@@ -1,6 +1,7 @@
 """`sparring judge`: a judge model compares the MT-Bench responses of two iterations.
 
-The judge is behind an OpenAI-compatible endpoint. It sees each pair in both orders. A side wins if it is preferred in both; everything else is a tie.
+The judge is behind an OpenAI-compatible endpoint. It sees each pair in both orders. A side wins if it is preferred in
+both; everything else is a tie.
 """
 
 from __future__ import annotations

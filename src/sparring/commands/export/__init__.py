@@ -1,4 +1,4 @@
-"""Out of the run directory: a model that others can load, and the rounds as preference data."""
+"""`sparring export`: a model that other tools load, or preference pairs, and the upload of either to the Hub."""
 
 from sparring.commands.export.model import export_model
 from sparring.commands.export.pairs import export_pairs

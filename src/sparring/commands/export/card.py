@@ -1,4 +1,4 @@
-"""The model card: what was played, on what, with which numbers, and how to repeat it."""
+"""Writes the model card: method, data, numbers, use, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ TEXT = """---
 Iteration {index} of {count} of self-play fine-tuning with {method}{paper}, from {base},
 on {num_train:,} rows of {data}. {kind}
 
-## Numbers
+## Results
 
-On {num_held_out:,} held-out rows, ± one standard error. "start" is the model that the run began with.
+On {num_held_out:,} held-out rows, ± one standard error. "start" is the starting model.
 
 {table}
 
 ## Use
 
-Prompts are rendered with the chat template of this folder; an answer ends with `{end}`.
+Render prompts with the chat template of this folder. A response ends with `{end}`.
 
 {use}
 
-## To repeat it
+## Reproduce
 
-Made by [sparring](https://pypi.org/project/sparring/) {version} with
+Made with [sparring](https://pypi.org/project/sparring/) {version} by
 
     sparring run recipe.yaml runs/{name}
 
-and this as `recipe.yaml`:
+with this `recipe.yaml`:
 
 ```yaml
 {recipe}
@@ -54,7 +54,7 @@ USE_ADAPTER = """    from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"""
 
-USE_4BIT = """It was trained on its base in 4 bits, and computes on that as it did in the run:
+USE_4BIT = """The adapter was trained on its base model in 4 bits. To load it in the same way:
 
     import torch
     from peft import AutoPeftModelForCausalLM
@@ -90,49 +90,50 @@ def model_card(results: Results, index: int, is_adapter: bool) -> str:
         count=recipe.iterations,
         method=recipe.method.name,
         paper=f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else "",
-        base=public(recipe.model),
+        base=public_name(recipe.model),
         num_train=data.num_train,
-        data=public(recipe.data.train),
-        kind="An adapter: it needs its base model." if is_adapter else "A whole model.",
+        data=public_name(recipe.data.train),
+        kind="This is an adapter, which needs its base model." if is_adapter else "This is a full model.",
         num_held_out=data.num_held_out,
-        table=table(results),
+        table=metrics_table(results),
         end=data.end_token,
-        use=use(recipe, is_adapter),
+        use=usage(recipe, is_adapter),
         version=version("sparring"),
         name=results.run.root.name,
-        recipe=dump(without_folders(recipe)).strip(),
+        recipe=dump(public_recipe(recipe)).strip(),
     )
     return str(ModelCard(card))
 
 
-def use(recipe: Recipe, is_adapter: bool) -> str:
+def usage(recipe: Recipe, is_adapter: bool) -> str:
     if not is_adapter:
         return USE_MODEL
     return USE_4BIT.format(dtype=recipe.train.dtype) if recipe.in_4bit else USE_ADAPTER
 
 
-def table(results: Results) -> str:
+def metrics_table(results: Results) -> str:
     evaluations = results.evaluations()
-    shown = [name for name in SUMMARY_METRICS if any(name in metrics for metrics in evaluations.values())]
-    lines = [f"| iteration | {' | '.join(shown)} |", f"| --- |{' --- |' * len(shown)}"]
+    names = [name for name in SUMMARY_METRICS if any(name in metrics for metrics in evaluations.values())]
+    lines = [f"| iteration | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for index, metrics in evaluations.items():
         cells = []
-        for name in shown:
+        for name in names:
             error = f" ± {metrics[f'{name}_stderr']:.2g}" if f"{name}_stderr" in metrics else ""
             cells.append(f"{metrics[name]:.4g}{error}" if name in metrics else "")
         lines.append(f"| {'start' if index < 0 else index} | {' | '.join(cells)} |")
-    return "\n".join(lines) if evaluations else "Nothing was evaluated."
+    return "\n".join(lines) if evaluations else "This run was not evaluated."
 
 
-def public(name: str) -> str:
-    """A hub id as it is; of a local path its last part: where it lies is nobody's business."""
+def public_name(name: str) -> str:
+    """A Hub id unchanged, or the last component of a local path, so that a card does not reveal local folders."""
     return Path(name).name if Path(name).exists() else name
 
 
-def without_folders(recipe: Recipe) -> dict[str, object]:
+def public_recipe(recipe: Recipe) -> dict[str, object]:
+    """The recipe without local folders."""
     raw = recipe.model_dump(by_alias=True, mode="json")
-    raw["model"] = public(recipe.model)
-    raw["data"]["train"] = public(recipe.data.train)
+    raw["model"] = public_name(recipe.model)
+    raw["data"]["train"] = public_name(recipe.data.train)
     if isinstance(recipe.data.held_out, str):
-        raw["data"]["held_out"] = public(recipe.data.held_out)
+        raw["data"]["held_out"] = public_name(recipe.data.held_out)
     return raw

@@ -1,4 +1,4 @@
-"""A policy of a run as a model folder that loads anywhere, and answers as it did in the run."""
+"""Exports a run's policy as a model folder that transformers and vLLM load, and that responds as it did in the run."""
 
 from __future__ import annotations
 
@@ -22,64 +22,64 @@ from sparring.run.results import Results
 def export_model(
     results: Results, out: Path, *, iteration: str = "best", merge: bool = False, dtype: str | None = None
 ) -> int:
-    """Writes a model folder; returns the iteration that it holds.
+    """Writes a model folder; returns its iteration.
 
-    `dtype` None keeps the one that the run computed in. An adapter stays one, in float32, unless `merge`.
+    `dtype` None is the dtype that the run computed in. An adapter stays an adapter, in float32, unless `merge`.
     """
-    begin_export(out)
-    index = chosen_iteration(results, iteration)
+    check_output(out)
+    index = select_iteration(results, iteration)
     source = results.run.model(index)
     input_digests = results.run.input_digests(results.run.data, source)  # verifies every file
     if merge and not is_adapter(source):
-        raise UserError(f"--merge: {source} is no adapter but a whole model; leave the option out")
+        raise UserError(f"--merge: {source} is a full model, not an adapter. Remove --merge.")
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: one of float32, bfloat16, float16")
+        raise UserError(f"--dtype {dtype}: unknown dtype. Use float32, bfloat16 or float16.")
     base = base_of(source)
     if is_adapter(source) and (digest := json.loads((source / "base.json").read_text())["xxh3"]) != hash_path(base):
-        raise UserError(f"{base} has changed since the adapter was trained on it ({digest}); put the old files back")
-    kept = getattr(torch, dtype or results.recipe.train.dtype)
+        raise UserError(f"{base} has changed since the adapter was trained on it (hash {digest}). Restore its files.")
+    target_dtype = getattr(torch, dtype or results.recipe.train.dtype)
     with commit(out, input_digests=input_digests) as folder:
         if is_adapter(source) and not merge:
             if dtype is not None:
-                raise UserError("--dtype: an adapter is kept in float32; add --merge to make a whole model")
+                raise UserError("--dtype: an adapter is exported in float32. Add --merge to export a full model.")
             copy_adapter(source, folder, results.recipe.model)
         elif merge:
             run_dtype = getattr(torch, results.recipe.train.dtype)
-            save_merged(source, folder, dtype=kept, quantized_in=run_dtype if results.recipe.in_4bit else None)
+            save_merged(source, folder, dtype=target_dtype, quantized_in=run_dtype if results.recipe.in_4bit else None)
         else:
-            save_successor(load_model(source, dtype=kept, device=torch.device("cpu")), source, folder)
+            save_successor(load_model(source, dtype=target_dtype, device=torch.device("cpu")), source, folder)
         write_usage(results, load_tokenizer(source), base, folder)
         (folder / "README.md").write_text(model_card(results, index, is_adapter(folder)), encoding="utf-8")
     return index
 
 
-def begin_export(out: Path) -> None:
-    """Refuses a place that is taken, and removes what an export to it left there that was killed."""
+def check_output(out: Path) -> None:
+    """Raises `UserError` if `out` exists. Removes what a killed export to it left behind."""
     if out.exists():
-        raise UserError(f"{out} is there already; give a new folder, or remove that one")
+        raise UserError(f"{out} exists already. Choose another folder, or remove it.")
     remove_leftovers(out.parent.glob(f".{escape(out.name)}.tmp-*"))
 
 
-def chosen_iteration(results: Results, iteration: str) -> int:
+def select_iteration(results: Results, iteration: str) -> int:
     if iteration == "best":
         best = results.best()
         if best is None:
-            raise UserError("--iteration best: nothing has been evaluated yet; give a number")
+            raise UserError("--iteration best: nothing has been evaluated yet. Give a number.")
         if best.iteration < 0:
             raise UserError(
-                f"--iteration best: no iteration is better than the starting model by {best.metric}; to export one "
-                "all the same, give its number"
+                f"--iteration best: no iteration improves {best.metric} over the starting model. To export one anyway, "
+                "give its number."
             )
         return best.iteration
     if not iteration.isdecimal() or not is_committed(results.run.stage(int(iteration), "train")):
         done = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "train"))]
-        trained = f"trained are {', '.join(map(str, done))}" if done else "none is trained yet"
-        raise UserError(f"--iteration {iteration}: 'best', or the number of a trained iteration; {trained}")
+        trained = f"one of {', '.join(map(str, done))}" if done else "a number once an iteration is trained"
+        raise UserError(f"--iteration {iteration}: not a trained iteration. Use 'best' or {trained}.")
     return int(iteration)
 
 
 def copy_adapter(source: Path, folder: Path, name: str) -> None:
-    """The adapter, which names its base as the recipe does: by hub id, or by folder where it is a local one."""
+    """Copies the adapter. Its config refers to the base model as the recipe does: by Hub id or local folder."""
     shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     repo, _, revision = name.partition("@")
@@ -89,10 +89,10 @@ def copy_adapter(source: Path, folder: Path, name: str) -> None:
 
 
 def write_usage(results: Results, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation settings, as the run used them.
+    """Writes the tokenizer, chat template and generation settings that the run used.
 
-    The model's own generation settings are not taken over: a repetition penalty among them would give other
-    answers than those that were trained and evaluated.
+    Does not copy the base model's generation settings: a repetition penalty, say, would change the responses that were
+    trained and evaluated.
     """
     recipe, data = results.recipe, results.data
     assert data is not None

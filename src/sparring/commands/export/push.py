@@ -1,4 +1,4 @@
-"""To the hub: private unless asked otherwise, shown before it is done, known files only, and no secrets."""
+"""Uploads an exported folder to the Hub: private by default, known files only, and no secrets."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ SECRETS = {
 def push_folder(folder: Path, repo: str, *, is_public: bool = False) -> list[Path]:
     """Uploads an exported folder; returns the uploaded files. Refuses a folder that contains a secret."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} was not made by 'sparring export'; only such folders are pushed")
+        raise UserError(f"{folder} was not made by 'sparring export'. Export to a new folder first.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"'{repo}' is no name on the hub; write owner/name")
+        raise UserError(f"--push {repo}: not a repository name. Write OWNER/NAME.")
     verify(folder)
     files = sorted({file for pattern in ALLOWED for file in folder.glob(pattern) if file.is_file()})
-    if found := [problem for file in files for problem in problems(file)]:
-        raise UserError("nothing is uploaded:\n  " + "\n  ".join(found))
+    if problems := [problem for file in files for problem in find_problems(file)]:
+        raise UserError("Nothing was uploaded:\n  " + "\n  ".join(problems))
     upload(folder, repo, files, is_public)
     return files
 
 
-def problems(file: Path) -> Iterator[str]:
-    """Secrets, and folders of this machine, in the texts of a file. Weights are not text."""
+def find_problems(file: Path) -> Iterator[str]:
+    """Yields secrets and local folders in the text of a file."""
     for number, line in enumerate(_lines(file), start=1):
         for name, pattern in SECRETS.items():
             if re.search(pattern, line):
                 yield f"{file.name}, line {number}: {name}"
         if file.name == "adapter_config.json" and re.search(r'"base_model_name_or_path": "/', line):
-            yield f"{file.name}, line {number}: the base is a folder of this machine; export with --merge"
+            yield f"{file.name}, line {number}: the base model is a local folder. Export with --merge"
 
 
 def _lines(file: Path) -> Iterator[str]:
     if file.suffix == ".safetensors":
-        return
+        return  # weights are not text
     if file.suffix == ".parquet":
         for row in read_table(file).to_pylist():
             yield " ".join(str(value) for value in row.values())
@@ -75,7 +75,7 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, as the hub's version has it
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, whichever huggingface_hub uses
     )
 
     kind = "dataset" if any(file.suffix == ".parquet" for file in files) else "model"
@@ -84,15 +84,15 @@ def upload(folder: Path, repo: str, files: list[Path], is_public: bool) -> None:
         api.create_repo(repo, repo_type=kind, private=not is_public, exist_ok=True)
         if not is_public and not api.repo_info(repo, repo_type=kind).private:
             raise UserError(
-                f"nothing is uploaded: '{repo}' is there already and public; add --public, or give another name"
+                f"Nothing was uploaded: '{repo}' exists already and is public. Add --public, or choose another name."
             )
         failpoint("before-upload")
         api.upload_folder(
             repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=[file.name for file in files]
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"the hub did not take '{repo}': {error}. Log in with 'hf auth login'") from error
+        raise UserError(f"The Hub rejected '{repo}': {error}. Log in with 'hf auth login'.") from error
     except HTTPError as error:
         raise RunError(
-            f"the hub cannot be reached: {error}. Nothing is uploaded; the same command tries again"
+            f"The Hub cannot be reached: {error}. Nothing was uploaded; the same command tries again."
         ) from error

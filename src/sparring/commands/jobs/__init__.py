@@ -1,4 +1,4 @@
-"""`sparring launch --print`: a job file for a cluster's scheduler, to be read, changed and submitted by a person."""
+"""`sparring launch`: prints a job file for a cluster's scheduler, for the user to review and submit."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FILES = {"slurm": "slurm.sh.j2", "kubernetes": "kubernetes.yaml.j2"}
 def job_file(
     scheduler: Scheduler, recipe: Path, run_dir: Path, *, nodes: int, gpus: int, image: str | None, claim: str | None
 ) -> str:
-    """A Slurm script, or Kubernetes objects, for `sparring run RECIPE RUN_DIR` on `nodes` machines of `gpus` devices.
+    """A Slurm script or Kubernetes manifests that run `sparring run RECIPE RUN_DIR` on `nodes` machines.
 
-    The paths are those on the cluster: nothing is read here.
+    The paths are paths on the cluster. Nothing is read here.
     """
     for path in (recipe, run_dir):
         if not path.is_absolute() or any(ord(character) < 32 for character in str(path)):
-            raise UserError(f"{str(path)!r}: a job starts in a directory of its own; give a path from / on the cluster")
+            raise UserError(f"{str(path)!r} is not an absolute path. Give the path on the cluster, starting with /.")
     if scheduler == "kubernetes" and (image is None or claim is None):
         raise UserError(
-            "--print kubernetes needs --image, with sparring in it, and --claim, the PersistentVolumeClaim "
-            "(ReadWriteMany) of the volume that holds the recipe, the model, the rows and the run directory"
+            "--print kubernetes needs --image, a container image with sparring, and --claim, a ReadWriteMany "
+            "PersistentVolumeClaim with the recipe, the model, the data and the run directory."
         )
-    environment = jinja2.Environment(  # noqa: S701  (no HTML; every value goes through a filter of the file's language)
+    environment = jinja2.Environment(  # noqa: S701  (not HTML; a filter quotes every value)
         loader=jinja2.PackageLoader("sparring.commands.jobs", "."),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
