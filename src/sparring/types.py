@@ -64,7 +64,7 @@ class Rendered:
     real_finish: Finish
     prompt: str  # for people and checkers only
     real: str
-    rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty if there is none
+    rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty without one
 
 
 @dataclass(frozen=True)

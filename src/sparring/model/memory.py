@@ -70,7 +70,10 @@ def find_micro_batch_tokens(attempt: Callable[[int], object], start: int, ceilin
 
 
 def run_within_memory(
-    attempt: Callable[[int], T], micro_batch_tokens: int, largest: int, on_halved: Callable[[int], object] = id
+    attempt: Callable[[int], T],
+    micro_batch_tokens: int,
+    largest: int,
+    on_halved: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[T, int]:
     """What `attempt(micro_batch_tokens)` returns, and the number with which it fitted into memory.
 

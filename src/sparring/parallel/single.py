@@ -19,7 +19,7 @@ def local_device() -> torch.device:
 
 
 def num_local_devices() -> int:
-    """GPUs of this machine, or CPU cores where there is none."""
+    """GPUs of this machine, or CPU cores on a machine without GPUs."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 

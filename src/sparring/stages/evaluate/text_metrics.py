@@ -34,7 +34,7 @@ def ngrams(tokens: TokenIds, n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(bodies: Sequence[TokenIds], n: int) -> float:
-    """Distinct n-grams over all n-grams, of all responses together; 1 if there are none."""
+    """Distinct n-grams over all n-grams, of all responses together; 1 without any."""
     counts = Counter(gram for body in bodies for gram in ngrams(body, n))
     return len(counts) / counts.total() if counts else 1.0
 

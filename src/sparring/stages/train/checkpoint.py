@@ -51,7 +51,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(work: Path, model: nn.Module, optimizer: Optimizer, metrics: Path, parallel: Parallel) -> int:
-    """Restores the newest checkpoint that verifies, and returns its step; 0 if there is none. For every rank."""
+    """Restores the newest checkpoint that verifies, and returns its step, or 0 without one. For every rank."""
     name = parallel.broadcast_from_main(lambda: _newest(work, metrics))
     if not name:
         return 0
@@ -66,7 +66,7 @@ def load_checkpoint(work: Path, model: nn.Module, optimizer: Optimizer, metrics:
 
 
 def _newest(work: Path, metrics: Path) -> str:
-    """The name of the newest checkpoint that verifies, whose metrics it restores; empty if there is none."""
+    """The name of the newest checkpoint that verifies, whose metrics it restores; empty without one."""
     for folder in sorted(work.glob("step-*"), reverse=True):
         try:
             verify(folder)

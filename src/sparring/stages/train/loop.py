@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -96,7 +96,7 @@ class Schedule:
 
     settings: Train
     num_examples: int
-    seed: object  # Iteration.seed
+    seed: Callable[..., int]  # Iteration.seed
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,7 +108,7 @@ class Schedule:
 
     def batch(self, examples: Sequence[T], step: int) -> list[T]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = permutation(self.num_examples, self.seed("order", epoch))  # type: ignore[operator]
+        order = permutation(self.num_examples, self.seed("order", epoch))
         return [examples[i] for i in order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]]
 
     def learning_rate(self, step: int) -> float:
