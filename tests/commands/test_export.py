@@ -1,4 +1,4 @@
-"""Getting the model out: the same answers as in the run, a card that tells the truth, and nothing that is nobody's."""
+"""`sparring export`: the same responses as in the run, a correct model card, and nothing private."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +19,17 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sparring.commands.export import export_model, export_pairs, push
+from sparring.commands.export import export_model, export_pairs, push_folder
 from sparring.data.formats import detect_format, examples
 from sparring.data.read import read_rows
 from sparring.data.render import text_as_jinja
 from sparring.data.tables import read_rendered
 from sparring.errors import UserError
 from sparring.loop import play
-from sparring.model.load import check_model_folder, load_model, load_tokenizer
+from sparring.model.load import check_model_folder, load_tokenizer
 from sparring.model.lora import CONFIG
 from sparring.recipe.schema import Generate, Recipe
+from sparring.run.examples import read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
@@ -39,10 +38,9 @@ from sparring.stages.generate import open_backend
 from sparring.stages.generate.server import started_server
 from sparring.stages.generate.vllm import VllmBackend
 
-VLLM_PYTHON, LLAMA = os.environ.get("SPARRING_VLLM_PYTHON"), os.environ.get("SPARRING_LLAMA")
+VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPARRING_VLLM_PYTHON is not set; 'make test-vllm' sets it")
-needs_llama = pytest.mark.skipif(LLAMA is None, reason="SPARRING_LLAMA is not set; 'make test-llama' sets it")
 CPU = torch.device("cpu")
 
 TEMPLATE = "{system}### Problem: {prompt}\n\n### Answer:  "
@@ -50,7 +48,7 @@ TEMPLATE = "{system}### Problem: {prompt}\n\n### Answer:  "
 
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
-    """A whole model with the tokenizer's template, and an adapter with a text template in bfloat16."""
+    """A full model with the tokenizer's template, and an adapter with a text template in bfloat16."""
     folder = tmp_path_factory.mktemp("export")
     raw = {
         "model": str(tiny / "model"),
@@ -73,7 +71,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunD
 
 
 def greedy_in_the_run(run: RunDir, index: int) -> dict[str, list[int]]:
-    """Answers of the run's own engine to the held-out rows, end tokens included."""
+    """Responses of the run's own engine to the held-out rows, end tokens included."""
     recipe = Results(run.root).recipe
     iteration = Iteration(run, recipe, index)
     rows = iteration.held_out_rows()
@@ -83,8 +81,8 @@ def greedy_in_the_run(run: RunDir, index: int) -> dict[str, list[int]]:
     return {a.id: a.token_ids.tolist() for a in found}
 
 
-def greedy_elsewhere(folder: Path, run: RunDir) -> dict[str, list[int]]:
-    """What transformers alone makes of the exported folder."""
+def greedy_in_transformers(folder: Path, run: RunDir) -> dict[str, list[int]]:
+    """Responses of transformers with the exported folder."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = {}
     for row in read_rendered(run.data / "held_out.parquet"):
@@ -99,8 +97,8 @@ def test_a_whole_model_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp
     assert export_model(Results(run.root), tmp_path / "out", iteration="1") == 1
     check_model_folder(tmp_path / "out")
     expected = greedy_in_the_run(run, 1)
-    assert greedy_elsewhere(tmp_path / "out", run) == expected
-    assert greedy_in_the_run(run, 0) != expected, "a control that must differ"
+    assert greedy_in_transformers(tmp_path / "out", run) == expected
+    assert greedy_in_the_run(run, 0) != expected, "control: another iteration responds differently"
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -108,12 +106,12 @@ def test_a_whole_model_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp
 
 
 def test_an_adapter_merged_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp_path: Path) -> None:
-    """In bfloat16 the sum of weights is rounded, and one of two near equals may win: nearly all tokens agree."""
+    """In bfloat16 merging rounds the weights, which may flip near ties: most responses are equal."""
     run = runs["adapter"]
     export_model(Results(run.root), tmp_path / "out", iteration="1", merge=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    ours, theirs = greedy_in_the_run(run, 1), greedy_elsewhere(tmp_path / "out", run)
+    ours, theirs = greedy_in_the_run(run, 1), greedy_in_transformers(tmp_path / "out", run)
     assert np.mean([ours[id] == theirs[id] for id in ours]) >= 0.75
     export_model(Results(run.root), tmp_path / "float", iteration="1", merge=True, dtype="float32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "float").dtype == torch.float32
@@ -166,7 +164,7 @@ def test_a_text_template_with_everything_in_it() -> None:
     assert environment.from_string(template).render(messages=turns) == '<s><"S" \\n {{x}\n\n{prompt}é:  A</s>'
 
 
-def test_the_card_tells_data_method_numbers_and_command(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
+def test_the_card_has_data_method_numbers_and_command(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
     results = Results(runs["whole"].root)
     export_model(results, tmp_path / "out", iteration="1")
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -184,18 +182,18 @@ def test_the_best_iteration_and_what_is_refused(runs: dict[str, RunDir], tmp_pat
     assert best is not None and best.iteration >= 0
     assert export_model(results, tmp_path / "best") == best.iteration
     cases = {
-        "is there already": {"out": tmp_path / "best"},
-        "the number of a trained iteration; trained are 0, 1": {"iteration": "2"},
-        "'best', or the number": {"iteration": "last"},
-        "is no adapter but a whole model": {"merge": True},
-        "one of float32, bfloat16, float16": {"dtype": "int8"},
+        "exists already": {"out": tmp_path / "best"},
+        "not a trained iteration. Use 'best' or one of 0, 1": {"iteration": "2"},
+        "--iteration last: not a trained iteration": {"iteration": "last"},
+        "is a full model, not an adapter": {"merge": True},
+        "Use float32, bfloat16 or float16": {"dtype": "int8"},
     }
     for message, options in cases.items():
         with pytest.raises(UserError, match=message):
             export_model(results, **{"out": tmp_path / "new", **options})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match="an adapter is kept in float32"):
+    with pytest.raises(UserError, match="an adapter is exported in float32"):
         export_model(Results(runs["adapter"].root), tmp_path / "new", iteration="0", dtype="float16")
-    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*tmp*")), "nothing half-written"
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*tmp*")), "no partial export"
 
 
 def test_a_base_that_has_changed_is_refused(runs: dict[str, RunDir], tmp_path: Path) -> None:
@@ -212,41 +210,40 @@ def test_a_base_that_has_changed_is_refused(runs: dict[str, RunDir], tmp_path: P
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_pairs_are_a_preference_data_set(runs: dict[str, RunDir], tmp_path: Path, kind: str) -> None:
-    """As `datasets` loads it; texts become the run's tokens again."""
+    """Loaded by `datasets`. Texts tokenize to the run's tokens again."""
     run = runs[kind]
     count = export_pairs(Results(run.root), tmp_path / "pairs")
     data = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
     assert list(data) == ["iteration_00", "iteration_01"] and sum(len(split) for split in data.values()) == count
     tokenizer = load_tokenizer(run.model(0))
     iteration = Iteration(run, Results(run.root).recipe, 1)
-    rows, answers = {row.id: row for row in iteration.train_rows()}, iteration.generations(1)
+    rows = {row.id: row for row in iteration.train_rows()}
+    generated = {(answer.id, answer.sample): answer for answer in read_iteration(iteration, 1)}
     end, inexact = iteration.data.end_ids[0], 0
     for pair in data["iteration_01"]:
-        row, drawn = rows[pair["id"]], answers[pair["id"]][pair["sample"]]
+        row, response = rows[pair["id"]], generated[pair["id"], pair["sample"]]
 
         def again(text: str, finish: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"] + ([end] if finish == "stop" else [])
 
         assert tokenizer(pair["prompt"])["input_ids"] == row.prompt_ids.tolist()
         assert again(pair["chosen"], pair["chosen_finish"]) == row.real_ids.tolist()
-        inexact += again(pair["rejected"], pair["rejected_finish"]) != drawn.token_ids.tolist()
-    assert inexact < len(rows) / 2, "what a tiny model draws may hold texts that are tokenized otherwise"
-    told = int(re.findall(r"(\d+) of \d+ texts become other", (tmp_path / "pairs" / "README.md").read_text())[0])
-    assert inexact <= told <= inexact + len(rows), "they are counted, over both rounds"
+        inexact += again(pair["rejected"], pair["rejected_finish"]) != response.token_ids.tolist()
+    assert inexact < len(rows) / 2, "a tiny model may generate text that tokenizes differently"
+    counted = int(re.findall(r"(\d+) of \d+ texts give different", (tmp_path / "pairs" / "README.md").read_text())[0])
+    assert inexact <= counted <= inexact + len(rows), "the card counts them, over both iterations"
 
 
-def test_push_shows_first_and_takes_known_files_without_secrets(runs: dict[str, RunDir], tmp_path: Path) -> None:
+def test_push_takes_exports_without_local_folders(runs: dict[str, RunDir], tmp_path: Path) -> None:
     export_model(Results(runs["whole"].root), tmp_path / "out", iteration="0")
-    names = [file.name for file in push(tmp_path / "out", "me/model")]
-    assert "model.safetensors" in names and "README.md" in names and "MANIFEST.json" not in names
-    with pytest.raises(UserError, match="is no name on the hub"):
-        push(tmp_path / "out", "model")
+    with pytest.raises(UserError, match="not a repository name"):
+        push_folder(tmp_path / "out", "model")
     with pytest.raises(UserError, match="was not made by 'sparring export'"):
-        push(runs["whole"].model(0), "me/model")
+        push_folder(runs["whole"].model(0), "me/model")
     export_model(Results(runs["adapter"].root), tmp_path / "adapter", iteration="0")
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"].startswith("/")
-    with pytest.raises(UserError, match="nothing is uploaded:\n.*the base is a folder of this machine"):
-        push(tmp_path / "adapter", "me/model")
+    with pytest.raises(UserError, match="Nothing was uploaded:\n.*the base model is a local folder"):
+        push_folder(tmp_path / "adapter", "me/model")
 
 
 @pytest.mark.parametrize(
@@ -256,12 +253,12 @@ def test_push_shows_first_and_takes_known_files_without_secrets(runs: dict[str, 
 def test_secrets_are_found_in_cards_and_in_rows(
     runs: dict[str, RunDir], tiny: Path, tmp_path: Path, secret: str
 ) -> None:
-    from sparring.commands.export.push import problems
+    from sparring.commands.export.push import find_problems
 
     (tmp_path / "README.md").write_text(f"fine\nkey: {secret}\n")
-    assert [p.partition(":")[0] for p in problems(tmp_path / "README.md")] == ["README.md, line 2"]
+    assert [p.partition(":")[0] for p in find_problems(tmp_path / "README.md")] == ["README.md, line 2"]
     (tmp_path / "README.md").write_text("an answer about hf_hub, sk-learn and AKIA\n")
-    assert not list(problems(tmp_path / "README.md"))
+    assert not list(find_problems(tmp_path / "README.md"))
 
 
 @contextmanager
@@ -286,13 +283,13 @@ def asking(command: str, folder: Path) -> Iterator[Callable[[str, dict[str, obje
 def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, tmp_path: Path, kind: str) -> None:
     """Token ids in, token ids out: an export's weights, alone, as an adapter beside its base, and merged."""
     raw = Results(runs["adapter"].root).recipe.model_dump(by_alias=True, mode="json")
-    raw["train"]["dtype"] = "float32"  # bfloat16, as in `runs`, rounds otherwise
+    raw["train"]["dtype"] = "float32"  # bfloat16, as in `runs`, differs in rounding
     run = runs["whole"] if kind == "whole" else play(Recipe.model_validate(raw), tmp_path / "run")
     export_model(Results(run.root), tmp_path / "out", iteration="1", merge=kind == "merged")
     expected = greedy_in_the_run(run, 1)
     if kind != "adapter":
-        assert greedy_elsewhere(tmp_path / "out", run) == expected
-    assert greedy_in_the_run(run, 0) != expected, "a control that must differ"
+        assert greedy_in_transformers(tmp_path / "out", run) == expected
+    assert greedy_in_the_run(run, 0) != expected, "control: another iteration responds differently"
     recipe, data = Results(run.root).recipe, Iteration(run, Results(run.root).recipe, 1).data
     engine = VllmBackend(
         tmp_path / "out",
@@ -329,48 +326,3 @@ def test_vllm_serves_an_export_as_it_is(runs: dict[str, RunDir], tiny: Path, tmp
             ids = expected[row.id]
             assert said["choices"][0]["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
             assert said["choices"][0]["finish_reason"] == ("stop" if ids[-1] == 3 else "length")
-
-
-@needs_llama
-def test_a_gguf_gives_the_same_greedy_tokens(shared: Path, tmp_path: Path) -> None:
-    """A real model that a run has trained, through llama.cpp's converter as it is, on llama.cpp's server."""
-    recipe = {
-        "model": str(shared / "models" / "stories260K"),
-        "method": "sft",
-        "iterations": 1,
-        "data": {
-            "train": str(shared / "data" / "tinystories" / "stories.jsonl"),
-            "split_on": "sentence",
-            "limit": 40,
-            "held_out": 8,
-        },
-        "generate": {"max_new_tokens": 48},
-        "train": {"learning_rate": 3e-4, "batch_size": 16, "dtype": "float32", "epochs": 1, "max_length": 256},
-    }
-    run = play(Recipe.model_validate(recipe), tmp_path / "run")
-    export_model(Results(run.root), tmp_path / "out", iteration="0")
-    assert LLAMA is not None
-    llama, gguf = Path(LLAMA), tmp_path / "model.gguf"
-    convert = [sys.executable, llama / "llama.cpp" / "convert_hf_to_gguf.py", tmp_path / "out", "--outfile", gguf]
-    path = f"{llama / 'python'}:{llama / 'llama.cpp' / 'gguf-py'}"
-    subprocess.run([*map(str, convert), "--outtype", "f32"], env={**os.environ, "PYTHONPATH": path}, check=True)
-    serve = (
-        f"{llama}/bin/llama-server --model {{model}} --host 127.0.0.1 --port {{port}} --api-key {{token}} --threads 1 "
-        "--ctx-size 512 --cache-type-k f32 --cache-type-v f32"
-    )
-    model = load_model(run.model(0), dtype=torch.float32, device=CPU)
-    start = load_model(shared / "models" / "stories260K", dtype=torch.float32, device=CPU)
-    greedy: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 2}
-    others = 0
-    with asking(serve, gguf) as ask:
-        for row in read_rendered(run.data / "held_out.parquet"):
-            ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
-            body = {"prompt": row.prompt_ids.tolist(), "n_predict": 48, "temperature": 0, "return_tokens": True}
-            found = ask("/completion", body)["tokens"]
-            ours, before = (
-                each.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, ids.shape[1] :].tolist()
-                for each in (model, start)
-            )
-            assert [t for t in found if t not in (1, 2)] == [t for t in ours if t not in (1, 2)]
-            others += before != ours
-    assert others, "a control: the model that the run started from says something else"

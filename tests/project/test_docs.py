@@ -8,19 +8,19 @@ import runpy
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sparring.objectives import Space
+from sparring.recipe import yaml
 from sparring.recipe.load import known_keys, make_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_default_recipe_is_the_default() -> None:
-    page = (ROOT / "docs" / "recipe.md").read_text()
-    text = re.findall(r"<!-- the default recipe -->\n```yaml\n(.*?)```", page, re.DOTALL)[0]
+    page = ROOT / "docs" / "recipe.md"
+    text = re.findall(r"<!-- the default recipe -->\n```yaml\n(.*?)```", page.read_text(), re.DOTALL)[0]
     small = make_recipe({"model": "path-or-hub-id", "method": "tspin", "data": {"train": "rows.jsonl"}})
-    assert make_recipe(yaml.safe_load(text)) == small
+    assert make_recipe(yaml.parse(text, page.name)[0]) == small
 
 
 def test_the_loss_example_runs() -> None:

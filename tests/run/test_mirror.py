@@ -201,7 +201,7 @@ def test_a_stranger_s_store_writes_nowhere_else(folder_of_a_run: tuple[RunDir, P
     assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.rglob("elsewhere"))
 
 
-def test_a_mirror_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path, s3: str) -> None:
+def test_an_unsupported_mirror_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path, s3: str) -> None:
     for uri, words in (
         ("ftp://host/x", "unsupported URI"),
         ("s3://key:secret@bucket/x", "remove the secret"),
