@@ -1,4 +1,4 @@
-"""compare(): what the arms share, what it refuses, and that its statistics are what they say."""
+"""`sparring compare`: what the arms share, what it refuses, and its statistics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import assert_inert
+from html_checks import assert_inert
 
 from sparring.commands.compare import compare, copy_rows, parse_method
 from sparring.data.tables import read_rendered
 from sparring.errors import RunMismatch, UserError
-from sparring.loop import check_settings, play
+from sparring.loop import play
 from sparring.objectives import Space, Spin, Tspin
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Comparison, bootstrap, over_seeds, write_comparison
@@ -22,13 +22,14 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.run.session import check_settings
 
 MakeRecipe = Callable[..., Recipe]
 METHODS = ["spin:lambda=1", "space"]
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Comparison]:
+def compared(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Comparison]:
     recipe = Recipe.model_validate(
         {
             "model": str(tiny / "model"),
@@ -49,21 +50,21 @@ def times(root: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
 
 
-def test_arms_share_rows_split_start_and_first_answers(made: tuple[Recipe, Comparison]) -> None:
-    _, comparison = made
+def test_arms_share_rows_split_start_and_first_responses(compared: tuple[Recipe, Comparison]) -> None:
+    _, comparison = compared
     assert [(arm.label, arm.seed) for arm in comparison.arms] == [(m, seed) for seed in (0, 1) for m in METHODS]
     assert len({arm.run.digest(arm.run.data) for arm in comparison.arms}) == 1
     for seed in (0, 1):
         spin, space = (arm.run for arm in comparison.arms if arm.seed == seed)
         for path in ("start/evaluate", "iter-00/generate", "iter-00/score"):
-            mine, theirs = (run.root / path / "MANIFEST.json" for run in (spin, space))
-            assert mine.read_bytes() == theirs.read_bytes(), "made once: even the seconds are the same"
+            first, second = (run.root / path / "MANIFEST.json" for run in (spin, space))
+            assert first.read_bytes() == second.read_bytes(), "computed once: even the seconds are equal"
     first, second = (arm.run for arm in comparison.arms if arm.label == "space")
     assert first.digest(first.stage(0, "generate")) != second.digest(second.stage(0, "generate"))
 
 
-def test_what_is_taken_over_is_what_the_arm_would_have_made(made: tuple[Recipe, Comparison], tmp_path: Path) -> None:
-    _, comparison = made
+def test_a_reused_stage_equals_the_arm_s_own(compared: tuple[Recipe, Comparison], tmp_path: Path) -> None:
+    _, comparison = compared
     arm = next(arm for arm in comparison.arms if arm.label == "space")
     alone = RunDir(tmp_path)
     check_settings(alone, arm.results.recipe)
@@ -74,8 +75,8 @@ def test_what_is_taken_over_is_what_the_arm_would_have_made(made: tuple[Recipe, 
     assert alone.digest(alone.model(0)) == arm.run.digest(arm.run.model(0))
 
 
-def test_methods_have_their_own_coefficients(made: tuple[Recipe, Comparison]) -> None:
-    recipe, _ = made
+def test_methods_have_their_own_coefficients(compared: tuple[Recipe, Comparison]) -> None:
+    recipe, _ = compared
     assert parse_method("space").recipe(recipe, 0).method == Space(mu=3.0), "the recipe's own"
     assert parse_method("spin:lambda=1:rounds=1").recipe(recipe, 0).method == Spin(lambda_=1.0, rounds=1)
     tspin = parse_method("tspin:train.learning_rate=1e-4").recipe(recipe, 7)
@@ -83,8 +84,8 @@ def test_methods_have_their_own_coefficients(made: tuple[Recipe, Comparison]) ->
     assert (tspin.train.learning_rate, tspin.seed) == (1e-4, 7)
 
 
-def test_the_same_call_again_does_nothing_and_more_is_added(made: tuple[Recipe, Comparison]) -> None:
-    recipe, comparison = made
+def test_the_same_call_does_nothing_and_a_larger_one_adds(compared: tuple[Recipe, Comparison]) -> None:
+    recipe, comparison = compared
     before = times(comparison.root)
     compare(recipe, comparison.root, METHODS, seeds=2)
     assert times(comparison.root) == before
@@ -101,17 +102,17 @@ def test_the_same_call_again_does_nothing_and_more_is_added(made: tuple[Recipe, 
     sft = next(arm for arm in numbers["arms"] if (arm["method"], arm["share"]) == ("sft", 1.0))
     assert against == pytest.approx(few["chosen"]["held_out_nll"]["mean"] - sft["chosen"]["held_out_nll"]["mean"])
     html = (comparison.root / "report.html").read_text()
-    assert "Fewer annotations against sft" in html and "tells a method from luck" in html
+    assert "Fewer annotated rows, compared to sft" in html and "One seed cannot separate" in html
 
 
-def test_the_numbers_are_those_of_the_runs(made: tuple[Recipe, Comparison]) -> None:
-    _, comparison = made
+def test_the_numbers_equal_those_of_the_runs(compared: tuple[Recipe, Comparison]) -> None:
+    _, comparison = compared
     write_comparison(comparison)
     numbers = json.loads((comparison.root / "comparison.json").read_text())
     assert (numbers["control"], numbers["seeds"], numbers["held_out_rows"]) == (METHODS[0], 2, 12)
     assert [arm["method"] for arm in numbers["arms"]] == METHODS
     for arm in numbers["arms"]:
-        runs = [Results(one.run.root) for one in comparison.of(arm["method"], 1.0)]
+        runs = [Results(one.run.root) for one in comparison.select(arm["method"], 1.0)]
         for metric in ("held_out_nll", "greedy_accuracy", "sampled_accuracy"):
             for point in arm["curves"][metric]:
                 expected = [run.evaluations()[point["iteration"]][metric] for run in runs]
@@ -130,24 +131,24 @@ def test_the_numbers_are_those_of_the_runs(made: tuple[Recipe, Comparison]) -> N
     html = (comparison.root / "report.html").read_text()
     assert "paired bootstrap" in html and "spin:lambda=1" in html
     assert_inert(html)
-    assert html.count('data-source="spin:lambda=1"') > 5, "answers side by side"
+    assert html.count('data-source="spin:lambda=1"') > 5, "responses side by side"
 
 
-def test_an_iteration_is_chosen_on_other_rows_than_it_is_judged_by(made: tuple[Recipe, Comparison]) -> None:
-    _, comparison = made
-    arm = comparison.of("space", 1.0)[0]
+def test_an_iteration_is_chosen_and_evaluated_on_different_rows(compared: tuple[Recipe, Comparison]) -> None:
+    _, comparison = compared
+    arm = comparison.select("space", 1.0)[0]
     assert 0 < comparison.is_dev.sum() < len(comparison.is_dev)
     by_dev = [comparison.value(arm, "held_out_nll", t, comparison.is_dev) for t in (-1, 0)]
-    assert comparison.chosen(arm) == int(np.argmin(by_dev)) - 1
-    judged = comparison.judged("space", 1.0, "held_out_nll")
-    expected = comparison.value(arm, "held_out_nll", comparison.chosen(arm), ~comparison.is_dev)
-    assert judged["seeds"][0] == pytest.approx(expected)  # type: ignore[index]
+    assert comparison.choose_iteration(arm) == int(np.argmin(by_dev)) - 1
+    chosen = comparison.at_chosen("space", 1.0, "held_out_nll")
+    expected = comparison.value(arm, "held_out_nll", comparison.choose_iteration(arm), ~comparison.is_dev)
+    assert chosen["seeds"][0] == pytest.approx(expected)  # type: ignore[index]
 
 
 def test_intervals() -> None:
-    found = over_seeds([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["half_width_95"] == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    interval = over_seeds([1.0, 2.0, 3.0])
+    assert interval["mean"] == 2.0
+    assert interval["half_width_95"] == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
     assert over_seeds([1.0])["half_width_95"] is None
     random = np.random.default_rng(0)
     covered = 0
@@ -158,38 +159,38 @@ def test_intervals() -> None:
     assert covered >= 50  # 95 % of 60, with room for chance
 
 
-def test_refusals(made: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, comparison = made
+def test_refusals(compared: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, comparison = compared
     for labels, message in (
-        (["spni"], "'spni' is none of"),
-        (["spin:data.limit=3"], "no setting of one method"),
-        (["spin:train.max_length=64"], "no setting of one method"),
-        (["spin:lambda"], "no setting of one method"),
+        (["spni"], "unknown method 'spni'"),
+        (["spin:data.limit=3"], "cannot be set per method"),
+        (["spin:train.max_length=64"], "cannot be set per method"),
+        (["spin:lambda"], "cannot be set per method"),
         (["spin:lambda=-1"], "greater than 0"),
         (["spin:mu=1"], "no setting 'method.mu' of spin"),
         (["sft", "sft"], "--methods must differ"),
     ):
         with pytest.raises(UserError, match=message):
             compare(recipe, tmp_path / "none", labels)
-    assert not (tmp_path / "none").exists(), "nothing is written before the settings are known to be good"
+    assert not (tmp_path / "none").exists(), "nothing is written before the settings are checked"
     changed = recipe.model_copy(update={"iterations": 1, "seed": 5})
     with pytest.raises(RunMismatch, match="seed is 5"):
         compare(changed, comparison.root, METHODS)
     phases = {"data": {"self_play_rows": 0.5}, "per_iteration": {0: {"method": "sft"}}}
-    with pytest.raises(UserError, match=r"data.self_play_rows is for one run"):
+    with pytest.raises(UserError, match=r"data.self_play_rows: a comparison has no sft phase"):
         compare(make_recipe("space", **phases), tmp_path / "none", METHODS)
-    with pytest.raises(UserError, match=r"evaluate.held_out is false"):
-        compare(make_recipe(evaluate={"held_out": False}), tmp_path / "none", METHODS)
+    with pytest.raises(UserError, match=r"data.held_out: a comparison needs held-out rows"):
+        compare(make_recipe(data={"held_out": 0}), tmp_path / "zero", METHODS)
 
 
-def test_runs_that_were_evaluated_otherwise_are_refused(
-    made: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_path: Path
+def test_runs_with_different_evaluations_are_refused(
+    compared: tuple[Recipe, Comparison], make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    recipe, comparison = made
+    recipe, comparison = compared
     other = RunDir(tmp_path / "other")
     play(recipe.model_copy(update={"seed": 9}), other.root)  # another split
     assert is_committed(Iteration(other, recipe, 0).stage("evaluate"))
     arm = comparison.arms[0]
     foreign = type(arm)("space", 0, 1.0, other)
-    with pytest.raises(UserError, match="the held-out rows differs"):
+    with pytest.raises(UserError, match="the set of held-out rows differs"):
         Comparison(comparison.root, recipe, [arm, foreign])

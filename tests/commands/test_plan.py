@@ -80,14 +80,11 @@ def test_time_scales_with_devices(make_recipe: Callable[..., Recipe], mistral: P
     group = size.forward_flops(100.0, [200.0, 200.0])
     assert first.score == pytest.approx(1000 * group / 1e12)
     assert first.train == pytest.approx(3 * recipe.train.epochs * 1000 * group / 1e12)
-    assert one.iterations[1].train == pytest.approx(2 * first.train), (
-        "SPIN trains on two iterations' responses from iteration 1 on"
-    )
+    assert one.iterations[1].train == pytest.approx(2 * first.train), "two iterations from iteration 1 on"
     assert eight.iterations[0].total == pytest.approx(first.total / 8)
     assert many.iterations[0].train == pytest.approx(first.train / 64), "a rank needs at least one prompt per step"
-    assert one.train_bytes - one.forecast.work_bytes == pytest.approx(
-        8 * (eight.train_bytes - eight.forecast.work_bytes)
-    )
+    state, sharded = (found.train_bytes - found.forecast.work_bytes for found in (one, eight))
+    assert state == pytest.approx(8 * sharded)
     assert one.gpu_hours == pytest.approx(sum(s.total for s in one.iterations) / 3600)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from html_checks import assert_inert
 from rich.console import Console
-from test_report import assert_inert
 
 from sparring import logging
 from sparring.cli import main
@@ -112,7 +112,7 @@ def test_a_parsed_report_contains_only_our_own_elements(hostile: RunDir) -> None
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.usefixtures("all_samples")
 def test_a_browser_executes_nothing(hostile: RunDir, tmp_path: Path) -> None:
-    """Also without the content security policy, the second line of defense. As a control, the raw payloads do execute."""
+    """Even without the content security policy. As a control, the raw payloads do execute."""
     html = write_report(hostile).read_text().replace("<details>", "<details open>")
     policy = re.search(r'<meta http-equiv="Content-Security-Policy".*?>', html)
     assert policy

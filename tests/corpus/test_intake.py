@@ -221,9 +221,7 @@ def test_an_offline_run_sends_no_request_and_stores_no_secret(task: Path) -> Non
     written = {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
     assert len(written) > 25
     assert not secrets_in(output, written)
-    (task / "run" / "env.json").write_text(
-        json.dumps(dict(os.environ) | CANARIES)
-    )  # control: an unfiltered environment
+    (task / "run" / "env.json").write_text(json.dumps(dict(os.environ) | CANARIES))  # control
     written[task / "run" / "env.json"] = (task / "run" / "env.json").read_bytes()
     assert secrets_in(output, written) == sorted(CANARIES)
     for folder in folders:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_checks import assert_inert, parse
 
 import sparring.report
 from sparring.data.tables import read_table
@@ -30,14 +28,6 @@ from sparring.run.rundir import RunDir
 from sparring.types import Generation, Rendered
 
 MakeRecipe = Callable[..., Recipe]
-
-TAGS = """
-    html head meta title style body header nav main section footer a h1 h2 h3 h4 p b i small div table thead tbody tr th
-    td figure figcaption details summary pre ul li span script label select option input
-    svg g path text defs use clippath rect metadata rdf:rdf cc:work dc:type dc:format dc:creator cc:agent dc:title
-    dc:date
-"""
-ALLOWED = set(TAGS.split())
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -57,42 +47,6 @@ PAYLOADS = [
     "\u202eright to left\u2066",
     "<math><mtext></mtext><mglyph><style><img src=x onerror=alert(1)>",
 ]
-
-
-class Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def parse(html: str) -> Elements:
-    elements = Elements()
-    elements.feed(html)
-    return elements
-
-
-def assert_inert(html: str) -> Elements:
-    elements = parse(html)
-    for tag, attributes in elements.tags:
-        assert tag in ALLOWED, tag
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "action"):
-                assert value is not None and value.startswith("#"), (tag, name, value)
-    policy = next(a["content"] for t, a in elements.tags if t == "meta" and "http-equiv" in a)
-    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    assert [tag for tag, _ in elements.tags].count("script") == len(scripts) == 1
-    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    assert scripts[0] == (Path(sparring.report.__file__).parent / "filter.js").read_text()
-    return elements
 
 
 def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
