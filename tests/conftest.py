@@ -6,7 +6,9 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,8 +23,10 @@ install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is
 
 import sparring.report
 from sparring.commands.demo import make_model, make_tokenizer, problems
+from sparring.loop import play
 from sparring.model.load import save_model
 from sparring.recipe.schema import Recipe
+from sparring.run.rundir import RunDir
 
 torch.set_num_threads(1)
 gc.collect()
@@ -105,3 +109,20 @@ def make_recipe(tiny: Path) -> Callable[..., Recipe]:
         return Recipe.model_validate(raw)
 
     return make
+
+
+class Played(NamedTuple):
+    recipe: Recipe
+    run: RunDir
+
+
+@pytest.fixture(scope="session")
+def played(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Played]:
+    """`played("spin")`: a run of three iterations, each of one epoch. It is shared: copy it before you change it."""
+
+    @cache
+    def play_once(method: str) -> Played:
+        recipe = make_recipe(method, iterations=3, train={"epochs": 1})
+        return Played(recipe, play(recipe, tmp_path_factory.mktemp(f"played-{method}") / "run"))
+
+    return play_once

@@ -40,28 +40,45 @@ def generations(iteration: Iteration, index: int) -> dict[str, list[Generation]]
     return {id: list(answers) for id, answers in groupby(read_iteration(iteration, index), key=lambda one: one.id)}
 
 
-def sparring(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a forked process, which has imported everything: torch and transformers take seconds."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            try:
-                for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out.fileno()), (2, err.fileno())):
-                    os.dup2(source, target)
-                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-                sys.argv = ["sparring", *map(str, arguments)]
-                os.chdir(cwd or Path.cwd())
-                main()
-                status = 0
-            except SystemExit as end:
-                status = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
+class Command:
+    """A command in a forked process, which has imported everything: torch and transformers take seconds."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self.arguments = ["sparring", *map(str, arguments)]
+        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+        self.process = os.fork()
+        if self.process == 0:
+            self._run()
+
+    def _run(self) -> None:
+        status = 1
+        try:
+            for target, source in (
+                (0, os.open(os.devnull, os.O_RDONLY)),
+                (1, self.out.fileno()),
+                (2, self.err.fileno()),
+            ):
+                os.dup2(source, target)
+            sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = self.arguments
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(["sparring", *map(str, arguments)], status, out.read(), err.read())
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        with self.out as out, self.err as err:
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(self.arguments, status, out.read(), err.read())
+
+
+def sparring(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return Command(*arguments).wait()

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.results import Results
+from sparring.run.rundir import RunDir
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -36,22 +38,21 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("method", ["sft", "spin", "tspin", "space"])
-def test_one_command_plays_everything(make_recipe: MakeRecipe, tmp_path: Path, method: str) -> None:
-    recipe = make_recipe(method)
-    run = play(recipe, tmp_path / "run")
-    for index in range(-1, 2):
+def test_one_command_plays_everything(played: Callable[[str], Any], method: str) -> None:
+    recipe, run = played(method)
+    for index in range(-1, 3):
         iteration = Iteration(run, recipe.at(index), index)
         assert all(is_committed(iteration.stage(stage)) for stage in iteration.stages)
     assert not list(run.root.rglob(".*.partial")) and not list(run.root.rglob("*.tmp-*"))
-    model = AutoModelForCausalLM.from_pretrained(run.model(1))
-    tokenizer = AutoTokenizer.from_pretrained(run.model(1))
+    model = AutoModelForCausalLM.from_pretrained(run.model(2))
+    tokenizer = AutoTokenizer.from_pretrained(run.model(2))
     assert model.dtype == torch.float32 and tokenizer.chat_template
     assert run.report.read_text().startswith("<!doctype html>")
     results = Results(run.root)
     assert [s.state for s in results.stages()] == ["done"] * len(results.stages())
-    assert len(results.evaluations()) == 3
+    assert len(results.evaluations()) == 4
     written = stamps(run.root)
-    play(recipe, tmp_path / "run")
+    play(recipe, run.root)
     assert stamps(run.root) == written, "the same command again does nothing"
 
 
@@ -66,33 +67,30 @@ def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_pat
         _ = sparring.nothing_of_this_name
 
 
-def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("spin", train={"epochs": 1})
-    first, second = play(recipe, tmp_path / "one"), play(recipe, tmp_path / "two")
+def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
+    first, second = played("spin").run, play(make_recipe("spin", train={"epochs": 1}), tmp_path / "two")
     for t in range(2):
         assert bytes_of(first.model(t)) == bytes_of(second.model(t))
         for stage in ("generate", "score", "evaluate"):
             assert first.digest(first.stage(t, stage)) == second.digest(second.stage(t, stage))
-    other = play(make_recipe("spin", train={"epochs": 1}, seed=1), tmp_path / "three")
+    other = play(make_recipe("spin", iterations=1, train={"epochs": 1}, seed=1), tmp_path / "three")
     assert bytes_of(first.model(0)) != bytes_of(other.model(0)), "a control that must differ"
 
 
-def test_more_iterations_continue_a_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_more_iterations_continue_a_run(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
     play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
     longer = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
-    straight = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "straight")
-    assert bytes_of(longer.model(1)) == bytes_of(straight.model(1))
+    assert bytes_of(longer.model(1)) == bytes_of(played("space").run.model(1))
 
 
-def test_other_settings_are_refused_with_a_diff(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
-    before = bytes_of(tmp_path / "run")
+def test_other_settings_are_refused_with_a_diff(make_recipe: MakeRecipe, played: Callable[[str], Any]) -> None:
+    root = played("space").run.root
+    before = bytes_of(root)
     with pytest.raises(RunMismatch) as caught:
-        play(make_recipe("space", iterations=1, train={"epochs": 2, "learning_rate": 1e-4}), tmp_path / "run")
+        play(make_recipe("space", iterations=1, train={"epochs": 2, "learning_rate": 1e-4}), root)
     assert "train.epochs is 2, but the run was started with 1" in str(caught.value)
     assert "train.learning_rate is 0.0001, but the run was started with 0.001" in str(caught.value)
-    after = bytes_of(tmp_path / "run")
-    assert before == after, "nothing was touched"
+    assert bytes_of(root) == before, "nothing was touched"
 
 
 def test_changed_rows_are_refused(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
@@ -105,20 +103,21 @@ def test_changed_rows_are_refused(make_recipe: MakeRecipe, tiny: Path, tmp_path:
         play(recipe, tmp_path / "run")
 
 
-def test_a_deleted_stage_is_made_again_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
-    before = bytes_of(run.model(1))
+def test_a_deleted_stage_is_made_again_the_same(played: Callable[[str], Any], tmp_path: Path) -> None:
+    recipe, original = played("spin")
+    run = RunDir(shutil.copytree(original.root, tmp_path / "run"))
     for stage in ("generate", "score", "train"):
         shutil.rmtree(run.stage(1, stage))
-    run = play(recipe, tmp_path / "run")
-    assert bytes_of(run.model(1)) == before
+    run = play(recipe, run.root)
+    assert bytes_of(run.model(1)) == bytes_of(original.model(1))
 
 
-def test_stages_by_hand(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("space", iterations=2, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+def test_stages_by_hand(played: Callable[[str], Any], tmp_path: Path) -> None:
+    recipe, original = played("space")
+    recipe = recipe.model_copy(update={"iterations": 2})
+    run = RunDir(shutil.copytree(original.root, tmp_path / "run"))
     expected = bytes_of(run.model(1))
+    shutil.rmtree(run.iteration(2))
     shutil.rmtree(run.iteration(1))
     with pytest.raises(UserError, match="'generate' of iteration 1 must be done first"):
         run_one_stage(recipe, run.root, "train", 1)
@@ -134,9 +133,8 @@ def test_stages_by_hand(make_recipe: MakeRecipe, tmp_path: Path) -> None:
         run_one_stage(recipe, tmp_path / "nowhere", "train", 0)
 
 
-def test_tspin_has_no_score_stage(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("tspin", iterations=1, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+def test_tspin_has_no_score_stage(played: Callable[[str], Any]) -> None:
+    recipe, run = played("tspin")
     with pytest.raises(UserError, match="tspin has no such stage"):
         run_one_stage(recipe, run.root, "score", 0)
 

@@ -22,6 +22,8 @@ from sparring.run.manifest import hash_path, read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 CPU = torch.device("cpu")

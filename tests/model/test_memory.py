@@ -27,6 +27,8 @@ from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
 

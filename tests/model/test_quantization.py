@@ -32,6 +32,8 @@ from sparring.run.rundir import RunDir
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
 IDS = torch.arange(4, 16)[None]

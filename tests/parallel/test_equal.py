@@ -13,6 +13,8 @@ from steps import ARMS, run
 
 from sparring.parallel import SingleProcess
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 
 

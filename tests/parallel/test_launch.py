@@ -19,6 +19,8 @@ from sparring.stages.generate.vllm import devices_for_rank
 from sparring.stages.launch import run_on_ranks
 from sparring.stages.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 # 48 rows: 576 answers, two parts
 SETTINGS = {"samples": 12, "max_new_tokens": 3}
 
@@ -59,13 +61,6 @@ def test_two_processes_draw_the_parts_that_one_would(
     names = [path.name for path in sorted(stage.glob("part-*.parquet"))]
     assert names == ["part-00000.parquet", "part-00001.parquet"]
     assert all((stage / name).read_bytes() == (alone.stage("generate") / name).read_bytes() for name in names)
-
-
-def test_a_run_may_be_continued_with_another_launcher(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    play(make_recipe("space", iterations=1, generate=SETTINGS), tmp_path / "run")
-    recipe = make_recipe("space", iterations=2, generate=SETTINGS, launch="torchrun", num_processes=2)
-    run = play(recipe, tmp_path / "run")
-    assert is_committed(run.stage(1, "train"))
 
 
 def test_a_run_that_a_launcher_started_is_refused(

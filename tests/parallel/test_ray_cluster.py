@@ -25,6 +25,8 @@ from sparring.run.rundir import RunDir
 from sparring.stages import launch
 from sparring.stages.launch import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6  # 48 rows
 SETTINGS: dict[str, Any] = {
     "iterations": 1,

@@ -27,6 +27,8 @@ from sparring.recipe import yaml
 from sparring.recipe.load import dump_recipe, load_recipe
 from sparring.recipe.schema import Adapter, Recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(<!--(?P<mark>[^\n]*)-->\n)?( *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```", re.MULTILINE | re.DOTALL)

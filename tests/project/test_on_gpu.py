@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_the_script_for_gpus_runs() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "on_gpu.sh"

@@ -23,6 +23,8 @@ from sparring.run.manifest import commit_part, has_part
 from sparring.run.rundir import RunDir
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CUTS = FLIPS = 50
 
 # kind of artifact -> where a run keeps it

@@ -26,15 +26,19 @@ from sparring.recipe.schema import Recipe
 from sparring.run.disk import writing
 from sparring.run.manifest import is_committed, verify
 
+pytestmark = pytest.mark.slow
+
 GROWS_BY_BYTES = 80 * 1024
 
 # A disk of its own, in a namespace of its own. It is full; it grows; the same command runs again; until it ends.
 DRIVER = """
-import json, os, subprocess, sys
+import gc, json, os, subprocess, sys
 from pathlib import Path
 import sparring.cli, sparring.commands.forecast, sparring.run.disk, sparring.stages.generate.stage, sparring.report
 from sparring.run.manifest import is_committed, verify
 
+gc.collect()
+gc.freeze()
 recipe, disk, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 sparring.stages.generate.stage.PART_PROMPTS = 20
 # curves take longest and write nothing of their own
@@ -101,7 +105,7 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
         said = outcome["said"]
         assert outcome["code"] in (1, 2) and "Traceback" not in said, said
         assert str(disk) in said, "the path"
-        assert re.search(r"are missing|were free, it needs", said), said
+        assert re.search(r"are free|were free", said), said
         full += "could not be written: the disk is full" in said
         assert before <= set(outcome["whole"]), "nothing that was good is lost"
         before = set(outcome["whole"])
@@ -141,7 +145,7 @@ def test_a_quota_that_is_reached_loses_nothing(recipe: Path, tmp_path: Path, mon
                 play(recipe, tmp_path / "run")
                 break
             except RunError as stop:
-                assert str(tmp_path / "run") in str(stop) and "a quota or a limit is reached" in str(stop)
+                assert str(tmp_path / "run") in str(stop) and "a quota or limit is reached" in str(stop)
         times += 1
         for folder in (p for p in (tmp_path / "run").rglob("*") if is_committed(p)):
             verify(folder)
@@ -208,7 +212,7 @@ def test_folders_that_may_not_be_written(recipe: Path, tiny: Path, tmp_path: Pat
         if os.getuid() == 0:
             code, said = as_nobody(tmp_path / "said", "run", *task)
             assert code == 2, said
-            assert f"{home / 'run'} cannot be used as a run directory" in said and "as user" in said, said
+            assert f"{home / 'run'} cannot be used as a run directory" in said and "user 65534" in said, said
         home.chmod(0o755)
         run = play(home / "recipe.yaml", home / "run", overrides)
         stages = sorted(p.parent for p in run.root.rglob("MANIFEST.json"))

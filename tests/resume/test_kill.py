@@ -20,6 +20,8 @@ from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
 from sparring.run.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 CLOCKS = {"seconds", "update_seconds"}
@@ -138,9 +140,8 @@ def test_the_command_line_survives_a_kill(recipe: Recipe, tmp_path: Path) -> Non
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True)
-    straight = [*command[:5], str(tmp_path / "straight"), "threads=1"]
-    subprocess.run(straight, check=True)
-    one, two = (RunDir(tmp_path / name).model(1) / "model.safetensors" for name in ("run", "straight"))
+    straight = play(recipe.model_copy(update={"threads": 1}), tmp_path / "straight")
+    one, two = (run.model(1) / "model.safetensors" for run in (RunDir(tmp_path / "run"), straight))
     assert one.read_bytes() == two.read_bytes()
 
 

@@ -24,6 +24,8 @@ from sparring.run.rundir import RunDir
 from sparring.run.session import load_sealed_recipe
 from sparring.stages.train.checkpoint import _newest
 
+pytestmark = pytest.mark.slow
+
 Log = list[Operation]
 PLAYED_ON = 6
 

@@ -13,6 +13,8 @@ import pytest
 from sparring.errors import UserError
 from sparring.run.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 RACERS = 8
 ROUNDS = int(os.environ.get("SPARRING_RACES", "4"))
 

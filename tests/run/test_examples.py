@@ -65,9 +65,7 @@ class FailsOn:
             yield failed(prompt, "for a test") if prompt.id == self.row else answer
 
 
-def test_pairs_are_exported_after_an_engine_failed_on_a_row(
-    make_recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
+def test_pairs_are_exported_after_an_engine_failed_on_a_row(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """This was a KeyError: training left the row out, and the export did not."""
     rows = {"held_out": 0, "limit": 6, "max_skipped": 0.5}
     recipe = make_recipe("spin", iterations=1, data=rows, generate={"max_new_tokens": 4}, train={"epochs": 1})

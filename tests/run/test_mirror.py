@@ -20,6 +20,8 @@ from sparring.run.rundir import RunDir
 
 server = pytest.importorskip("moto.server")
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "iter-00/train/model/model.safetensors"
 
 

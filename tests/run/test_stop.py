@@ -14,6 +14,8 @@ from sparring.recipe.schema import Recipe
 from sparring.report.summary import summary
 from sparring.run.results import Results
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 

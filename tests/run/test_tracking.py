@@ -20,6 +20,8 @@ from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
 from sparring.run.tracking import TRL_NAMES, steps_before
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 

@@ -17,6 +17,8 @@ from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
 from sparring.types import Prompt
 
+pytestmark = pytest.mark.slow
+
 END = 3
 
 
@@ -53,7 +55,7 @@ def test_an_interpreter_without_vllm_is_refused(folder: Path, tmp_path: Path) ->
 def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in of the last version before CVE-2026-22807 was mended: refused before it sees the model."""
+    """A stand-in of the last version before CVE-2026-22807 was fixed: refused before it sees the model."""
     stand_in(tmp_path, "__version__ = '0.13.2'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     engine = VllmBackend(folder, end_ids=[END], max_length=128)

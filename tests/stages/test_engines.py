@@ -232,7 +232,7 @@ def test_an_adapter_is_served_without_merging(folder: Path, tmp_path: Path) -> N
     process = cast(EngineProcess, engine.process)
     assert list(process.folder.glob("vllm_dist_*")), "what vLLM leaves lies there"
     engine.close()
-    assert process.process.returncode == 0, "it ends by itself"
+    assert process.process.returncode == 0, "it exits without a signal"
     assert not process.folder.exists()
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     reported = [a.logprob for a in answers]

@@ -28,6 +28,8 @@ lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'sparring[lm-eval]'"
 )
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 TASK = """\
@@ -51,7 +53,7 @@ def task(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_every_iteration_is_measured_anew(make_recipe: MakeRecipe, task: Path, tiny: Path, tmp_path: Path) -> None:
+def test_every_iteration_is_measured(make_recipe: MakeRecipe, task: Path, tiny: Path, tmp_path: Path) -> None:
     """Asked of a run that exists: nothing is trained again. The answers are those of the policy of each iteration."""
     plain = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48})
     run = play(plain, tmp_path / "run")

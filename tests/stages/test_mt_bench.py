@@ -39,6 +39,8 @@ from sparring.run.rundir import RunDir
 from sparring.stages.evaluate.mt_bench import NOTHING, Question, read_questions, turn_ids
 from sparring.stages.generate.server import started_server
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 QUESTIONS = [
     {"question_id": 7, "category": "math", "turns": ["3 eggs and 4 more", "and 2 lost"]},
@@ -129,7 +131,7 @@ def test_the_second_turn_sees_the_first(tiny: Path) -> None:
     first = turn_ids(text, question, [], NOTHING)
     seen = np.concatenate([first, tokenizer(" 5<|end|>", return_tensors="np")["input_ids"][0].astype(np.int32)])
     assert tokenizer.decode(turn_ids(text, question, ["5"], seen)) == "<|user|>3 eggs more 5<|end|><|user|>2 lost more"
-    assert len(turn_ids(chat, question, [""], NOTHING)) == 0, "after a turn that failed there is none"
+    assert len(turn_ids(chat, question, [""], NOTHING)) == 0, "no turn follows one that failed"
 
 
 def longest(text: str) -> str:

@@ -29,6 +29,8 @@ from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,6 +29,8 @@ from sparring.stages.generate.ray_pool import generate_on_ray
 from sparring.stages.prepare import prepare
 from sparring.types import Backend, Generation, OpenBackend, Prompt
 
+pytestmark = pytest.mark.slow
+
 # 48 rows: 3,840 answers, eight parts
 SETTINGS = {"samples": 80, "max_new_tokens": 2}
 
@@ -156,7 +158,7 @@ def test_a_cluster_that_is_not_there_is_refused(make_recipe: Callable[..., Recip
         generate_on_ray(make_iteration(recipe, tmp_path / "run"))
 
 
-def test_an_address_that_is_none_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_an_invalid_address_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     iteration = make_iteration(make_recipe("space"), tmp_path / "run")
     for address in ("head-node", "ray://head:10001"):
         recipe = iteration.recipe.model_copy(update={"launch": "ray", "ray_address": address})

@@ -23,6 +23,8 @@ from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
 from sparring.stages.evaluate.checkers import is_correct, number
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 

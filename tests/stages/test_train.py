@@ -1,4 +1,4 @@
-"""The inner loop: what a step is, whatever the micro-batching; what it refuses to go on with."""
+"""The inner loop: a step is the same with any micro-batches, and what stops training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,12 +76,8 @@ def test_the_loss_of_a_step_is_the_mean_over_its_examples(examples: list[Trainin
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_step_zero_is_the_published_constant_in_every_iteration(
-    make_recipe: MakeRecipe, tmp_path: Path, method: str
-) -> None:
-    is_published = method in ("sft", "spin", "tspin", "space")
-    recipe = make_recipe(method, iterations=3 if is_published else 2, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+def test_step_zero_is_the_published_constant_in_every_iteration(played: Callable[[str], Any], method: str) -> None:
+    recipe, run = played(method)
     for t in range(recipe.iterations):
         lines = [json.loads(line) for line in (run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()]
         first = lines[0]
@@ -107,12 +104,11 @@ def test_the_proof_holds_in_bfloat16_whatever_the_batches(
         assert first["log_ratio"] < 1e-3
 
 
-def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_which_answers_enter_an_iteration(played: Callable[[str], Any]) -> None:
     """SPIN: iterations t and t-1. T-SPIN: t, and the first one as proto. SPACE: t."""
     counts = {}
     for method in ("spin", "tspin", "space", "sft"):
-        recipe = make_recipe(method, iterations=3, train={"epochs": 1})
-        run = play(recipe, tmp_path / method)
+        recipe, run = played(method)
         for t in range(3):
             iteration = Iteration(run, recipe.at(t), t)
             examples = load_training_examples(iteration)
@@ -135,9 +131,9 @@ def test_which_answers_enter_an_iteration(make_recipe: MakeRecipe, tmp_path: Pat
         **{("spin", t): 48 * (1 + (t > 0)) for t in range(3)},
         **{(method, t): 48 for method in ("tspin", "space", "sft") for t in range(3)},
     }
-    run = RunDir(tmp_path / "spin")
-    assert not (tmp_path / "tspin" / "iter-00" / "score").exists(), "T-SPIN reads no opponent"
-    assert not (tmp_path / "sft" / "iter-00" / "generate").exists(), "SFT reads no generated answer"
+    run: RunDir = played("spin").run
+    assert not played("tspin").run.stage(0, "score").exists(), "T-SPIN reads no opponent"
+    assert not played("sft").run.stage(0, "generate").exists(), "SFT reads no generated answer"
     input_digests = json.loads((run.stage(2, "score") / "MANIFEST.json").read_text())["input_digests"]
     assert set(input_digests) == {"data", "iter-01/train/model", "iter-02/generate", "iter-01/generate"}
     assert input_digests["iter-01/train/model"] == run.digest(run.model(1)), "scores of t name the model of t-1"
@@ -198,9 +194,8 @@ def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_pa
     assert worse <= {pair["rejected"] for pair in pairs}
 
 
-def test_both_rounds_are_scored_by_the_current_opponent(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("spin", iterations=2, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+def test_both_iterations_are_scored_by_the_current_opponent(played: Callable[[str], Any]) -> None:
+    recipe, run = played("spin")
     iteration = Iteration(run, recipe.at(1), 1)
     examples = load_training_examples(iteration)
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
