@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
-from sparring.parallel import SingleProcess, interrupt, num_local_devices
+from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices
 from sparring.parallel.processes import guarded_process
 from sparring.parallel.ray_cluster import RayRanks, ranks_on_ray
 from sparring.recipe.schema import Recipe
@@ -40,7 +40,7 @@ GRACE_SECONDS = 5.0
 
 def launch_stage(iteration: Iteration, stage: str) -> None:
     """Runs a stage where the recipe's `launch` says, and returns when it is committed."""
-    launch, parallel = iteration.recipe.launch, SingleProcess()
+    launch = iteration.recipe.launch
     match stage:
         case "generate":
             if launch == "torchrun":
@@ -50,12 +50,8 @@ def launch_stage(iteration: Iteration, stage: str) -> None:
             generate(iteration, backend_factory(iteration))  # draws what is missing, and commits
         case "score" | "train" | "evaluate" if launch != "inline":
             run_on_ranks(iteration, stage)
-        case "score":
-            score(iteration, parallel)
-        case "train":
-            train(iteration, parallel)
-        case "evaluate":
-            evaluate(iteration, backend_factory(iteration), parallel)
+        case "score" | "train" | "evaluate":
+            run_here(iteration, stage, SingleProcess())
         case _:
             name = stage.removeprefix(f"{BENCHMARKS}/")
             task = iteration.benchmarks[name]
@@ -63,6 +59,19 @@ def launch_stage(iteration: Iteration, stage: str) -> None:
                 answer_questions(iteration, backend_factory(iteration))
             else:
                 benchmark(iteration, task, name)
+
+
+def run_here(iteration: Iteration, stage: str, parallel: Parallel) -> None:
+    """Runs a stage that can have several ranks in this process, which is one of them or alone."""
+    match stage:
+        case "score":
+            score(iteration, parallel)
+        case "train":
+            train(iteration, parallel)
+        case "evaluate":
+            evaluate(iteration, backend_factory(iteration), parallel)
+        case _:
+            raise ValueError(stage)
 
 
 def run_on_ranks(iteration: Iteration, stage: str) -> None:

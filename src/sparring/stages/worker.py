@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 
 import torch
 
 from sparring import logging
 from sparring.errors import Interrupted, OutOfMemory, RunError, UserError
-from sparring.parallel import Parallel, interrupt
+from sparring.parallel import interrupt
 from sparring.parallel.ddp import Ddp
 from sparring.parallel.fsdp2 import Fsdp2
 from sparring.parallel.rendezvous import Rendezvous, is_lost_rank
@@ -22,10 +23,8 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import replace_file
 from sparring.run.rundir import RunDir
 from sparring.run.session import load_sealed_recipe
-from sparring.stages.evaluate import evaluate
 from sparring.stages.generate import backend_factory, generate_parts
-from sparring.stages.score import score
-from sparring.stages.train import train
+from sparring.stages.launch import run_here
 
 TIMEOUT_SECONDS = 40.0
 """How long a rank waits in a collective, or for a heartbeat; SPARRING_RANK_TIMEOUT overrides it."""
@@ -45,12 +44,11 @@ def main() -> None:
         parallel = Fsdp2(rendezvous) if is_fsdp2 else Ddp(rendezvous)
         if stage == "generate":
             generate_parts(iteration, backend_factory(iteration), rank, parallel.num_ranks)
-        elif parallel.is_main:
-            with run.ranks_lock(timeout):
-                run_collectively(iteration, stage, parallel)
         else:
-            logging.console.quiet = True
-            run_collectively(iteration, stage, parallel)
+            logging.console.quiet = not parallel.is_main
+            with run.ranks_lock(timeout) if parallel.is_main else nullcontext():
+                run_here(iteration, stage, parallel)
+                parallel.barrier()  # no rank exits while another still needs it
     except Interrupted:
         if rank == 0 and stage != "generate":
             (run.ranks / "kept").touch()  # the stage's progress is on disk: the launcher need not wait for all ranks
@@ -58,19 +56,6 @@ def main() -> None:
         replace_file(run.ranks / f"rank-{rank}", json.dumps(_reason(error, rank)))
         os._exit(1)  # at once: the backend's threads may hang
     os._exit(0)
-
-
-def run_collectively(iteration: Iteration, stage: str, parallel: Parallel) -> None:
-    match stage:
-        case "score":
-            score(iteration, parallel)
-        case "train":
-            train(iteration, parallel)
-        case "evaluate":
-            evaluate(iteration, backend_factory(iteration), parallel)
-        case _:
-            raise ValueError(stage)
-    parallel.barrier()  # no rank exits while another still needs it
 
 
 def _reason(error: Exception, rank: int) -> tuple[str, str]:
