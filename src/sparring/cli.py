@@ -1,4 +1,4 @@
-"""The command line. Thin: every command is one call. Nothing heavy is imported before a command runs."""
+"""The command line. Every command is one call, and imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def doctor(
     recipe: RecipeFile,
     overrides: Overrides = None,
 ) -> None:
-    """Say within seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
+    """Check in seconds whether a recipe would run: rows, template, lengths, memory, disk. Writes nothing."""
     read = _read(recipe, overrides)
     from sparring.commands.doctor import print_findings
 
@@ -107,9 +107,9 @@ def doctor(
 def preview(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
 ) -> None:
-    """Show rows token by token, what is scored and what is not, and an answer of the model beside the real one."""
+    """Show rows token by token, what is scored, and a response of the model beside the real one."""
     read = _read(recipe, overrides)
     from sparring.commands.preview import preview
 
@@ -120,14 +120,20 @@ def preview(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many devices, over all machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, over all machines.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="a100-40, a100, l40s, h100, h200 or b200.")] = None,
-    measured: Annotated[Path | None, typer.Option(help="A run of the same model: take the rates that it had.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Default: data.limit, else those that are found.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="PROMPT,ANSWER: means; else the rows are looked at.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="A run of the same model, whose measured rates are used.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows. Default: data.limit, otherwise counted.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Mean tokens as PROMPT,RESPONSE. Default: measured on the rows.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price per GPU-hour, in dollars.")] = None,
 ) -> None:
-    """Forecast memory, time, disk and cost of a recipe on given GPUs. Loads no weights and writes nothing."""
+    """Forecast memory, time, disk and cost on given GPUs. Loads no weights and writes nothing."""
     read = _read(recipe, overrides)
     from sparring.commands.plan import print_plan
 
@@ -139,27 +145,27 @@ def launch(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its path on the cluster.")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Its path on the cluster.")],
     scheduler: Annotated[str, typer.Option("--print", help="slurm or kubernetes.")],
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus: Annotated[int, typer.Option(min=0, help="Devices of each machine.")] = 8,
-    image: Annotated[str | None, typer.Option(help="Kubernetes: a container image that has sparring.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs per machine.")] = 8,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: a container image with sparring.")] = None,
     claim: Annotated[
         str | None, typer.Option(help="Kubernetes: the PersistentVolumeClaim of the shared files.")
     ] = None,
 ) -> None:
-    """Print a job file for a scheduler: read it, change what your cluster wants otherwise, and submit it."""
+    """Print a job file for Slurm or Kubernetes, to adapt and submit."""
     from sparring.commands.jobs import job_file
 
     if scheduler not in ("slurm", "kubernetes"):
-        raise UserError(f"--print {scheduler}: slurm and kubernetes are known")
+        raise UserError(f"--print {scheduler}: must be slurm or kubernetes.")
     typer.echo(job_file(scheduler, recipe, run_dir, nodes=nodes, gpus=gpus, image=image, claim=claim), nl=False)
 
 
 @app.command()
 def status(
     run_dir: RunDirectory,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Show every stage of every iteration: done, running or to do, with times and headline numbers."""
+    """Show the state of every stage, with times and headline metrics."""
     from sparring.commands.status import print_status
     from sparring.run.results import Results
 
@@ -172,7 +178,7 @@ def status(
 
 @app.command()
 def report(run_dir: RunDirectory) -> None:
-    """Write report.html from whatever the run has by now."""
+    """Write report.html, at any time during a run."""
     from sparring.report import write_report
     from sparring.run.rundir import RunDir
 
@@ -190,7 +196,7 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also upload to the hub, private.")] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: a public repository.")] = False,
 ) -> None:
-    """Write a model that transformers and vLLM load, with its card; or the iterations as preference pairs."""
+    """Export a model for transformers and vLLM, with its card, or preference pairs."""
     from sparring.commands.export import export_model, export_pairs, push_folder
     from sparring.run.results import Results
 
@@ -210,14 +216,16 @@ def export(
 @app.command()
 def judge(
     run_dir: RunDirectory,
-    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint; its token is read from OPENAI_API_KEY.")],
-    model: Annotated[str, typer.Option(help="The judge, by the name that the endpoint has for it.")],
-    iteration: Annotated[int, typer.Option(help="Whose MT-Bench answers.")],
-    against: Annotated[int, typer.Option(help="Whose answers stand beside them; -1 is the starting model.")] = -1,
-    prompts: Annotated[Path | None, typer.Option(help="FastChat's judge_prompts.jsonl; else our own words.")] = None,
-    references: Annotated[Path | None, typer.Option(help="Reference answers in FastChat's form.")] = None,
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint; OPENAI_API_KEY holds its token.")],
+    model: Annotated[str, typer.Option(help="The judge's model name at that endpoint.")],
+    iteration: Annotated[int, typer.Option(help="The iteration to judge.")],
+    against: Annotated[int, typer.Option(help="The iteration to compare with; -1 is the starting model.")] = -1,
+    prompts: Annotated[
+        Path | None, typer.Option(help="FastChat's judge_prompts.jsonl. Default: built-in prompts.")
+    ] = None,
+    references: Annotated[Path | None, typer.Option(help="Reference answers in FastChat's format.")] = None,
 ) -> None:
-    """Have a model judge MT-Bench answers of two iterations, in both orders, with ties. Continues where it stopped."""
+    """Judge the MT-Bench responses of two iterations with a model, in both orders. The same command continues."""
     from sparring.commands.judge import judge as judge_answers
     from sparring.run.results import Results
 
@@ -247,7 +255,7 @@ def compare(
     fractions: Annotated[str, typer.Option(help="Comma-separated fractions of the training rows.")] = "1.0",
     log_format: LogFormat = None,
 ) -> None:
-    """Compare methods on one data set, split and starting model, over several seeds. The same command continues."""
+    """Compare methods on the same data and starting model, over several seeds. The same command continues."""
     settings = _read(recipe, overrides, log_format)
     from sparring.commands.compare import compare as play_all
 
