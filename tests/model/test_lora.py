@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(played: RunDir, tiny: Path, tmp_path: Path) -
         model = load_model(tiny / "model", dtype=torch.float32, device=CPU)
         with pytest.raises(UserError, match="the output head are not supported"):
             train_adapter(model, {"target_modules": [target, "q_proj"]}, seed=0)
-    with pytest.raises(UserError, match="is an adapter; 'sparring export RUN_DIR OUT --merge' makes a model of it"):
+    with pytest.raises(UserError, match="is an adapter. Merge it first with 'sparring export RUN_DIR OUT --merge'"):
         resolve_model(str(played.model(0)))
     copy = shutil.copytree(played.model(0), tmp_path / "copy")
     weights = (copy / WEIGHTS).read_bytes()
@@ -182,9 +182,9 @@ def test_what_cannot_be_is_refused(played: RunDir, tiny: Path, tmp_path: Path) -
     (copy / WEIGHTS).write_bytes(weights)
     kept = load_file(copy / WEIGHTS)
     save_file(dict(list(kept.items())[1:]), copy / WEIGHTS)
-    with pytest.raises(UserError, match="does not fit its base"):
+    with pytest.raises(UserError, match="does not match its base"):
         load_model(copy, dtype=torch.float32, device=CPU)
     text = (copy / CONFIG).read_text().replace(str(tiny), "/nowhere")
     (copy / CONFIG).write_text(text)
-    with pytest.raises(UserError, match="is an adapter of /nowhere/model, which is not there"):
+    with pytest.raises(UserError, match="is an adapter of /nowhere/model, which does not exist"):
         load_model(copy, dtype=torch.float32, device=CPU)

@@ -172,12 +172,12 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="Remove one of the two"):
         make_recipe(adapter={**ADAPTER, "merge": "each_iteration"})
-    with pytest.raises(ValueError, match="vllm would draw from other weights than are trained"):
+    with pytest.raises(ValueError, match="vllm would sample from other weights than are trained"):
         make_recipe(adapter=ADAPTER, generate={"backend": "vllm"})
     recipe = make_recipe(adapter=ADAPTER)
     assert any(f"bitsandbytes {version('bitsandbytes')}" in finding.text for finding in examine(recipe))
     monkeypatch.setattr(sparring.model.quantization, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"bitsandbytes is not installed; pip install 'sparring\[4bit\]'"):
+    with pytest.raises(UserError, match=r"bitsandbytes is not installed. Run pip install 'sparring\[4bit\]'"):
         play(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing is left in the way"
     assert any(finding.level == "bad" and "pip install" in finding.text for finding in examine(recipe))

@@ -59,7 +59,7 @@ def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
     stand_in(tmp_path, "__version__ = '0.13.2'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     engine = VllmBackend(folder, end_ids=[END], max_length=128)
-    with pytest.raises(UserError, match=r"it is 0\.13\.2, and before 0\.14 .*CVE-2026-22807"):
+    with pytest.raises(UserError, match=r"version 0\.13\.2 is too old: before 0\.14 .*CVE-2026-22807"):
         list(engine.generate(prompts(1)))
 
 
@@ -115,7 +115,7 @@ def test_an_engine_that_always_dies_is_started_three_more_times(folder: Path, tm
     dies.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\necho out of memory >&2\nexit 1\n")
     dies.chmod(0o755)
     engine = VllmBackend(folder, end_ids=[END], max_length=128, python=str(dies))
-    with pytest.raises(RunError, match=r"died 4 times in a row without an answer.*out of memory"):
+    with pytest.raises(RunError, match=r"died 4 times in a row without a response.*out of memory"):
         list(engine.generate(prompts(3)))
     assert (tmp_path / "starts").read_text() == "\n" * 4
 

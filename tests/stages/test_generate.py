@@ -117,7 +117,7 @@ def test_an_opponent_that_knows_the_answers_is_told(
         engine = partial(open_backend, settings=recipe.generate, dtype="float32", end_ids=(END,), max_length=128)
         generate(Iteration(run, recipe, 0), engine)
         rates.append(read_manifest(run.stage(0, "generate")).info["copy_rate"])
-        assert ("on those rows there is nothing to tell apart" in capsys.readouterr().err) == is_known
+        assert ("so they teach nothing" in capsys.readouterr().err) == is_known
     assert rates == [1.0, 0.0]
 
 
@@ -167,6 +167,6 @@ def test_a_row_without_all_its_answers_is_not_played(
     strict = make_recipe("space", generate={"samples": 2, "max_new_tokens": 8}, data={"max_skipped": 0})
     run = RunDir(tmp_path / "strict")
     prepare(run, strict)
-    with pytest.raises(RunError, match="cannot answer 1 of 96 prompts, named above"):
+    with pytest.raises(RunError, match="could not respond to 1 of 96 prompts, listed above"):
         generate(Iteration(run, strict, 0), stumbles)
     assert not run.stage(0, "generate").exists()

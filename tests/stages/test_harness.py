@@ -114,7 +114,7 @@ def test_names_shots_and_suites() -> None:
 
 def test_a_task_is_named_once(make_recipe: MakeRecipe) -> None:
     for tasks in (["gsm8k:5", "gsm8k:5"], ["tspin", "mmlu:5"], ["../gsm8k"], []):
-        with pytest.raises(ValueError, match="named twice, or is no name|at least 1 item"):
+        with pytest.raises(ValueError, match="listed twice, or is not a task name|at least 1 item"):
             make_recipe(evaluate={"harness": {"tasks": tasks}})
 
 

@@ -48,10 +48,10 @@ def test_broken_rows_are_counted_listed_and_passed_over(make_recipe: MakeRecipe,
     assert sum(summary.skipped.values()) == 4
     listed = [json.loads(line) for line in (directory.data / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["row"], entry["reason"].split(":")[0]) for entry in listed] == [
-        (41, "not JSON"),
-        (42, "the answer is empty"),
-        (43, "the same as row 1"),
-        (44, "no 'question'"),
+        (41, "not valid JSON"),
+        (42, "the response is empty"),
+        (43, "a duplicate of row 1"),
+        (44, "'question' is missing"),
     ]
     kept = read_rendered(directory.data / "train.parquet") + read_rendered(directory.data / "held_out.parquet")
     assert sorted(row.row for row in kept) == list(range(1, 41))
@@ -108,8 +108,8 @@ def test_a_file_of_self_play_rows(make_recipe: MakeRecipe, tmp_path: Path) -> No
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
     assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (28, 8, 10)
     assert summary.skipped == {
-        "the prompt is also in the training data": 2,
-        "the prompt is also in the held-out data": 10,
+        "its prompt is also in the training data": 2,
+        "its prompt is also in the held-out data": 10,
     }
     assert len(read_rendered(directory.data / "self_play.parquet")) == 8
 
@@ -117,10 +117,10 @@ def test_a_file_of_self_play_rows(make_recipe: MakeRecipe, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("amount", "method", "phases", "message"),
     [
-        (0.5, "space", {}, "keeps rows from sft for a game, so it needs both"),
-        (0.5, "sft", {}, "keeps rows from sft for a game, so it needs both"),
+        (0.5, "space", {}, "hides rows from sft iterations, so the recipe needs both"),
+        (0.5, "sft", {}, "hides rows from sft iterations, so the recipe needs both"),
         (30, "space", PHASES, "data.self_play_rows: 30 leaves none of 20 prompts for training"),
-        (0.01, "space", PHASES, "data.self_play_rows: 0.01 leaves no row to play on"),
+        (0.01, "space", PHASES, "data.self_play_rows: 0.01 leaves no row for self-play"),
     ],
 )
 def test_self_play_rows_that_cannot_be(
@@ -200,7 +200,7 @@ def test_a_context_shorter_than_the_setting_counts(make_recipe: MakeRecipe, tmp_
     [
         ({"model": "nowhere"}, "there is no folder .*/nowhere"),
         ({"model": "."}, r"has no config\.json"),
-        ({"data": {"train": "nowhere.jsonl"}}, r"there is no file .*/nowhere\.jsonl"),
+        ({"data": {"train": "nowhere.jsonl"}}, r".*/nowhere\.jsonl does not exist"),
     ],
 )
 def test_what_is_not_there_is_refused(

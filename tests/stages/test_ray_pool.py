@@ -162,7 +162,7 @@ def test_an_invalid_address_is_refused(make_recipe: Callable[..., Recipe], tmp_p
     iteration = make_iteration(make_recipe("space"), tmp_path / "run")
     for address in ("head-node", "ray://head:10001"):
         recipe = iteration.recipe.model_copy(update={"launch": "ray", "ray_address": address})
-        with pytest.raises(UserError, match="write HOST:PORT"):
+        with pytest.raises(UserError, match="Write HOST:PORT"):
             generate_on_ray(replace(iteration, recipe=recipe))
 
 
