@@ -65,7 +65,7 @@ ROWS = {
     "a list of numbers as answer": (lines(answer([1, 2])), "row 7 .*parts that are not text"),
     "a lone surrogate": (lines(answer("\ud800")), "row 7 .*not valid Unicode"),
     "an empty prompt": (lines({**GOOD, "question": " "}), "row 7 .*the prompt is empty"),
-    "the same row twice": (lines(rows()[0]), "row 7 .*the same as row 1"),
+    "the same row twice": (lines(rows()[0]), "row 7 .*a duplicate of row 1"),
     "a row of 1 MB": (lines({**GOOD, "question": "eggs " * 200_000}), "row 7 .*leaves no room .*train"),
     "a prompt over the context": (lines({**GOOD, "question": "eggs, " * 60}), "row 7 .*leaves no room"),
     "the last line cut": (lines(GOOD)[:-20], "row 20 .*not valid JSON"),
@@ -101,8 +101,8 @@ def flipped_parquet() -> bytes:
 
 # name -> (file name, bytes, message)
 FILES = {
-    "empty": ("a.jsonl", b"", "no usable row, it is empty"),
-    "blank lines": ("a.jsonl", b"\n \n\n", "no usable row, it is empty"),
+    "empty": ("a.jsonl", b"", "no usable row: it is empty"),
+    "blank lines": ("a.jsonl", b"\n \n\n", "no usable row: it is empty"),
     "utf-16": ("a.jsonl", lines(GOOD).decode().encode("utf-16"), "row 1 of .*not valid JSON"),
     "a pretty-printed list": ("a.jsonl", json.dumps(rows(), indent=1).encode(), "row 1 of .*not valid JSON"),
     "gzip": ("a.jsonl.gz", gzip.compress(lines(GOOD)), r"unsupported suffix '\.gz'\. Use"),
@@ -116,7 +116,7 @@ FILES = {
     "json with NaN": ("a.json", b'[{"question": "x", "answer": NaN}]', "is not valid JSON: NaN"),
     "json with a key twice": ("a.json", b'[{"question": "x", "question": "y"}]', "duplicate key 'question'"),
     "json nested too deeply": ("a.json", b"[" * 100_000, "is not valid JSON"),
-    "an empty list": ("a.json", b"[]", "no usable row, it is empty"),
+    "an empty list": ("a.json", b"[]", "no usable row: it is empty"),
     "parquet cut": ("a.parquet", parquet(rows())[:-9], "cannot be read"),
     "parquet of zeros": ("a.parquet", bytes(100), "cannot be read"),
     "parquet with a damaged page": ("a.parquet", flipped_parquet(), "cannot be read"),
@@ -126,7 +126,7 @@ FILES = {
     "csv with ragged rows": ("a.csv", b"question,answer\na,b\nc,d,e\n", "cannot be read: .*Row #3"),
     "csv empty": ("a.csv", b"", "cannot be read"),
     "csv in latin-1": ("a.csv", "question,answer\né,b\n".encode("latin-1"), "row 1 .*got bytes|UTF8|utf-8"),
-    "csv with a header alone": ("a.csv", b"question,answer\n", "no usable row, it is empty"),
+    "csv with a header alone": ("a.csv", b"question,answer\n", "no usable row: it is empty"),
     "other columns": ("a.jsonl", b'{"x": 1}\n', r"the columns of .*a\.jsonl \(x\) match no known format.*data.columns"),
     "plain text without a rule": ("a.jsonl", b'{"text": "a. b"}\n', "Set data.split_on to 'sentence'"),
 }  # fmt: skip
@@ -148,7 +148,7 @@ def test_a_broken_file_is_named(name: str, task: Path, refusal: Refusal) -> None
         (["data.train={task}"], "is not a folder saved by datasets.save_to_disk"),
         (["data.train=some-org/no-such-set"], "'some-org/no-such-set' from the Hub failed"),
         (["data.held_out={task}/nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["data.held_out={task}/rows.jsonl"], "the prompt is also in the training data|same as row 1"),
+        (["data.held_out={task}/rows.jsonl"], "the prompt is also in the training data|duplicate of row 1"),
         (["data.held_out=20"], "leaves none of 20 prompts for training"),
         (["data.held_out=1.0"], "leaves none of 20 prompts for training"),
         (["data.columns={question: wrong}"], "data.columns"),

@@ -152,7 +152,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "more tokens than embeddings": (
         lambda f: (config(vocab_size=8)(f), edit_weights(f, lambda w: w.update(
             {"model.embed_tokens.weight": w["model.embed_tokens.weight"][:8].clone()})))[-1],
-        r"token \d+, .*embeddings for 8: tokens 0 to 7",
+        r"token \d+, .*embeddings for tokens 0 to 7",
     ),
     "no chat template": (template(None), "data.template: the tokenizer has no chat template. Set a text"),
     "a template with a fault": (template("{% for %}"), "data.template"),

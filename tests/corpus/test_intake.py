@@ -48,7 +48,7 @@ def test_unsafe_keys_in_a_model_folder_are_refused(name: str, task: Path, refusa
         (task / "model" / file).write_text("{}")
     edit_json(task / "model", file, **change)
     output = refusal()
-    assert re.search(r"would run or read what is not part of the model; remove the key", output), output
+    assert re.search(r"would run or read something outside the model. Remove the key", output), output
     assert str(task / "model" / file) in output
 
 

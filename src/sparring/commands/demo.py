@@ -163,7 +163,7 @@ def demo_recipe(
 
 def print_comparison(runs: Sequence[Path]) -> None:
     """Prints the metrics of the starting model and of each method's last iteration."""
-    table = Table(title="Held-out problems: the start, and each method after its last iteration", box=None)
+    table = Table(title="Held-out problems, after the last iteration", box=None)
     for column in ("", "NLL", "greedy accuracy", "sampled accuracy", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for number, run in enumerate(runs):
@@ -176,7 +176,10 @@ def print_comparison(runs: Sequence[Path]) -> None:
     console = Console()
     console.print()
     console.print(table)
-    console.print("sft is the control: the same rows and optimizer steps, without self-play. ± is one standard error.")
+    console.print(
+        "sft is the control: the same rows and optimizer steps, without self-play. ± is one standard error.",
+        soft_wrap=True,
+    )
     console.print("Reports:")
     for run in runs:
         console.print(f"  {run / 'report.html'}", soft_wrap=True, highlight=False, markup=False)

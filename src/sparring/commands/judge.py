@@ -43,8 +43,8 @@ Outcome = Literal["win", "tie", "loss", "unclear"]
 
 SYSTEM = (
     "You compare two answers to the same request. Prefer the one that is more helpful, correct and to the point, and "
-    "follows what was asked. Neither the order in which they stand, nor their length, nor their names may matter. Give "
-    "a short reason, then your verdict as the last line, exactly one of [[A]], [[B]], or [[C]] for a tie."
+    "follows what was asked. Ignore the order, the length and the names of the answers. Give a short reason, then your "
+    "verdict as the last line: exactly one of [[A]], [[B]], or [[C]] for a tie."
 )
 
 Request = tuple[Question, int, bool]  # question, turn, whether the order is swapped

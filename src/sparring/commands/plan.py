@@ -309,7 +309,7 @@ def format_plan(
     for index, seconds in enumerate(result.iterations):
         stages = ", ".join(f"{s} {format_duration(getattr(seconds, s))}" for s in ("generate", "score", "train"))
         yield f"Iteration {index}: {format_duration(seconds.total)} ({stages})"
-    cost = "" if price is None else f", ${price * result.gpu_hours:,.0f} at ${price:g} per GPU-hour"
+    cost = "" if price is None else f", ${price * result.gpu_hours:,.0f} at ${price:.2f} per GPU-hour"
     total = format_duration(result.gpu_hours * 3600 / result.gpus)
     yield f"Total: {total} on {result.gpus} x {name}, {result.gpu_hours:,.1f} GPU-hours{cost}"
     yield f"Disk: {format_bytes(result.disk_bytes)}"

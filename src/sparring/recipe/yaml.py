@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, ScalarEvent
 from ruamel.yaml.scalarfloat import ScalarFloat
 from ruamel.yaml.scalarint import ScalarInt
 
@@ -28,11 +28,16 @@ def parse(text: str, source: str) -> tuple[object, Lines]:
     if len(text.encode("utf-8", errors="replace")) > MAX_BYTES:
         raise UserError(f"{source}: larger than {MAX_BYTES} bytes; a recipe is a small file")
     try:
-        if any(isinstance(event, AliasEvent) for event in YAML(typ="rt").parse(StringIO(text))):
-            raise UserError(f"{source}: aliases (*name) are not allowed in a recipe")
+        for event in YAML(typ="rt").parse(StringIO(text)):
+            is_merge = isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None
+            if is_merge or isinstance(event, AliasEvent):
+                line = event.start_mark.line + 1
+                raise UserError(
+                    f"{source}, line {line}: aliases (*name) and merge keys (<<) are not allowed in a recipe."
+                )
         loaded = YAML(typ="rt").load(text)
         lines: Lines = {}
-        _collect_lines(loaded, (), lines)
+        _collect_lines(loaded, (), lines, source)
         return _plain(loaded), lines
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -81,18 +86,19 @@ def set_key(raw: dict[str, Any], path: Sequence[str], value: object) -> None:
     raw[path[-1]] = value
 
 
-def _collect_lines(value: object, path: tuple[str, ...], lines: Lines) -> None:
+def _collect_lines(value: object, path: tuple[str, ...], lines: Lines, source: str) -> None:
     if isinstance(value, CommentedMap):
         for key, inner in value.items():
-            lines[*path, str(key)] = value.lc.key(key)[0] + 1
-            _collect_lines(inner, (*path, str(key)), lines)
+            line = value.lc.key(key)[0] + 1
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                raise UserError(f"{source}, line {line}: a key must be a word, not {key!r}.")
+            lines[*path, str(key)] = line
+            _collect_lines(inner, (*path, str(key)), lines, source)
 
 
 def _plain(value: Any) -> Any:
     """Plain Python values; halves of a character, as JSON writes those beyond 16 bits, become the character."""
     if isinstance(value, CommentedMap | Mapping):
-        if wrong := [key for key in value if not isinstance(key, str | int) or isinstance(key, bool)]:
-            raise ValueError(f"a key must be a word, not {wrong[0]!r}")
         return {_plain(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, CommentedSeq | list):
         return [_plain(inner) for inner in value]
