@@ -50,7 +50,7 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     method = schema["properties"]["method"]
     schema["properties"]["method"] = {"anyOf": [{"enum": list(OBJECTIVES)}, method]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparring recipe", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparring recipe"}
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
