@@ -16,14 +16,10 @@ from sparring.types import Example, Message
 
 Turns = Literal["last", "first", "all"]
 
-ROLES = {
-    "system": "system",
-    "user": "user",
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
-    "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
-    "tool": "tool",
 }
 
 BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
@@ -33,41 +29,16 @@ SENTENCE_END = r"(?<=[.!?])[\"”']?(?=\s)"
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns of a row in this format, and the function that converts it to a conversation."""
+    """The columns of a row in this format, and the function that converts them to the turns of a conversation."""
 
     name: str
     columns: tuple[str, ...]
-    to_conversation: Callable[[Row], list[Message]]
+    to_turns: Callable[[Row], list[Message]]
     optional: tuple[str, ...] = ()
 
-
-def _messages(row: Row) -> list[Message]:
-    return _turns(row["messages"], "role", "content")
-
-
-def _conversations(row: Row) -> list[Message]:
-    return [*_system(row), *_turns(row["conversations"], "from", "value")]
-
-
-def _prompt_completion(row: Row) -> list[Message]:
-    return [*_system(row), *_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
-
-
-def _chosen(row: Row) -> list[Message]:
-    return [*_system(row), *_join_chosen(_as_messages(row["prompt"], "user"), _as_messages(row["chosen"], "assistant"))]
-
-
-def _rejected(row: Row, example: Example) -> str | None:
-    """The rejected response to the same prompt, or None. Only DPO reads it, so an invalid one is not an error here."""
-    try:
-        *before, last = _chosen({**row, "chosen": row["rejected"]})
-    except BadRow:
-        return None
-    return last["content"] if tuple(before) == example.messages[:-1] and last["content"].strip() else None
-
-
-def _real(row: Row) -> list[Message]:
-    return _as_messages(row["real"], "assistant")
+    def conversation(self, row: Row) -> list[Message]:
+        system = row.get("system") if "system" in self.optional else None
+        return [*([_message("system", system)] if system else []), *self.to_turns(row)]
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -77,21 +48,36 @@ def _alpaca(row: Row) -> list[Message]:
     earlier = [_message(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
     extra = _text(row.get("input") or "")
     question = _text(row["instruction"]) + (f"\n\n{extra}" if extra.strip() else "")
-    return [*_system(row), *earlier, _message("user", question), _message("assistant", row["output"])]
+    return [*earlier, _message("user", question), _message("assistant", row["output"])]
 
 
-def _question_answer(row: Row) -> list[Message]:
-    return [*_system(row), _message("user", row["question"]), _message("assistant", row["answer"])]
+def _prompt_chosen(row: Row) -> list[Message]:
+    """Some preference data repeat the prompt in `chosen`, some do not."""
+    prompt, chosen = _as_messages(row["prompt"], "user"), _as_messages(row["chosen"], "assistant")
+    return chosen if chosen[: len(prompt)] == prompt else [*prompt, *chosen]
 
 
+PREFERENCES = RowFormat("prompt/chosen", ("prompt", "chosen"), _prompt_chosen, ("system", "rejected"))
 FORMATS = (
-    RowFormat("messages", ("messages",), _messages),
-    RowFormat("conversations", ("conversations",), _conversations, ("system",)),
-    RowFormat("prompt/completion", ("prompt", "completion"), _prompt_completion, ("system",)),
-    RowFormat("prompt/chosen", ("prompt", "chosen"), _chosen, ("system", "rejected")),
-    RowFormat("real", ("real",), _real),
+    RowFormat("messages", ("messages",), lambda row: _turns(row["messages"], "role", "content")),
+    RowFormat(
+        "conversations", ("conversations",), lambda row: _turns(row["conversations"], "from", "value"), ("system",)
+    ),
+    RowFormat(
+        "prompt/completion",
+        ("prompt", "completion"),
+        lambda row: [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")],
+        ("system",),
+    ),
+    PREFERENCES,
+    RowFormat("real", ("real",), lambda row: _as_messages(row["real"], "assistant")),
     RowFormat("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
-    RowFormat("question/answer", ("question", "answer"), _question_answer, ("system",)),
+    RowFormat(
+        "question/answer",
+        ("question", "answer"),
+        lambda row: [_message("user", row["question"]), _message("assistant", row["answer"])],
+        ("system",),
+    ),
 )
 
 
@@ -130,7 +116,7 @@ def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list
     missing = [name for name in row_format.columns if row.get(name) is None]
     if missing:
         raise BadRow(f"'{missing[0]}' is missing")
-    conversation = row_format.to_conversation(row)
+    conversation = row_format.conversation(row)
     seen_user, targets = False, []
     for index, message in enumerate(conversation):
         seen_user = seen_user or message["role"] == "user"
@@ -140,7 +126,7 @@ def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list
         raise BadRow("no assistant turn after a user turn")
     selected = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
     result = [Example(_hash(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in selected]
-    if row_format.name == "prompt/chosen" and row.get("rejected") is not None:
+    if row_format is PREFERENCES and row.get("rejected") is not None:
         result = [replace(example, rejected=_rejected(row, example)) for example in result]
     for example in result:
         if BLANK.fullmatch(example.answer):
@@ -148,6 +134,15 @@ def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list
         if not any(m["role"] == "user" and not BLANK.fullmatch(m["content"]) for m in example.messages):
             raise BadRow("the prompt is empty")
     return result
+
+
+def _rejected(row: Row, example: Example) -> str | None:
+    """The rejected response to the same prompt, or None. Only DPO reads it, so an invalid one is not an error here."""
+    try:
+        *before, last = PREFERENCES.conversation({**row, "chosen": row["rejected"]})
+    except BadRow:
+        return None
+    return last["content"] if tuple(before) == example.messages[:-1] and last["content"].strip() else None
 
 
 def prompt_key(example: Example) -> str:
@@ -177,18 +172,9 @@ def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
     return split
 
 
-def _system(row: Row) -> list[Message]:
-    return [_message("system", row["system"])] if row.get("system") else []
-
-
 def _as_messages(value: object, role: str) -> list[Message]:
     """A prompt or a completion, given as a text or as messages."""
     return _turns(value, "role", "content") if isinstance(value, list) else [_message(role, value)]
-
-
-def _join_chosen(prompt: list[Message], chosen: list[Message]) -> list[Message]:
-    """The conversation, whether or not `chosen` repeats the prompt, as it does in some preference data."""
-    return chosen if chosen[: len(prompt)] == prompt else [*prompt, *chosen]
 
 
 def _turns(value: object, role_key: str, content_key: str) -> list[Message]:

@@ -16,7 +16,7 @@ from sparring.recipe.load import dump_recipe
 from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
 from sparring.report.figures import Z95, draw_held_out, draw_training
 from sparring.report.samples import collect, display_text
-from sparring.report.summary import format_metric, headline_cards, headline_index, summary, warning_summary
+from sparring.report.summary import PERCENTAGES, format_metric, headline_cards, headline_index, summary, warning_summary
 from sparring.report.warnings import find_warnings
 from sparring.run.manifest import replace_file
 from sparring.run.results import Results
@@ -47,15 +47,7 @@ METRICS = (
 )
 """Metric, its heading, and its meaning."""
 
-MAIN_METRICS = (
-    "held_out_nll",
-    "greedy_accuracy",
-    "sampled_accuracy",
-    "rewards/accuracies",
-    "length",
-    "end_rate",
-    "repetition",
-)
+MAIN_METRICS = {"held_out_nll", *PERCENTAGES, "length"}
 """The columns of the table by iteration. The table below it has every metric."""
 
 

@@ -43,8 +43,8 @@ def quadrant_bars(results: Results) -> Bars | None:
     legend = [(heading, color) for (_, heading), color in zip(QUADRANTS, QUADRANT_COLORS, strict=True)]
     rows = []
     for index, metrics in evaluations.items():
-        won = metrics[QUADRANTS[0][0]] + metrics[QUADRANTS[1][0]]
-        rows.append((f"iteration {index}", [metrics[key] for key, _ in QUADRANTS], f"{won:.1%} won"))
+        won = f"{metrics['rewards/accuracies']:.1%} won"
+        rows.append((f"iteration {index}", [metrics[key] for key, _ in QUADRANTS], won))
     caption = (
         "Held-out rows by whether the real response has the higher reward, and the higher likelihood, than the "
         "opponent's. A higher reward with a lower likelihood does not improve generation."

@@ -47,87 +47,51 @@ class Curve(NamedTuple):
 
 
 Spec = tuple[str, str, tuple[Curve, ...]]  # title, caption, curves
+ALIGNMENT = Curve("alignment", "alignment", "other", "--")
 
+# fmt: off
 TRAINING: tuple[Spec, ...] = (
     ("Training loss", "Loss of each optimizer step, before its update.", (Curve("loss", "loss", "real"),)),
-    (
-        "Rewards in training",
-        "Mean reward of real and generated responses. If both fall together, that is likelihood displacement.",
-        (Curve("rewards/real", "real", "real"), Curve("rewards/generated", "generated", "generated")),
-    ),
-    (
-        "Log-likelihood in training",
-        "log p of full responses under the policy, in nats.",
-        (
-            Curve("logps/real", "real", "real"),
-            Curve("logps/generated", "generated", "generated"),
-            Curve("logps/proto", "proto", "proto"),
-        ),
-    ),
-    (
-        "Advantages in training",
-        "Current: reward of real minus generated. Historical: reward of generated minus proto.",
-        (
-            Curve("rewards/margins", "current", "real"),
-            Curve("advantages/history", "historical", "proto", "--"),
-        ),
-    ),
-    (
-        "Reward accuracy in training",
-        "Accuracy: fraction of examples whose real response has the higher reward. Alignment: fraction in which reward "
-        "and likelihood order the two responses alike.",
-        (Curve("rewards/accuracies", "accuracy", "real"), Curve("alignment", "alignment", "other", "--")),
-    ),
+    ("Rewards in training",
+     "Mean reward of real and generated responses. If both fall together, that is likelihood displacement.",
+     (Curve("rewards/real", "real", "real"), Curve("rewards/generated", "generated", "generated"))),
+    ("Log-likelihood in training", "log p of full responses under the policy, in nats.",
+     (Curve("logps/real", "real", "real"), Curve("logps/generated", "generated", "generated"),
+      Curve("logps/proto", "proto", "proto"))),
+    ("Advantages in training",
+     "Current: reward of real minus generated. Historical: reward of generated minus proto.",
+     (Curve("rewards/margins", "current", "real"), Curve("advantages/history", "historical", "proto", "--"))),
+    ("Reward accuracy in training",
+     "Accuracy: fraction of examples whose real response has the higher reward. Alignment: fraction in which reward "
+     "and likelihood order the two responses alike.",
+     (Curve("rewards/accuracies", "accuracy", "real"), ALIGNMENT)),
 )
 
 HELD_OUT: tuple[Spec, ...] = (
-    (
-        "Held-out NLL",
-        "Nats per token of the real responses; lower is better. Error bars: 95% intervals over rows.",
-        (Curve("held_out_nll", "NLL", "real"),),
-    ),
-    (
-        "Held-out accuracy",
-        "Fraction of responses that the checker accepts. Error bars: 95% intervals over rows.",
-        (
-            Curve("greedy_accuracy", "greedy", "real"),
-            Curve("sampled_accuracy", "sampled", "generated", "--"),
-        ),
-    ),
-    (
-        "The game on held-out rows",
-        "Rows won against the opponent, and ties. At equilibrium as many rows are won as lost. Alignment: fraction in "
-        "which reward and likelihood order the two responses alike.",
-        (
-            Curve("rewards/accuracies", "won", "real"),
-            Curve("rewards/ties", "tied", "proto", "--"),
-            Curve("alignment", "alignment", "other", "--"),
-        ),
-    ),
-    (
-        "Current and historical advantage",
-        "Nats per response. Current: log p(real) minus log p(opponent's response). Historical: log p(opponent's "
-        "response) minus log p(starting model's response), the progress since the start.",
-        (
-            Curve("advantages/current", "current", "real"),
-            Curve("advantages/history_logps", "historical", "proto", "--"),
-        ),
-    ),
-    (
-        "Length",
-        "Mean tokens of a generated response divided by the mean of the real ones. 1 means equal length.",
-        (Curve("length_ratio", "length / real", "generated"),),
-    ),
-    (
-        "Repetition, endings, copies",
-        "Fraction of 4-grams that repeat within a response; of responses that end; of responses equal to the real one.",
-        (
-            Curve("repetition", "repeated", "generated"),
-            Curve("end_rate", "ended", "real", "--"),
-            Curve("copy_rate", "copies", "other", "--"),
-        ),
-    ),
+    ("Held-out NLL",
+     "Nats per token of the real responses; lower is better. Error bars: 95% intervals over rows.",
+     (Curve("held_out_nll", "NLL", "real"),)),
+    ("Held-out accuracy",
+     "Fraction of responses that the checker accepts. Error bars: 95% intervals over rows.",
+     (Curve("greedy_accuracy", "greedy", "real"), Curve("sampled_accuracy", "sampled", "generated", "--"))),
+    ("The game on held-out rows",
+     "Rows won against the opponent, and ties. At equilibrium as many rows are won as lost. Alignment: fraction in "
+     "which reward and likelihood order the two responses alike.",
+     (Curve("rewards/accuracies", "won", "real"), Curve("rewards/ties", "tied", "proto", "--"), ALIGNMENT)),
+    ("Current and historical advantage",
+     "Nats per response. Current: log p(real) minus log p(opponent's response). Historical: log p(opponent's "
+     "response) minus log p(starting model's response), the progress since the start.",
+     (Curve("advantages/current", "current", "real"),
+      Curve("advantages/history_logps", "historical", "proto", "--"))),
+    ("Length",
+     "Mean tokens of a generated response divided by the mean of the real ones. 1 means equal length.",
+     (Curve("length_ratio", "length / real", "generated"),)),
+    ("Repetition, endings, copies",
+     "Fraction of 4-grams that repeat within a response; of responses that end; of responses equal to the real one.",
+     (Curve("repetition", "repeated", "generated"), Curve("end_rate", "ended", "real", "--"),
+      Curve("copy_rate", "copies", "other", "--"))),
 )
+# fmt: on
 
 
 def draw_held_out(results: Results) -> list[Figure]:
@@ -165,15 +129,8 @@ def plot_evaluations(evaluations: dict[int, dict[str, float]], curves: Sequence[
                 if curve.metric in m
             ]
             x, y, errors = zip(*points, strict=True)
-            error_bars(
-                axes,
-                x,
-                y,
-                errors if any(errors) else None,
-                color=COLORS[curve.color],
-                linestyle=curve.style,
-                label=curve.label,
-            )
+            line = {"color": COLORS[curve.color], "linestyle": curve.style, "label": curve.label}
+            error_bars(axes, x, y, errors if any(errors) else None, **line)
         iteration_ticks(axes, list(evaluations))
         if any(curve.metric == "length_ratio" for curve in curves):
             low, high = axes.get_ylim()
