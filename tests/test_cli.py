@@ -56,10 +56,10 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
     text = (finished / "recipe.yaml").read_text()
     (tmp_path / "typo.yaml").write_text(text.replace("epochs:", "epoch:"))
     cases = {
-        ("run", tmp_path / "nowhere.yaml", tmp_path / "run"): "there is no file",
+        ("run", tmp_path / "nowhere.yaml", tmp_path / "run"): "nowhere.yaml",
         ("run", tmp_path / "typo.yaml", tmp_path / "run"): "did you mean 'train.epochs'",
         ("run", finished / "recipe.yaml", finished / "run", "train.epochs=2"): "train.epochs is 2, but the run was",
-        ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "there is no file",
+        ("run", finished / "recipe.yaml", tmp_path / "run", "data.train=nowhere.jsonl"): "nowhere.jsonl does not exist",
         ("status", tmp_path): "is not a run directory",
         (
             "run",
@@ -74,12 +74,12 @@ def test_refusals_are_one_message_and_exit_code_two(finished: Path, tmp_path: Pa
         ("compare", finished / "recipe.yaml", tmp_path / "run", "--fractions", "half"): "write comma-separated numbers",
         ("report", tmp_path): "is not a run directory",
         ("export", finished / "run", finished): "exists already",
-        ("demo", tmp_path / "demo", "--method", "dpo"): "one of all, tspin, space, spin, sft",
+        ("demo", tmp_path / "demo", "--method", "dpo"): "Use all, tspin, space, spin, sft",
     }
     for arguments, message in cases.items():
         result = sparring(*arguments)
         assert result.returncode == 2, (arguments, result.stderr)
-        assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+        assert result.stderr.count("error: ") == 1 and message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "data").exists()
 
@@ -101,7 +101,7 @@ def test_damage_is_exit_code_one(finished: Path, tmp_path: Path) -> None:
 def test_status_for_people_and_for_programs(finished: Path) -> None:
     people = sparring("status", finished / "run")
     assert people.returncode == 0
-    for word in ("space", "generate", "score", "train", "evaluate", "done", "best by held_out_nll"):
+    for word in ("space", "generate", "score", "train", "evaluate", "done", "Best held_out_nll"):
         assert word in people.stdout
     programs = json.loads(sparring("status", finished / "run", "--json").stdout)
     assert programs["method"] == "space" and programs["iterations"] == 1
@@ -166,6 +166,7 @@ def test_what_a_run_writes_is_for_its_owner_only(finished: Path, tmp_path: Path)
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "doctor", "preview", "plan", "compare"])
 def test_commands_read_the_recipe_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
     """A misspelt key is told within two seconds, not after the six that transformers takes."""
@@ -198,12 +199,14 @@ def test_init_prints_the_schema() -> None:
 def test_json_lines_are_asked_for(finished: Path) -> None:
     command = ("run", finished / "recipe.yaml", finished / "run", "--log-format")
     lines = sparring(*command, "json").stderr.splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["run", "done"]
+    events = [json.loads(line)["event"] for line in lines]
+    assert [event for event in events if event != "message"] == ["run", "done"]
     assert not sparring(*command, "text").stderr.startswith("{")
     refused = sparring(*command, "xml")
     assert refused.returncode == 2 and refused.stderr.startswith("error: --log-format xml: text or json")
 
 
+@pytest.mark.slow
 def test_the_module_is_the_program(tmp_path: Path) -> None:
     """In a real process: `python -m sparring.cli`."""
     command = [sys.executable, "-m", "sparring.cli", "status", str(tmp_path)]

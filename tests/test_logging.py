@@ -147,6 +147,7 @@ def test_people_see_a_bar_and_plain_sentences(monkeypatch: pytest.MonkeyPatch) -
     assert "train 0" in shown and "2/4" in shown and "50%" in shown and "tokens/s" in shown
 
 
+@pytest.mark.slow
 def test_init_asks_for_what_is_not_given_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     """On a real pseudo-terminal: three questions, the default of the last taken."""
     screen, terminal = pty.openpty()

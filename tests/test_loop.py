@@ -37,7 +37,9 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in notes}
 
 
-@pytest.mark.parametrize("method", ["sft", "spin", "tspin", "space"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("sft", "spin", "tspin")), "space"]
+)
 def test_one_command_plays_everything(played: Callable[[str], Any], method: str) -> None:
     recipe, run = played(method)
     for index in range(-1, 3):
@@ -56,6 +58,7 @@ def test_one_command_plays_everything(played: Callable[[str], Any], method: str)
     assert stamps(run.root) == written, "the same command again does nothing"
 
 
+@pytest.mark.slow
 def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(make_recipe("space")))
@@ -67,6 +70,7 @@ def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_pat
         _ = sparring.nothing_of_this_name
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
     first, second = played("spin").run, play(make_recipe("spin", train={"epochs": 1}), tmp_path / "two")
     for t in range(2):
@@ -77,6 +81,7 @@ def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, played: Callab
     assert bytes_of(first.model(0)) != bytes_of(other.model(0)), "a control that must differ"
 
 
+@pytest.mark.slow
 def test_more_iterations_continue_a_run(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
     play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
     longer = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
@@ -93,6 +98,7 @@ def test_other_settings_are_refused_with_a_diff(make_recipe: MakeRecipe, played:
     assert bytes_of(root) == before, "nothing was touched"
 
 
+@pytest.mark.slow
 def test_changed_rows_are_refused(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     shutil.copy(tiny / "rows.jsonl", rows)
@@ -133,12 +139,14 @@ def test_stages_by_hand(played: Callable[[str], Any], tmp_path: Path) -> None:
         run_one_stage(recipe, tmp_path / "nowhere", "train", 0)
 
 
+@pytest.mark.slow
 def test_tspin_has_no_score_stage(played: Callable[[str], Any]) -> None:
     recipe, run = played("tspin")
     with pytest.raises(UserError, match="tspin has no such stage"):
         run_one_stage(recipe, run.root, "score", 0)
 
 
+@pytest.mark.slow
 def test_one_owner(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("space", iterations=1, train={"epochs": 1})
     found: list[str] = []
@@ -158,6 +166,7 @@ def test_one_owner(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert is_committed(tmp_path / "run" / "iter-00" / "evaluate")
 
 
+@pytest.mark.slow
 def test_paths_with_spaces_and_another_working_directory(
     make_recipe: MakeRecipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +191,7 @@ def test_sessions_are_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert {"device", "threads", "host", "started"} <= set(sessions[0])
 
 
+@pytest.mark.slow
 def test_the_best_iteration_is_named_by_the_chosen_metric(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("sft", iterations=2, train={"epochs": 2, "learning_rate": 1e-2})
     run = play(recipe, tmp_path / "run")

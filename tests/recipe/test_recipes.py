@@ -47,6 +47,7 @@ def test_there_is_a_tiny_recipe_for_each_method() -> None:
     assert [path.stem for path in TINY] == ["tiny-sft", "tiny-space", "tiny-spin-lora", "tiny-spin", "tiny-tspin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TINY, ids=lambda p: p.stem)
 def test_tiny_recipes_are_played(path: Path, tiny: Path, tmp_path: Path) -> None:
     """On the random tiny model, with rows turned into texts; tests/test_real_input.py plays them on real ones."""

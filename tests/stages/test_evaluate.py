@@ -121,6 +121,7 @@ def recipe_and_run(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFac
     return recipe, play(recipe, tmp_path_factory.mktemp("evaluate") / "run")
 
 
+@pytest.mark.slow
 def test_metrics_equal_a_recomputation(recipe_and_run) -> None:
     """Every number of the last evaluation again, from the models on disk and the answers of the one before."""
     recipe, run = recipe_and_run
@@ -155,6 +156,7 @@ def test_metrics_equal_a_recomputation(recipe_and_run) -> None:
     assert len(shares) == 5 and sum(shares) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_at_iteration_zero_the_opponent_s_answers_are_the_proto_answers(recipe_and_run) -> None:
     _, run = recipe_and_run
     metrics = json.loads((run.stage(0, "evaluate") / "metrics.json").read_text())
@@ -162,6 +164,7 @@ def test_at_iteration_zero_the_opponent_s_answers_are_the_proto_answers(recipe_a
     assert metrics["kl_from_start"] == pytest.approx(metrics["kl_from_opponent"])
 
 
+@pytest.mark.slow
 def test_answers_are_kept_with_what_was_found(recipe_and_run) -> None:
     recipe, run = recipe_and_run
     rows = Iteration(run, recipe, 0).held_out_rows()
@@ -174,6 +177,7 @@ def test_answers_are_kept_with_what_was_found(recipe_and_run) -> None:
         assert all(a["greedy_text"] is not None for a in answers)
 
 
+@pytest.mark.slow
 def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("space", iterations=1, data={"held_out": 0}), tmp_path / "run")
     assert run.model(0).is_dir()
@@ -181,6 +185,7 @@ def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp
     assert run.report.is_file()
 
 
+@pytest.mark.slow
 def test_tspin_history_in_evaluation_uses_the_first_answers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
     metrics = json.loads((run.stage(1, "evaluate") / "metrics.json").read_text())

@@ -121,6 +121,7 @@ def test_an_opponent_that_knows_the_answers_is_told(
     assert rates == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     from sparring.loop import play
 
@@ -144,6 +145,7 @@ class Stumbles:
             yield failed(prompt, "for a test") if (prompt.id, prompt.sample) == (self.row, 1) else answer
 
 
+@pytest.mark.slow
 def test_a_row_without_all_its_answers_is_not_played(
     make_recipe: Callable[..., Recipe], tmp_path: Path, backend: HfBackend
 ) -> None:

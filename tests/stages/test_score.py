@@ -25,6 +25,7 @@ from sparring.stages.score import ENGINE_TOLERANCE, engine_difference
 from sparring.types import Generation, Rendered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "is_wrong"), [(0.9, False), (1.1, True), (-1.1, True), (float("nan"), True)])
 def test_an_engine_with_another_model_is_told(
     shift: float,

@@ -97,6 +97,7 @@ def expected_tokens(examples: list[TrainingExample]) -> int:
     return sum(len(one.group.prompt_ids) + sum(map(len, distinct_responses(one.group)[0])) for one in examples)
 
 
+@pytest.mark.slow
 def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """T-SPIN with beta 0 and without, in an iteration that has proto answers: read, and counted in tokens."""
     phases = {0: {"method.beta": 0.0}, 1: {"method.beta": 0.0}}
@@ -117,6 +118,7 @@ def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe
         assert drawn["answers"] == len(examples), "each iteration draws its own answers once, and no proto answers"
 
 
+@pytest.mark.slow
 def test_answers_that_an_earlier_iteration_holds_are_not_drawn_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SPIN's older round is read from disk: twice as many pairs, as many answers drawn."""
     recipe = make_recipe("spin", train={"epochs": 1}, data={"held_out": 0, "limit": 48})

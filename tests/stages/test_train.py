@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.stages.train.loop import learning_rate
-from sparring.stages.train.step import check_policy_equals_opponent
+from sparring.stages.train.step import check_policy_equals_opponent, check_start_loss
 from sparring.types import Group, Objective, TrainingExample
 
 MakeRecipe = Callable[..., Recipe]
@@ -75,6 +76,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_examples(examples: list[Trainin
     assert together == pytest.approx(float(np.mean(alone)), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_step_zero_is_the_published_constant_in_every_iteration(played: Callable[[str], Any], method: str) -> None:
     recipe, run = played(method)
@@ -90,6 +92,7 @@ def test_step_zero_is_the_published_constant_in_every_iteration(played: Callable
         assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens", [64, 8192])
 def test_the_proof_holds_in_bfloat16_whatever_the_batches(
     make_recipe: MakeRecipe, tmp_path: Path, micro_batch_tokens: int
@@ -104,6 +107,7 @@ def test_the_proof_holds_in_bfloat16_whatever_the_batches(
         assert first["log_ratio"] < 1e-3
 
 
+@pytest.mark.slow
 def test_which_answers_enter_an_iteration(played: Callable[[str], Any]) -> None:
     """SPIN: iterations t and t-1. T-SPIN: t, and the first one as proto. SPACE: t."""
     counts = {}
@@ -139,6 +143,7 @@ def test_which_answers_enter_an_iteration(played: Callable[[str], Any]) -> None:
     assert input_digests["iter-01/train/model"] == run.digest(run.model(1)), "scores of t name the model of t-1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spin", "tspin", "space"])
 def test_sft_then_a_game_on_rows_that_it_did_not_see(
     method: str, make_recipe: MakeRecipe, tiny: Path, tmp_path: Path
@@ -177,6 +182,7 @@ def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(examples: list[Traini
     torch.testing.assert_close(both, game + 10 * sft, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
     """On preference data: SPIN reads the chosen answers, then DPO the pairs; the reference is SPIN's last model."""
     recipe = make_recipe("spin", data={"train": str(tiny / "pairs.jsonl")}, per_iteration={1: {"method": "dpo"}})
@@ -194,6 +200,7 @@ def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_pa
     assert worse <= {pair["rejected"] for pair in pairs}
 
 
+@pytest.mark.slow
 def test_both_iterations_are_scored_by_the_current_opponent(played: Callable[[str], Any]) -> None:
     recipe, run = played("spin")
     iteration = Iteration(run, recipe.at(1), 1)
@@ -216,6 +223,28 @@ def test_another_model_than_the_opponent_is_found_before_the_first_update(
         check_policy_equals_opponent(objective, {}, "float32")  # they read no opponent
 
 
+def test_rounding_under_a_steep_loss_does_not_stop_a_run() -> None:
+    """Log-ratios that bfloat16 explains, and a loss that a coefficient of 5 moves far from its constant."""
+    check_policy_equals_opponent(Spin(lambda_=5.0), {"log_ratio": 0.0012, "loss": 1.211}, "bfloat16")
+    check_policy_equals_opponent(Space(), {"log_ratio": 0.032, "loss": 1.459}, "bfloat16")
+    with pytest.raises(RunError, match="0.1 nats per token"):
+        check_policy_equals_opponent(Space(), {"log_ratio": 0.1, "loss": 1.386}, "bfloat16")
+
+
+def test_the_loss_at_log_ratio_zero_is_the_published_constant(examples: list[TrainingExample]) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Space):
+        @property
+        def start_loss(self) -> float:
+            return 1.0
+
+    for objective in (Spin(), Spin(lambda_=5.0), Space(mu=3.0), Sft()):
+        check_start_loss(objective, examples)
+    with pytest.raises(RunError, match="loss of space at log-ratio 0 is 1.386294 instead of 1.000000"):
+        check_start_loss(Wrong(), examples)
+
+
+@pytest.mark.slow
 def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """In float32 it tells models apart that one update at a usual rate made different."""
     recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
@@ -227,6 +256,7 @@ def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe
         check_policy_equals_opponent(Space(), metrics, "float32")
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_before_the_update(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +295,7 @@ def test_schedules(schedule: str) -> None:
     assert learning_rate(0, 1, settings) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"optimizer": "adamw"}])
 def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, object]) -> None:
     recipe = make_recipe("space", iterations=1, train={"epochs": 4, "learning_rate": 3e-3, **change})
@@ -273,6 +304,7 @@ def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     plain = play(make_recipe("spin", iterations=1), tmp_path / "plain")
     saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved")
