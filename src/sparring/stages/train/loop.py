@@ -28,7 +28,12 @@ from sparring.run.tracking import steps_before, track_step
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from sparring.stages.train.micro_batches import choose_micro_batch_tokens, run_step_within_memory
 from sparring.stages.train.policy import Policy, load_policy
-from sparring.stages.train.step import check_policy_equals_opponent, forward_backward, stop_if_not_finite
+from sparring.stages.train.step import (
+    check_policy_equals_opponent,
+    check_start_loss,
+    forward_backward,
+    stop_if_not_finite,
+)
 from sparring.types import TrainingExample
 
 T = TypeVar("T")
@@ -150,6 +155,7 @@ def take_step(
 
     metrics = run_step_within_memory(iteration, policy, batch, attempt, parallel)
     if step == 0:
+        check_start_loss(objective, batch)
         check_policy_equals_opponent(objective, metrics, settings.dtype)
     computed = time.monotonic()
     stop_if_not_finite(iteration, step, "loss", metrics["loss"], batch)
