@@ -111,8 +111,8 @@ def test_an_adapter_merged_gives_the_same_greedy_tokens(runs: dict[str, RunDir],
     export_model(Results(run.root), tmp_path / "out", iteration="1", merge=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    ours, theirs = greedy_in_the_run(run, 1), greedy_in_transformers(tmp_path / "out", run)
-    assert np.mean([ours[id] == theirs[id] for id in ours]) >= 0.75
+    expected, exported = greedy_in_the_run(run, 1), greedy_in_transformers(tmp_path / "out", run)
+    assert np.mean([expected[id] == exported[id] for id in expected]) >= 0.75
     export_model(Results(run.root), tmp_path / "float", iteration="1", merge=True, dtype="float32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "float").dtype == torch.float32
 
@@ -321,8 +321,8 @@ def test_vllm_serves_an_export_as_it_is(runs: dict[str, RunDir], tiny: Path, tmp
         for row in read_rendered(run.data / "held_out.parquet"):
             messages = [{"role": "user", "content": rows[row.row - 1]["question"]}]
             body = {"model": str(tmp_path / "out"), "messages": messages, "temperature": 0, "max_tokens": 12}
-            said = ask("/v1/chat/completions", body)
-            assert said["usage"]["prompt_tokens"] == len(row.prompt_ids)
+            reply = ask("/v1/chat/completions", body)
+            assert reply["usage"]["prompt_tokens"] == len(row.prompt_ids)
             ids = expected[row.id]
-            assert said["choices"][0]["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
-            assert said["choices"][0]["finish_reason"] == ("stop" if ids[-1] == 3 else "length")
+            assert reply["choices"][0]["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert reply["choices"][0]["finish_reason"] == ("stop" if ids[-1] == 3 else "length")

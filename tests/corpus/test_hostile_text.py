@@ -156,7 +156,7 @@ def test_a_terminal_gets_no_escape_sequences(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # so that colors are not stripped
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for ours in ("\x1b[31m", "\x1b[0m"):  # the color of the message itself, at both ends
-        said = said.replace(ours, "", 1)
-    assert "\\u001b]0;title" in said and not CONTROLS.search(said)
+        output = output.replace(ours, "", 1)
+    assert "\\u001b]0;title" in output and not CONTROLS.search(output)
