@@ -15,7 +15,7 @@ from sparring.parallel import SingleProcess
 
 pytestmark = pytest.mark.slow
 
-STEPS = 50
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
