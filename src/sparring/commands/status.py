@@ -7,19 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.logging import escape_control
+from sparring.report.summary import NAMES
 from sparring.run.results import Results
 
 MARKS = {"done": "✓", "running": "▶", "to do": "·"}
-SHORT_NAMES = {
-    "held_out_nll": "NLL",
-    "greedy_accuracy": "greedy",
-    "sampled_accuracy": "sampled",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "margin",
-    "alignment": "alignment",
-    "length": "length",
-    "end_rate": "ended",
-}
 
 
 def print_status(results: Results) -> None:
@@ -40,7 +31,7 @@ def print_status(results: Results) -> None:
             f"{MARKS[stage.state]} {stage.state}",
             f"{stage.seconds:.1f}" if stage.seconds is not None else "",
             stage.progress
-            or "  ".join(f"{SHORT_NAMES.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
+            or "  ".join(f"{NAMES.get(name, name)} {value:.4g}" for name, value in stage.metrics.items()),
         )
     console.print(table)
     if results.stopped:

@@ -16,36 +16,19 @@ from sparring.recipe.load import dump_recipe
 from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
 from sparring.report.figures import Z95, draw_held_out, draw_training
 from sparring.report.samples import collect, display_text
-from sparring.report.summary import PERCENTAGES, format_metric, headline_cards, headline_index, summary, warning_summary
+from sparring.report.summary import (
+    METRICS,
+    PERCENTAGES,
+    format_metric,
+    headline_cards,
+    headline_index,
+    summary,
+    warning_summary,
+)
 from sparring.report.warnings import find_warnings
 from sparring.run.manifest import replace_file
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
-
-METRICS = (
-    ("held_out_nll", "held-out NLL", "nats per token of the real responses; lower is better"),
-    ("greedy_accuracy", "greedy accuracy", "fraction of correct responses, greedy decoding"),
-    ("sampled_accuracy", "sampled accuracy", "fraction of correct responses, one sample per prompt"),
-    (
-        "rewards/accuracies",
-        "won",
-        "fraction of rows whose real response has the higher reward; 0.5 at equilibrium without ties",
-    ),
-    ("rewards/ties", "tied", "fraction of rows whose two responses have the same reward"),
-    ("rewards/margins", "reward margin", "reward of the real response minus that of the opponent's"),
-    ("advantages/current", "current advantage", "log p(real) - log p(opponent's response), nats"),
-    ("advantages/history_logps", "historical advantage", "log p(opponent's) - log p(starting model's response), nats"),
-    ("kl_from_opponent", "KL from opponent", "nats per response"),
-    ("kl_from_start", "KL from start", "nats per response"),
-    ("entropy", "entropy", "nats per token of the policy's own samples"),
-    ("length", "response length", "mean tokens"),
-    ("length_ratio", "length / real", "mean length divided by that of the real responses"),
-    ("end_rate", "ended", "fraction of responses with an end token"),
-    ("distinct_2", "distinct-2", "distinct token pairs divided by all pairs"),
-    ("repetition", "repetition", "fraction of 4-grams that repeat within a response"),
-    ("copy_rate", "copies", "fraction of responses equal to the real one"),
-)
-"""Metric, its heading, and its meaning."""
 
 MAIN_METRICS = {"held_out_nll", *PERCENTAGES, "length"}
 """The columns of the table by iteration. The table below it has every metric."""

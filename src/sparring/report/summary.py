@@ -9,14 +9,39 @@ from typing import Literal
 from sparring.report.figures import Z95
 from sparring.run.results import FLAT, Results
 
-HEADLINES = (
-    ("held_out_nll", "Held-out NLL", "nats per token of the real responses", -1),
-    ("greedy_accuracy", "Greedy accuracy", "correct responses, greedy decoding", 1),
-    ("sampled_accuracy", "Sampled accuracy", "correct responses, one sample per prompt", 1),
+METRICS = (
+    ("held_out_nll", "held-out NLL", "nats per token of the real responses; lower is better"),
+    ("greedy_accuracy", "greedy accuracy", "fraction of correct responses, greedy decoding"),
+    ("sampled_accuracy", "sampled accuracy", "fraction of correct responses, one sample per prompt"),
+    (
+        "rewards/accuracies",
+        "won",
+        "fraction of rows whose real response has the higher reward; 0.5 at equilibrium without ties",
+    ),
+    ("rewards/ties", "tied", "fraction of rows whose two responses have the same reward"),
+    ("rewards/margins", "reward margin", "reward of the real response minus that of the opponent's"),
+    ("advantages/current", "current advantage", "log p(real) - log p(opponent's response), nats"),
+    ("advantages/history_logps", "historical advantage", "log p(opponent's) - log p(starting model's response), nats"),
+    ("kl_from_opponent", "KL from opponent", "nats per response"),
+    ("kl_from_start", "KL from start", "nats per response"),
+    ("entropy", "entropy", "nats per token of the policy's own samples"),
+    ("length", "response length", "mean tokens"),
+    ("length_ratio", "length / real", "mean length divided by that of the real responses"),
+    ("end_rate", "ended", "fraction of responses with an end token"),
+    ("distinct_2", "distinct-2", "distinct token pairs divided by all pairs"),
+    ("repetition", "repetition", "fraction of 4-grams that repeat within a response"),
+    ("copy_rate", "copies", "fraction of responses equal to the real one"),
 )
-"""Metric, name, unit, and the sign of an improvement."""
+"""Metric, its heading, and its meaning."""
 
-NAMES = {metric: name[0].lower() + name[1:] for metric, name, *_ in HEADLINES} | {"held_out_nll": "held-out NLL"}
+NAMES = {metric: heading for metric, heading, _ in METRICS}
+
+HEADLINES = (
+    ("held_out_nll", "nats per token of the real responses", -1),
+    ("greedy_accuracy", "correct responses, greedy decoding", 1),
+    ("sampled_accuracy", "correct responses, one sample per prompt", 1),
+)
+"""Metric, unit, and the sign of an improvement."""
 
 PERCENTAGES = ("greedy_accuracy", "sampled_accuracy", "rewards/accuracies", "end_rate", "repetition")
 """Metrics that are shown in percent."""
@@ -86,7 +111,7 @@ def headline_cards(results: Results) -> list[HeadlineCard]:
     if index is None:
         return []
     evaluations, cards = results.evaluations(), []
-    for metric, name, unit, sign in HEADLINES:
+    for metric, unit, sign in HEADLINES:
         if metric not in evaluations[index]:
             continue
         change, error = results.paired_difference(metric, -1, index)
@@ -97,7 +122,7 @@ def headline_cards(results: Results) -> list[HeadlineCard]:
         text = (
             f"{100 * change:+.1f} ± {100 * half:.1f} points" if metric in PERCENTAGES else f"{change:+.4f} ± {half:.4f}"
         )
-        cards.append(HeadlineCard(name, unit, start, value, text.replace(" ", "\u00a0"), verdict))
+        cards.append(HeadlineCard(NAMES[metric], unit, start, value, text.replace(" ", "\u00a0"), verdict))
     return cards
 
 
