@@ -30,10 +30,12 @@ def parse(text: str, source: str) -> tuple[object, Lines]:
     try:
         for event in YAML(typ="rt").parse(StringIO(text)):
             is_merge = isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None
-            if is_merge or isinstance(event, AliasEvent):
+            is_tagged = getattr(event, "tag", None) is not None
+            if is_merge or is_tagged or isinstance(event, AliasEvent):
                 line = event.start_mark.line + 1
                 raise UserError(
-                    f"{source}, line {line}: aliases (*name) and merge keys (<<) are not allowed in a recipe."
+                    f"{source}, line {line}: aliases (*name), merge keys (<<) and tags (!name) are not allowed in a "
+                    "recipe."
                 )
         loaded = YAML(typ="rt").load(text)
         lines: Lines = {}
