@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
 
-# format, lint, types, import contracts and the fast tests with coverage, in about 90 seconds
+# format, lint, types, import contracts and the fast tests with coverage, in about two minutes
 check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check --fast
 
