@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,26 @@ from jaxtyping import install_import_hook
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+sys.modules["sklearn"] = None  # type: ignore[assignment]  # see WITHOUT_SKLEARN
+
+# what sparring imports, before the hook below: within a hooked module Python ignores all compiled files of others, and
+# compiling three thousand modules takes longer than most tests
+for name in (
+    *(
+        "accelerate.utils.memory",
+        "huggingface_hub.inference._client",
+        "jinja2",
+        "matplotlib.figure",
+        "peft",
+        "pyarrow.csv",
+    ),
+    *("pyarrow.fs", "pyarrow.parquet", "rich.progress", "ruamel.yaml", "scipy.stats", "tenacity", "triton", "typer"),
+    *("torch.distributed.fsdp", "torch.distributed.launcher.api", "torch.nn.attention.flex_attention"),
+    *("transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama"),
+):
+    if find_spec(name.partition(".")[0]) is not None:
+        import_module(name)
 
 # executes the shapes in the signatures; before any module of sparring is imported
 install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
