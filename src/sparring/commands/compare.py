@@ -24,7 +24,7 @@ from sparring.report.comparison import Arm, Comparison, write_comparison
 from sparring.run.iteration import DataSummary, Iteration, seed_of
 from sparring.run.manifest import commit, copy_committed, is_committed, make_folder, read_manifest, replace_file
 from sparring.run.rundir import RunDir
-from sparring.run.session import check_settings, is_done, load_sealed_recipe, seal_recipe
+from sparring.run.session import check_settings, is_done, keep_dtype, load_sealed_recipe, seal_recipe
 from sparring.stages.prepare import prepare
 
 PER_METHOD = frozenset(
@@ -55,8 +55,6 @@ class Method:
                 for index, table in base.per_iteration.items()
             }
             raw["per_iteration"] = {index: table for index, table in kept.items() if table}
-            if not raw["per_iteration"]:
-                del raw["per_iteration"]  # so that T-SPIN gets its default
         for path, value in self.settings:
             yaml.set_key(raw, path, value)
         return make_recipe(raw, source=f"--methods {self.label}: ")
@@ -104,15 +102,15 @@ def compare(
             "data.self_play_rows: a comparison has no sft phase. To compare methods on rows that sft did not see, run "
             "sft separately, then set model to its result and data.train to the other rows."
         )
-    plans = [
-        (method, seed, share, method.recipe(recipe, recipe.seed + seed))
-        for share in sorted(fractions, reverse=True)
-        for seed in range(seeds)
-        for method in chosen
-    ]
     shared = RunDir(root)
     with shared.own():
-        check_comparison_settings(shared, recipe)
+        recipe = check_comparison_settings(shared, recipe)
+        plans = [
+            (method, seed, share, method.recipe(recipe, recipe.seed + seed))
+            for share in sorted(fractions, reverse=True)
+            for seed in range(seeds)
+            for method in chosen
+        ]
         if not is_done(shared, shared.data):
             prepare(shared, recipe)
         summary = DataSummary.read(shared.data / "summary.json")
@@ -134,11 +132,16 @@ def compare(
     return comparison
 
 
-def check_comparison_settings(shared: RunDir, recipe: Recipe) -> None:
-    """Writes the recipe that all arms share to comparison.yaml. Raises `RunMismatch` if another one is there."""
+def check_comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
+    """Writes the recipe that all arms share to comparison.yaml, and returns it.
+
+    Raises `RunMismatch` if another one is there.
+    """
     path = shared.root / "comparison.yaml"
     if path.is_file():
-        if changed := differences(load_sealed_recipe(path), recipe):
+        sealed = load_sealed_recipe(path)
+        recipe = keep_dtype(recipe, sealed)
+        if changed := differences(sealed, recipe):
             raise RunMismatch(
                 f"{shared.root} contains a comparison with other settings:\n  "
                 + "\n  ".join(changed)
@@ -147,6 +150,7 @@ def check_comparison_settings(shared: RunDir, recipe: Recipe) -> None:
     elif any(shared.root.glob("*.yaml")):
         raise RunMismatch(f"{shared.root} contains a single run. Use another directory.")
     replace_file(path, seal_recipe(recipe))
+    return recipe
 
 
 def copy_rows(shared: RunDir, run: RunDir, share: float, seed: int) -> None:
@@ -166,13 +170,15 @@ def copy_rows(shared: RunDir, run: RunDir, share: float, seed: int) -> None:
 
 def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
     """Copies stages of the starting model from arms with the same seed and rows."""
-    method = first.recipe.method
+    needs, batch_size = first.recipe.method.needs, first.recipe.train.batch_size
     for donor in donors:
-        other = load_sealed_recipe(donor.recipe).at(0).method
+        recipe = load_sealed_recipe(donor.recipe).at(0)
+        other = recipe.method.needs
         stages = [(first.run.start / "evaluate", donor.start / "evaluate")]
-        if method.needs.rounds and other.needs.rounds:
+        if needs.rounds and other.rounds:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))
-            if method.needs.opponent and other.needs.opponent and method.needs.roles == other.needs.roles:
+            is_same_cut = batch_size == recipe.train.batch_size  # of the micro-batches
+            if needs.opponent and other.opponent and needs.roles == other.roles and is_same_cut:
                 stages.append((first.stage("score"), donor.stage(0, "score")))
         for target, source in stages:
             if is_committed(source) and not target.exists():
