@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparring.commands.compare import check_comparison_settings
+from sparring.commands.compare import check_comparison_settings, comparison_settings
 from sparring.errors import RunMismatch
 from sparring.recipe.schema import Recipe
 from sparring.run.mirror import Mirror
@@ -38,7 +38,8 @@ def test_another_machine_keeps_the_dtype_of_a_run(
     assert moved.train.dtype == "float32"
     assert check_settings(run, moved).train.dtype == "bfloat16"
     assert load_sealed_recipe(run.recipe).train.dtype == "bfloat16"
-    assert check_comparison_settings(whole, moved).train.dtype == "bfloat16"
+    check_comparison_settings(whole, comparison_settings(whole, moved))
+    assert load_sealed_recipe(whole.root / "comparison.yaml").train.dtype == "bfloat16"
     mirror = Mirror(str(tmp_path / "mirror"))
     mirror.send_note(run, run.recipe)
     fetch_from_mirror(RunDir(tmp_path / "new"), moved, mirror)  # holds a run with the same settings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from sparring.run.rundir import RunDir
 from sparring.run.schedule import Schedule
 from sparring.run.session import check_settings
 from sparring.stages.prepare import prepare
-from sparring.stages.train.micro_batches import choose_micro_batch_tokens
 from sparring.stages.train.policy import Policy, load_policy
 from sparring.stages.train.step import (
     check_policy_equals_opponent,
@@ -33,21 +32,22 @@ from sparring.stages.train.step import (
     forward_backward,
     scoring_noise,
 )
-from sparring.types import Objective
+from sparring.types import Lengths, Loss, Scores
 
 pytestmark = pytest.mark.slow
 
 MODEL = Path(os.environ.get("SPARRING_SMOLLM2", SHARED / "models" / "SmolLM2-135M-Instruct"))
 METHODS = (Spin(), Spin(lambda_=5.0), Space(), Sipo(), Tspin(beta=0.0))
-ROWS = 6
+ROWS = 4
+MICRO_BATCH_TOKENS = 256
 
 
-@pytest.fixture(scope="module", params=["shared", "padded"])
-def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iteration]:
-    """Six rows, answered and scored by the model."""
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Iteration:
+    """Four rows, answered by the model."""
     if not (MODEL / "config.json").is_file():
         pytest.skip(f"SmolLM2-135M-Instruct is not at {MODEL}; set SPARRING_SMOLLM2 to its folder")
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("smollm2")
     rows = problems(ROWS, seed=3, largest=90)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = Recipe.model_validate(
@@ -55,38 +55,55 @@ def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             "model": str(MODEL),
             "method": "spin",
             "data": {"train": str(folder / "rows.jsonl"), "held_out": 0},
-            "generate": {"max_new_tokens": 24},
-            "train": {"dtype": "bfloat16", "batch_size": ROWS},
+            "generate": {"max_new_tokens": 16},
+            "train": {"dtype": "bfloat16", "batch_size": ROWS, "micro_batch_tokens": MICRO_BATCH_TOKENS},
         }
     )
     run = RunDir(folder / "run")
     run.root.mkdir()
     iteration = Iteration(run, check_settings(run, recipe), 0)
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "padded":
-            patch.setattr("sparring.model.logprobs.why_not_shared", lambda model: "the test asks for it")
-        prepare(run, recipe)
-        for stage in ("generate", "score"):
-            run_stage(iteration, stage)
-        yield iteration
+    prepare(run, recipe)
+    run_stage(iteration, "generate")
+    return iteration
 
 
-def first_step(iteration: Iteration, policy: Policy, objective: Objective) -> dict[str, float]:
+class Every(Spin):
+    """The loss of every method, from one forward pass."""
+
+    def __call__(self, policy: Scores, opponent: Scores, lengths: Lengths) -> Loss:
+        losses = {str(place): method(policy, opponent, lengths).per_example for place, method in enumerate(METHODS)}
+        return Loss(losses["0"], losses)
+
+
+def first_step(iteration: Iteration, policy: Policy) -> dict[str, float]:
     examples = load_training_examples(iteration)
     batch = Schedule(iteration.recipe.train, len(examples), iteration.seed).batch(examples, 0)
-    check_start_loss(objective, batch)
-    tokens = choose_micro_batch_tokens(iteration, policy, examples, SingleProcess())
-    return forward_backward(policy, objective, batch, tokens, 0.0, SingleProcess())
+    for method in METHODS:
+        check_start_loss(method, batch)
+    return forward_backward(policy, Every(), batch, MICRO_BATCH_TOKENS, 0.0, SingleProcess())
 
 
-def test_every_method_starts_and_another_iterate_is_found(scored: Iteration) -> None:
-    policy = load_policy(scored, SingleProcess())
-    noise = read_manifest(scored.stage("score")).info
-    print({**noise, "packing": policy.scorer.packing})
-    for objective in METHODS:
-        metrics = first_step(scored, policy, objective)
-        print(objective, metrics["loss"], metrics.get("log_ratio"))
-        check_policy_equals_opponent(objective, metrics, "bfloat16", scoring_noise(scored))
-        if objective.start_loss is not None:
-            assert metrics["log_ratio"] == 0
-            assert metrics["loss"] == pytest.approx(objective.start_loss, rel=1e-6)
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+def test_every_method_starts_and_another_iterate_is_found(
+    packing: str, generated: Iteration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if packing == "padded":
+        monkeypatch.setattr("sparring.model.logprobs.why_not_shared", lambda model: "the test asks for it")
+    shutil.rmtree(generated.stage("score"), ignore_errors=True)
+    run_stage(generated, "score")
+    policy, noise = load_policy(generated, SingleProcess()), scoring_noise(generated)
+    assert policy.scorer.packing == packing
+    metrics = first_step(generated, policy)
+    assert metrics["log_ratio"] == 0
+    for place, method in enumerate(METHODS):
+        check_policy_equals_opponent(method, metrics, "bfloat16", noise)
+        assert method.start_loss is None or metrics[str(place)] == pytest.approx(method.start_loss, rel=1e-6)
+
+    for group in policy.optimizer.param_groups:
+        group["lr"] = 5e-7
+    policy.optimizer.step()  # another iterate, after a single update at the published rate
+    metrics = first_step(generated, policy)
+    print(packing, "log-ratio", metrics["log_ratio"], read_manifest(generated.stage("score")).info)
+    for method in METHODS[:-1]:
+        with pytest.raises(RunError, match="the policy must equal its opponent"):
+            check_policy_equals_opponent(method, metrics, "bfloat16", noise)

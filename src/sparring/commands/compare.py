@@ -103,14 +103,15 @@ def compare(
             "sft separately, then set model to its result and data.train to the other rows."
         )
     shared = RunDir(root)
+    recipe = comparison_settings(shared, recipe)
+    plans = [
+        (method, seed, share, method.recipe(recipe, recipe.seed + seed))
+        for share in sorted(fractions, reverse=True)
+        for seed in range(seeds)
+        for method in chosen
+    ]
     with shared.own():
-        recipe = check_comparison_settings(shared, recipe)
-        plans = [
-            (method, seed, share, method.recipe(recipe, recipe.seed + seed))
-            for share in sorted(fractions, reverse=True)
-            for seed in range(seeds)
-            for method in chosen
-        ]
+        check_comparison_settings(shared, recipe)
         if not is_done(shared, shared.data):
             prepare(shared, recipe)
         summary = DataSummary.read(shared.data / "summary.json")
@@ -132,16 +133,17 @@ def compare(
     return comparison
 
 
-def check_comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
-    """Writes the recipe that all arms share to comparison.yaml, and returns it.
+def comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
+    """The recipe that all arms share, with the dtype of a comparison that is there."""
+    path = shared.root / "comparison.yaml"
+    return keep_dtype(recipe, load_sealed_recipe(path)) if path.is_file() else recipe
 
-    Raises `RunMismatch` if another one is there.
-    """
+
+def check_comparison_settings(shared: RunDir, recipe: Recipe) -> None:
+    """Writes the recipe that all arms share to comparison.yaml. Raises `RunMismatch` if another one is there."""
     path = shared.root / "comparison.yaml"
     if path.is_file():
-        sealed = load_sealed_recipe(path)
-        recipe = keep_dtype(recipe, sealed)
-        if changed := differences(sealed, recipe):
+        if changed := differences(load_sealed_recipe(path), recipe):
             raise RunMismatch(
                 f"{shared.root} contains a comparison with other settings:\n  "
                 + "\n  ".join(changed)
@@ -150,7 +152,6 @@ def check_comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
     elif any(shared.root.glob("*.yaml")):
         raise RunMismatch(f"{shared.root} contains a single run. Use another directory.")
     replace_file(path, seal_recipe(recipe))
-    return recipe
 
 
 def copy_rows(shared: RunDir, run: RunDir, share: float, seed: int) -> None:

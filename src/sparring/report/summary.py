@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sparring.report.figures import Z95
 from sparring.run.manifest import is_committed, read_manifest
@@ -138,7 +138,7 @@ def scoring_noise(results: Results) -> str:
     scored = [i.stage("score") for i in results.iterations if i.index >= 0 and is_committed(i.stage("score"))]
     if not scored:
         return ""
-    info = read_manifest(scored[-1]).info
+    info: dict[str, Any] = dict(read_manifest(scored[-1]).info)
     return (
         f" The opponent's cached log-probs carry rounding of {info['noise_per_response']:.2g} nats per response "
         f"({info['noise_per_token']:.2g} per token): {info['noise_responses']} of them, scored again alone."

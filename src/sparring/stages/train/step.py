@@ -86,7 +86,9 @@ def scoring_noise(iteration: Iteration) -> float:
     """What the score stage measured: see `stages.score.reference_noise`."""
     if not iteration.recipe.method.needs.opponent:
         return 0.0
-    return read_manifest(iteration.stage("score")).info["noise_per_token"]
+    noise = read_manifest(iteration.stage("score")).info["noise_per_token"]
+    assert isinstance(noise, float)
+    return noise
 
 
 def check_policy_equals_opponent(
