@@ -160,7 +160,9 @@ def by_pieces(
 @contextmanager
 def narrow_windows(model: PreTrainedModel, window: int) -> Iterator[None]:
     """Sets every sliding window of a model to `window` tokens, so that a short probe reaches beyond it."""
-    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
+    owners: dict[int, Any] = {
+        id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))
+    }
     before = [(owner, size) for owner in owners.values() if (size := _window(owner))]
     try:
         for owner, _ in before:

@@ -365,7 +365,7 @@ class Recipe(Strict):
             return recipe
         mapping = changes.get("method")
         given = {*changes, *(f"method.{name}" for name in (mapping if isinstance(mapping, Mapping) else ()))}
-        method = recipe.method
+        method: Any = recipe.method
         first = {name: value for name, value in method.needs.first_round.items() if f"method.{name}" not in given}
         return recipe.model_copy(update={"method": replace(method, **first)})
 

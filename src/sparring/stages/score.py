@@ -118,14 +118,18 @@ def score_columns(
 ) -> dict[str, Sequence[object] | np.ndarray]:
     """One table row per response."""
     places = [
-        (one.row.id, role, t, sample, index)
+        (index, t, one.row.id, role, sample)
         for index, ((t, one), group) in enumerate(zip(rows, groups, strict=True))
         for role, responses in group.responses.items()
         for sample in range(len(responses))
     ]
-    ids, roles, iterations, samples, _ = zip(*places, strict=True)
-    logprobs = [np.atleast_1d(scores[role][index])[sample] for _, role, _, sample, index in places]
-    return {"id": ids, "role": roles, "iteration": iterations, "sample": samples, "logprob": logprobs}
+    return {
+        "id": [id for _, _, id, _, _ in places],
+        "role": [role for _, _, _, role, _ in places],
+        "iteration": [t for _, t, _, _, _ in places],
+        "sample": [sample for _, _, _, _, sample in places],
+        "logprob": [np.atleast_1d(scores[role][index])[sample] for index, _, _, role, sample in places],
+    }
 
 
 def compare_with_engine(
