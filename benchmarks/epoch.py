@@ -55,10 +55,11 @@ from sparring.recipe.schema import Recipe
 from sparring.run.examples import load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import RunDir
+from sparring.run.schedule import permutation
 from sparring.stages.generate import generate
 from sparring.stages.prepare import prepare
 from sparring.stages.score import score
-from sparring.stages.train.loop import permutation, train
+from sparring.stages.train.loop import train
 from sparring.types import Backend, Generation, Prompt, TrainingExample
 
 VOCAB, BATCH = 32_000, 16

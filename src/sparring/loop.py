@@ -49,7 +49,7 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     with run.own(), interrupt.listening():
         if mirror is not None:
             fetch_from_mirror(run, recipe, mirror)
-        begin(run, recipe)
+        recipe = begin(run, recipe)
         if mirror is not None:
             mirror.send_all(run)
         report_settings(run, recipe)
@@ -81,16 +81,20 @@ def play_iterations(run: RunDir, recipe: Recipe, mirror: Mirror | None) -> bool:
     return has_worked
 
 
-def begin(run: RunDir, recipe: Recipe) -> None:
-    """The data stage, if it is not done. A run that is refused here leaves nothing in the way of the next attempt."""
+def begin(run: RunDir, recipe: Recipe) -> Recipe:
+    """The data stage, if it is not done; returns the settings that the run keeps.
+
+    A run that is refused here leaves nothing in the way of the next attempt.
+    """
     try:
-        check_settings(run, recipe)
+        recipe = check_settings(run, recipe)
         check_dependencies(recipe)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         record_session(run, (*PACKAGES, *optional_packages(recipe)))
         if not is_done(run, run.data):
             prepare(run, recipe)
+        return recipe
     except UserError:
         if not run.has_begun:
             for note in (run.recipe, run.env):
@@ -132,7 +136,7 @@ def run_one_stage(recipe: Recipe, run_dir: str | Path, stage: str, index: int) -
     if not -1 <= index < recipe.iterations:
         raise UserError(f"--iteration {index}: the run has iterations 0 to {recipe.iterations - 1}, and -1, its start.")
     with run.own(), interrupt.listening():
-        check_settings(run, recipe)
+        recipe = check_settings(run, recipe)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         for earlier in range(-1, index + 1):
@@ -175,7 +179,7 @@ def report_settings(run: RunDir, recipe: Recipe) -> None:
             f"like generated ones, at generate.max_new_tokens ({recipe.generate.max_new_tokens}) or train.max_length"
         )
     if data.max_length < recipe.train.max_length:
-        info(f"note: train.max_length is {data.max_length}, the model's context")
+        info(f"note: train.max_length is {data.max_length}, the model's context (with LongRoPE, its original context)")
     if recipe.method.needs.rounds and (recipe.generate.temperature != 1 or recipe.generate.top_p != 1):
         info(
             "note: the methods are defined on true samples of the opponent (temperature 1, top_p 1). With temperature "

@@ -120,6 +120,7 @@ class Needs(NamedTuple):
     roles: tuple[Role, ...]
     opponent: bool  # the opponent's log-probs
     rounds: int  # how many iterations' generated responses it trains on (SPIN: those of t and t-1)
+    first_round: Mapping[str, float] = {}  # coefficients in the objective's own first iteration
 
 
 @runtime_checkable

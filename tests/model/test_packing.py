@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -64,6 +65,18 @@ def test_shared_micro_batches_are_a_partition_within_budget(sizes: list[tuple[in
     assert filled == sorted(filled, reverse=True), "the largest comes first"
     # best fit: no two micro-batches could have been one
     assert all(a + b > budget for i, a in enumerate(filled) for b in filled[:i])
+
+
+@given(sizes=sizes, budget=st.integers(1, 500), packing=st.sampled_from(["shared", "padded"]))
+def test_groups_of_other_sizes_are_not_mixed(
+    sizes: list[tuple[int, int, int]], budget: int, packing: Literal["shared", "padded"]
+) -> None:
+    """Iterations may differ in the number of samples, and SPIN trains on those of two."""
+    groups = [group(str(i), p, r, [g] * (1 + g % 3)) for i, (p, r, g) in enumerate(sizes)]
+    batches = micro_batches(packing, groups, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    for batch in batches:
+        pack(packing, [groups[i] for i in batch])  # raises if they differ
 
 
 @given(sizes=sizes)

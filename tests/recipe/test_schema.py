@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparring.errors import UserError
-from sparring.objectives import OBJECTIVES, Dpo, Space, Spin, Tspin
+from sparring.objectives import OBJECTIVES, Dpo, Space, Spin, Tspin, TspinRef
 from sparring.recipe import schema, yaml
 from sparring.recipe.load import differences, dump_recipe, known_keys, load_recipe, make_recipe
 from sparring.recipe.schema import SECTIONS, Recipe
@@ -49,9 +49,9 @@ iterations: 4
 data: {train: rows.jsonl, held_out: 0.05, columns: {}, template: null, turns: last, limit: null}
 generate: {backend: hf, max_new_tokens: 256, temperature: 1.0, top_p: 1.0, samples: 1}
 train: {optimizer: rmsprop, learning_rate: 5.0e-7, schedule: linear, warmup_ratio: 0.1, epochs: 2, batch_size: 64,
-        micro_batch_tokens: auto, max_length: 2048, dtype: bfloat16, max_grad_norm: 1.0}
+        micro_batch_tokens: auto, max_length: 2048, dtype: auto, max_grad_norm: 1.0}
 evaluate: {checker: null, save_best_by: held_out_nll}
-per_iteration: {0: {method.beta: 0.0}}
+per_iteration: {}
 seed: 0
 """,
     )
@@ -65,6 +65,37 @@ def test_published_defaults(tmp_path: Path) -> None:
     assert make_recipe(read(SMALLEST) | {"method": "space"}).method == Space(mu=1.0)
     tspin = make_recipe(read(SMALLEST) | {"method": "tspin"})
     assert [tspin.at(0).method, tspin.at(1).method] == [Tspin(beta=0.0), Tspin(alpha=1.0, beta=0.1)]
+
+
+@pytest.mark.parametrize("method", [Tspin, TspinRef])
+@pytest.mark.parametrize(
+    ("table", "betas"),
+    [
+        ({}, [0.0, 0.3, 0.3]),
+        ({1: {"train.epochs": 1}}, [0.0, 0.3, 0.3]),
+        ({0: {"train.epochs": 1}}, [0.0, 0.3, 0.3]),
+        ({2: {"method.beta": 0.2}}, [0.0, 0.3, 0.2]),
+        ({0: {"method.beta": 0.2}}, [0.2, 0.3, 0.3]),  # what is asked for is not touched
+        ({0: {"method": "sft"}}, [None, 0.0, 0.3]),
+        ({0: {"method": {"name": "sft"}}, 1: {"method": "spin"}}, [None, None, 0.0]),
+    ],
+)
+def test_beta_is_0_in_the_own_first_round_of_tspin(
+    method: type[Tspin | TspinRef], table: dict[int, object], betas: list[float | None]
+) -> None:
+    """Whatever else changes between iterations, and after a phase of another method."""
+    raw = read(SMALLEST) | {"method": {"name": method.name, "beta": 0.3}, "per_iteration": table}
+    recipe = make_recipe(raw)
+    assert [getattr(recipe.at(t).method, "beta", None) for t in range(3)] == betas
+    assert recipe.method == method(beta=0.3), "the recipe says what it plays"
+    assert [make_recipe(read(dump_recipe(recipe))).at(t) for t in range(3)] == [recipe.at(t) for t in range(3)]
+
+
+def test_a_later_phase_of_tspin_begins_with_its_first_round() -> None:
+    recipe = make_recipe(read(SMALLEST) | {"per_iteration": {t: {"method": "tspin"} for t in (2, 3)}})
+    assert [recipe.at(t).method for t in range(4)] == [Spin(), Spin(), Tspin(beta=0.0), Tspin()]
+    given = make_recipe(read(SMALLEST) | {"per_iteration": {2: {"method": {"name": "tspin", "beta": 0.5}}}})
+    assert given.at(2).method == Tspin(beta=0.5)
 
 
 def test_numbers_and_words_are_what_people_mean(tmp_path: Path) -> None:
@@ -106,10 +137,20 @@ def test_a_later_phase_may_have_another_method(tmp_path: Path) -> None:
         ("{0: {method.name: tspin}}", "cannot change between iterations"),
         ("{0: {method.lambda: -1}}", "greater than 0"),
         ("{x: {method.lambda: 1}}", "per_iteration"),
+        ("{1: {generate.max_new_tokens: 512}}", "per_iteration.1: generate.max_new_tokens would be 512, but 256 in"),
+        ("{2: {generate: {max_new_tokens: 64}}}", "Use one generate.max_new_tokens, or another run"),
+        ("{1: {train.max_length: 512}}", "train.max_length would be 512, but 2048 in other iterations"),
     ],
 )
 def test_per_iteration_is_strict(tmp_path: Path, table: str, message: str) -> None:
     assert message in refusal(tmp_path, SMALLEST + f"per_iteration: {table}\n")
+
+
+def test_rows_that_are_not_truncated_leave_the_limit_of_generation_free(tmp_path: Path) -> None:
+    text = SMALLEST + "  truncate_real: false\nper_iteration: {1: {generate.max_new_tokens: 512}}\n"
+    assert [load(tmp_path, text).at(t).generate.max_new_tokens for t in range(3)] == [256, 512, 256]
+    whole = SMALLEST + "per_iteration: {1: {generate: {temperature: 0.5}, train: {epochs: 1}}}\n"
+    assert load(tmp_path, whole).at(1).train.epochs == 1, "a whole section has the same limits, those of the defaults"
 
 
 @pytest.mark.parametrize(
@@ -219,6 +260,10 @@ def test_the_dtype_follows_the_processor_and_a_run_keeps_it(
     monkeypatch.setattr("sparring.recipe.schema.has_bfloat16_products", lambda: not is_fast)
     assert Recipe.model_validate(recipe.model_dump(by_alias=True)).train.dtype == dtype
     assert recipe.at(1).train.dtype == dtype
+    for change in ({"train.dtype": "auto"}, {"train": {"epochs": 2}}, {"train": {"dtype": "auto"}}):
+        assert Recipe.model_validate({**raw, "per_iteration": {1: change}}).at(1).train.dtype != dtype
+        kept = Recipe.model_validate({**recipe.model_dump(by_alias=True), "per_iteration": {1: change}})
+        assert kept.at(1).train.dtype == dtype, "auto is the run's dtype in every iteration"
     asked = Recipe.model_validate({**raw, "train": {"dtype": "float32"}})
     assert asked.train.dtype == "float32", "what is asked for is not touched"
 

@@ -6,23 +6,54 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sparring.data.tables import read_scores
 from sparring.loop import run_stage
+from sparring.model.load import load_model
+from sparring.model.logprobs import Scorer, score_groups
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
+from sparring.report.summary import scoring_noise
 from sparring.report.warnings import find_warnings
-from sparring.run.examples import JoinedRow, read_iteration
+from sparring.run.examples import JoinedRow, load_training_examples, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.run.schedule import Schedule
 from sparring.run.session import check_settings
 from sparring.stages.prepare import prepare
-from sparring.stages.score import ENGINE_TOLERANCE, engine_difference
-from sparring.types import Generation, Rendered
+from sparring.stages.score import ENGINE_TOLERANCE, NUM_RESCORED, engine_difference
+from sparring.types import Generation, Group, Rendered
+
+
+@pytest.mark.slow
+def test_the_rounding_of_cached_log_probs_is_measured_and_said(played: Callable[[str], Any]) -> None:
+    """Against log-probs of the same responses, each computed alone."""
+    recipe, run = played("space")
+    info = read_manifest(run.stage(2, "score")).info
+    iteration = Iteration(run, recipe.at(2), 2)
+    examples = load_training_examples(iteration)
+    first = Schedule(recipe.train, len(examples), iteration.seed).batch(examples, 0)[:NUM_RESCORED]
+    scorer = Scorer(load_model(iteration.opponent, dtype=torch.float32, device=torch.device("cpu")))
+    differences, lengths = [], []
+    for example in first:
+        for role, responses in example.group.responses.items():
+            for response, cached in zip(responses, np.atleast_1d(example.opponent[role]), strict=True):
+                alone = Group("", example.group.prompt_ids, {"real": (response,)})
+                logprob = score_groups(scorer, [alone], 1, SingleProcess())["real"][0]
+                differences.append(abs(logprob - cached))
+                lengths.append(len(response))
+    assert info["noise_responses"] == len(differences) == 2 * NUM_RESCORED
+    assert info["noise_per_response"] == pytest.approx(np.mean(differences), abs=2e-6)
+    assert info["noise_per_token"] == pytest.approx(np.mean(np.array(differences) / lengths), abs=2e-7)
+    assert 0 < info["noise_per_token"] < 1e-5, "float32"
+    assert f"rounding of {info['noise_per_response']:.2g} nats per response" in scoring_noise(Results(run.root))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from sparring.report.comparison import Arm, Comparison, write_comparison
 from sparring.run.iteration import DataSummary, Iteration, seed_of
 from sparring.run.manifest import commit, copy_committed, is_committed, make_folder, read_manifest, replace_file
 from sparring.run.rundir import RunDir
-from sparring.run.session import check_settings, is_done, load_sealed_recipe, seal_recipe
+from sparring.run.session import check_settings, is_done, keep_dtype, load_sealed_recipe, seal_recipe
 from sparring.stages.prepare import prepare
 
 PER_METHOD = frozenset(
@@ -55,8 +55,6 @@ class Method:
                 for index, table in base.per_iteration.items()
             }
             raw["per_iteration"] = {index: table for index, table in kept.items() if table}
-            if not raw["per_iteration"]:
-                del raw["per_iteration"]  # so that T-SPIN gets its default
         for path, value in self.settings:
             yaml.set_key(raw, path, value)
         return make_recipe(raw, source=f"--methods {self.label}: ")
@@ -104,13 +102,14 @@ def compare(
             "data.self_play_rows: a comparison has no sft phase. To compare methods on rows that sft did not see, run "
             "sft separately, then set model to its result and data.train to the other rows."
         )
+    shared = RunDir(root)
+    recipe = comparison_settings(shared, recipe)
     plans = [
         (method, seed, share, method.recipe(recipe, recipe.seed + seed))
         for share in sorted(fractions, reverse=True)
         for seed in range(seeds)
         for method in chosen
     ]
-    shared = RunDir(root)
     with shared.own():
         check_comparison_settings(shared, recipe)
         if not is_done(shared, shared.data):
@@ -132,6 +131,12 @@ def compare(
         comparison = Comparison(shared.root, recipe, arms)
         write_comparison(comparison)
     return comparison
+
+
+def comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
+    """The recipe that all arms share, with the dtype of a comparison that is there."""
+    path = shared.root / "comparison.yaml"
+    return keep_dtype(recipe, load_sealed_recipe(path)) if path.is_file() else recipe
 
 
 def check_comparison_settings(shared: RunDir, recipe: Recipe) -> None:
@@ -166,13 +171,15 @@ def copy_rows(shared: RunDir, run: RunDir, share: float, seed: int) -> None:
 
 def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
     """Copies stages of the starting model from arms with the same seed and rows."""
-    method = first.recipe.method
+    needs, batch_size = first.recipe.method.needs, first.recipe.train.batch_size
     for donor in donors:
-        other = load_sealed_recipe(donor.recipe).at(0).method
+        recipe = load_sealed_recipe(donor.recipe).at(0)
+        other = recipe.method.needs
         stages = [(first.run.start / "evaluate", donor.start / "evaluate")]
-        if method.needs.rounds and other.needs.rounds:
+        if needs.rounds and other.rounds:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))
-            if method.needs.opponent and other.needs.opponent and method.needs.roles == other.needs.roles:
+            is_same_cut = batch_size == recipe.train.batch_size  # of the micro-batches
+            if needs.opponent and other.opponent and needs.roles == other.roles and is_same_cut:
                 stages.append((first.stage("score"), donor.stage(0, "score")))
         for target, source in stages:
             if is_committed(source) and not target.exists():

@@ -67,7 +67,11 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in ends)
     yield Finding("good", f"End token: {token} ({origin}). Generation stops at {names}")
     if (context := context_length(folder)) and context < recipe.train.max_length:
-        yield Finding("note", f"train.max_length is lowered to {context} tokens, the model's context length")
+        yield Finding(
+            "note",
+            f"train.max_length is lowered to {context} tokens, the model's context length (with LongRoPE, its original "
+            "context length)",
+        )
     try:
         reader = DataReader(recipe, renderer)
         rows = reader.read(recipe.data.train, min(recipe.data.limit or MAX_ROWS, MAX_ROWS))

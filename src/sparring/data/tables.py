@@ -43,7 +43,7 @@ SCORES = pa.schema(
 )
 
 OpponentScores = Mapping[tuple[str, str, int, int], float]
-"""(row id, role, iteration, sample) -> log-prob. A real response has iteration 0 and sample 0."""
+"""(row id, role, iteration, sample) -> log-prob. The iteration is the one that generated its rival, or 0."""
 
 
 def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:

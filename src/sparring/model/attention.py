@@ -8,7 +8,8 @@ tests compare its forward pass there, and it has not run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,8 +23,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+
+class CannotSharePrompts(Exception):
+    """A model's attention needs something that shared prompts do not give. The message says what."""
+
+
 NAME = "sparring"
 """The attention implementation that a model is set to. Without `shared_prompts` it is torch's SDPA."""
+
+IGNORED = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "output_router_logits"})
+"""Arguments of transformers' attention functions that shared prompts may leave out. Dropout is 0."""
 
 QUERIES = 256
 """Queries per call for a long response: fewer masked scores are computed. Measured on CPU: a fifth less attention time
@@ -85,10 +94,18 @@ def attention(
     sliding_window: int | None = None,
     **rest: Any,
 ) -> tuple[Float[Tensor, "rows time heads value_width"], None]:
-    """With the signature of transformers' attention functions. Dropout is 0: models are loaded that way."""
+    """With the signature of transformers' attention functions.
+
+    Raises `CannotSharePrompts` for what would change attention and is not implemented here: sinks, biases, indices,
+    masks that a model computes itself.
+    """
     if shared_prompts is None:
         settings = {"scaling": scaling, "sliding_window": sliding_window, **rest}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
+    if unknown := sorted(name for name, value in rest.items() if value is not None and name not in IGNORED):
+        raise CannotSharePrompts(f"its attention takes {', '.join(unknown)}, which shared prompts do not have")
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise CannotSharePrompts("it computes an attention mask of its own")
     window = sliding_window or query.shape[2]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if shared_prompts.is_flex:
@@ -138,6 +155,27 @@ def by_pieces(
             q, k, v = next(parts)
             attended.append(attend(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)))
     return torch.cat(attended, dim=1)
+
+
+@contextmanager
+def narrow_windows(model: PreTrainedModel, window: int) -> Iterator[None]:
+    """Sets every sliding window of a model to `window` tokens, so that a short probe reaches beyond it."""
+    owners: dict[int, Any] = {
+        id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))
+    }
+    before = [(owner, size) for owner in owners.values() if (size := _window(owner))]
+    try:
+        for owner, _ in before:
+            owner.sliding_window = window
+        yield
+    finally:
+        for owner, size in before:
+            owner.sliding_window = size
+
+
+def _window(owner: Any) -> int | None:
+    size = getattr(owner, "sliding_window", None)
+    return size if isinstance(size, int) else None
 
 
 def _dtype(states: Tensor) -> torch.dtype:

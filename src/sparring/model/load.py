@@ -176,9 +176,7 @@ def load_model(
     if in_4bit:
         require_4bit(device)
         quantized = {"quantization_config": nf4(cast(torch.dtype, dtype)), "device_map": {"": device}}
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    turn_dropout_off(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base_of(folder),
@@ -206,6 +204,15 @@ def load_model(
             raise UserError(f"model: {name} in {folder} contains values that are not finite. {DOWNLOAD_AGAIN}")
     torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def turn_dropout_off(config: PreTrainedConfig) -> None:
+    """Sets every dropout to 0, those of nested configs (DBRX's `attn_config`) too."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            turn_dropout_off(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def check_weights(folder: Path) -> int:
@@ -285,5 +292,13 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Generat
 
 
 def context_length(folder: Path) -> int | None:
-    """The model's context length in tokens; None if its config does not say."""
-    return getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    """The model's context length in tokens; None if its config does not say.
+
+    With LongRoPE it is the original one. Beyond it a model rotates all positions of a batch with other factors, so a
+    response's log-prob would depend on the rows beside it.
+    """
+    config = load_config(folder).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # some have one for each layer type
+    original = [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
+    return min(filter(None, [getattr(config, "max_position_embeddings", None), *original]), default=None)

@@ -15,23 +15,24 @@ from transformers import PreTrainedModel
 
 from sparring.errors import UserError
 from sparring.model import attention
-from sparring.model.attention import why_not_shared
+from sparring.model.attention import CannotSharePrompts, narrow_windows, why_not_shared
 from sparring.model.kernels import linear_logprob
 from sparring.model.memory import run_within_memory
 from sparring.model.packing import (
     PackedBatch,
     Packing,
-    assign_to_ranks,
     group_tokens,
-    micro_batches,
     pack,
     pack_padded,
     pack_shared,
+    rank_batches,
     response_counts,
 )
 from sparring.parallel import Parallel
 from sparring.types import Group, Role, TokenIds
 
+PROBE_WINDOW = 2
+"""Tokens of a sliding window in the second comparison, fewer than the probe has."""
 # nats over a few tokens: far above rounding, far below any real error
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -120,54 +121,76 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares with the model's own logits once, and refuses a head that it does not reproduce."""
+        """Compares with the model's own logits of single rows once, and refuses a model that it does not reproduce."""
         ids = self.probe()
-        group = Group("probe", ids[:1], {"real": (ids[1:],)})
-        batch = pack_padded([group]).to(self.device)
-        is_response = torch.arange(len(ids), device=self.device)[None] > 0
+        groups = [Group(str(end), ids[:1], {"real": (ids[1:end],)}) for end in (len(ids), len(ids) // 2)]
         with self.as_loaded():
-            logits = self.model(**model_inputs(batch), use_cache=False).logits
-            expected = sequence_logprobs(logits, batch.input_ids, is_response)
-            ours = self.logprobs(batch)
-        if not torch.allclose(ours, expected, rtol=0, atol=PROBE_TOLERANCE[self.head.weight.dtype]):
+            expected, beside = self.own_logprobs(groups)
+            ours, padded = self.logprobs(pack_padded(groups).to(self.device))
+        tolerance, name = PROBE_TOLERANCE[self.head.weight.dtype], type(self.model).__name__
+        if not abs(ours - expected) <= tolerance:
             raise UserError(
-                f"{type(self.model).__name__} transforms its logits in an unsupported way: log p of a test "
-                f"sequence is {expected.item():.4f}, but {ours.item():.4f} when computed from the output head. "
-                f"Please report the model type '{self.model.config.model_type}'."
+                f"{name} transforms its logits in an unsupported way: log p of a test sequence is "
+                f"{expected.item():.4f}, but {ours.item():.4f} when computed from the output head. Please report the "
+                f"model type '{self.model.config.model_type}'."
             )
+        if not abs(padded - beside) <= tolerance:
+            raise UserError(
+                f"{name} does not ignore padding: log p of a test sequence is {beside.item():.4f} alone, but "
+                f"{padded.item():.4f} beside a longer one. Use another model."
+            )
+
+    def own_logprobs(self, groups: Sequence[Group]) -> list[Tensor]:
+        """From the model's own logits, one row at a time."""
+        found = []
+        for group in groups:
+            row = pack_padded([group]).to(self.device)
+            is_response = torch.arange(row.input_ids.shape[1], device=self.device)[None] >= len(group.prompt_ids)
+            logits = self.model(**model_inputs(row), use_cache=False).logits
+            found.append(sequence_logprobs(logits, row.input_ids, is_response)[0])
+        return found
 
     @torch.no_grad()
     def share_prompts(self) -> str | None:
-        """Turns prompt sharing on and compares with padded rows once; returns the reason if it must stay off."""
+        """Turns prompt sharing on and compares with padded rows; returns the reason if it must stay off.
+
+        A window longer than the probe would go unseen, so models with sliding windows are compared with short ones too.
+        """
         ids = self.probe()
         groups = [
             Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
         ]
-        with self.as_loaded():
-            expected = self.logprobs(pack_padded(groups).to(self.device))
+        padded, shared = pack_padded(groups).to(self.device), pack_shared(groups).to(self.device)
+        tolerance = PROBE_TOLERANCE[self.head.weight.dtype]
+
+        def logprobs(batch: PackedBatch, window: int | None) -> Tensor:
+            with self.as_loaded(), nullcontext() if window is None else narrow_windows(self.model, window):
+                return self.logprobs(batch)
+
+        expected = {window: logprobs(padded, window) for window in (None, PROBE_WINDOW)}
         before = self.model.config._attn_implementation or "sdpa"  # transformers has no public accessor
         self.model.set_attn_implementation(attention.NAME)
-        row = pack_shared(groups).to(self.device)
 
-        def difference() -> float:
-            with self.as_loaded():
-                return float((self.logprobs(row) - expected).abs().max())
+        def difference(window: int | None) -> float:
+            return float((logprobs(shared, window) - expected[window]).abs().max())
 
-        tolerance = PROBE_TOLERANCE[self.head.weight.dtype]
         if self.is_flex:
             try:
-                self.is_flex = difference() <= tolerance
+                self.is_flex = all(difference(window) <= tolerance for window in expected)
             except Exception:  # whatever the compiler raises for this model's sizes: fall back to by_pieces
                 self.is_flex = False
         try:
-            found = difference()
-        except TypeError as error:
-            problem = f"its forward does not accept the arguments that shared prompts need ({error})"
-        else:
-            if found <= tolerance:
+            if (found := difference(None)) > tolerance:
+                problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
+            elif difference(PROBE_WINDOW) > tolerance:
+                problem = "its sliding window is in its mask and does not reach its attention"
+            else:
                 self.packing = "shared"
                 return None
-            problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
+        except CannotSharePrompts as error:
+            problem = str(error)
+        except TypeError as error:
+            problem = f"its forward does not accept the arguments that shared prompts need ({error})"
         self.model.set_attn_implementation(before)
         return problem
 
@@ -197,36 +220,41 @@ def head_settings(model: PreTrainedModel) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
-@torch.no_grad()
 def score_groups(
     scorer: Scorer,
     groups: Sequence[Group],
     micro_batch_tokens: int,
     parallel: Parallel,
     advance: Callable[[int, int], object] = lambda groups, tokens: None,
+    steps: Sequence[Sequence[int]] | None = None,
 ) -> dict[Role, Float[np.ndarray, ...]]:
-    """Log-probs of all responses, in the order of `groups`: [groups], and [groups, samples] for generated.
+    """Log-probs of all responses, in the order of `groups`: [groups], and [groups, most samples] for generated.
 
     Ranks divide the groups among themselves, and each returns all log-probs. When memory runs out, the remaining
     groups are packed into smaller micro-batches. `advance` gets the groups and tokens of each micro-batch.
+
+    With `steps`, the indices of the groups of each optimizer step, micro-batches and kernels are those of training.
+    Gradients are on for that, although none is computed: torch chooses kernels by it.
     """
     result: dict[Role, np.ndarray] = {}
-    for role, count in response_counts(groups[0]):
+    for role, count in max((response_counts(group) for group in groups), key=lambda counts: sum(n for _, n in counts)):
         result[role] = np.zeros((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
-    mine = assign_to_ranks(scorer.packing, groups, parallel.num_ranks)[parallel.rank]
     done: set[int] = set()
 
     def score_remaining(micro_batch_tokens: int) -> None:
-        todo = [i for i in mine if i not in done]
-        for places in micro_batches(scorer.packing, [groups[i] for i in todo], micro_batch_tokens):
-            indices = [todo[i] for i in places]
-            batch = pack(scorer.packing, [groups[i] for i in indices]).to(scorer.device)
-            for role, values in batch.scores(scorer(batch)).items():
-                result[role][indices] = values.cpu().numpy()
-            done.update(indices)
-            advance(len(indices), batch.computed_tokens)
+        for step in [range(len(groups))] if steps is None else steps:
+            batches = rank_batches(scorer.packing, [groups[i] for i in step], micro_batch_tokens, parallel.num_ranks)
+            for places in batches[parallel.rank]:
+                if indices := [step[i] for i in places if step[i] not in done]:
+                    batch = pack(scorer.packing, [groups[i] for i in indices]).to(scorer.device)
+                    for role, values in batch.scores(scorer(batch).detach()).items():
+                        within = (indices, slice(values.shape[1])) if role == "generated" else indices
+                        result[role][within] = values.cpu().numpy()
+                    done.update(indices)
+                    advance(len(indices), batch.computed_tokens)
 
-    largest = max((group_tokens(scorer.packing, groups[i]) for i in mine), default=0)
-    run_within_memory(score_remaining, micro_batch_tokens, largest)
+    largest = max((group_tokens(scorer.packing, group) for group in groups), default=0)
+    with torch.set_grad_enabled(steps is not None):
+        run_within_memory(score_remaining, micro_batch_tokens, largest)
     parallel.barrier()
     return {role: parallel.all_reduce_sum(torch.from_numpy(values)).numpy() for role, values in result.items()}

@@ -9,9 +9,9 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparring.errors import RunError
+from sparring.errors import RunError, UserError
 from sparring.logging import info
 
 T = TypeVar("T")
@@ -50,6 +50,20 @@ def search_range(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
     while tokens > MINIMUM and tokens * bytes_per_token > CPU_ACTIVATION_BYTES:
         tokens //= 2
     return tokens, tokens
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Turns gradient checkpointing on, and leaves the rest of the model in evaluation mode.
+
+    transformers checkpoints a layer only if its `training` is set. Set for the whole model it would also turn on router
+    jitter, sampled routing and nested dropout, and the policy would differ from the opponent that was scored.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"train.gradient_checkpointing: transformers does not offer it for {type(model).__name__}.")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def find_micro_batch_tokens(attempt: Callable[[int], object], start: int, ceiling: int, largest: int) -> int:

@@ -190,10 +190,22 @@ def micro_batches(packing: Packing, groups: Sequence[Group], micro_batch_tokens:
     """Indices into `groups`, in micro-batches of at most `micro_batch_tokens` tokens, the largest first.
 
     Largest first: running out of memory happens at once, not after hours. A larger group gets its own micro-batch.
+    Groups with other roles or numbers of responses are not mixed.
     """
-    if packing == "padded":
-        return list(_padded_batches(groups, micro_batch_tokens))
-    return _packed_batches([group_tokens("shared", group) for group in groups], micro_batch_tokens)
+    alike: dict[ResponseCounts, list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault(response_counts(group), []).append(index)
+    batches: list[list[int]] = []
+    for indices in alike.values():
+        same = [groups[i] for i in indices]
+        if packing == "padded":
+            cut = list(_padded_batches(same, micro_batch_tokens))
+        else:
+            cut = _packed_batches([group_tokens("shared", group) for group in same], micro_batch_tokens)
+        batches += [[indices[i] for i in batch] for batch in cut]
+    if len(alike) > 1:
+        batches.sort(key=lambda batch: -sum(group_tokens(packing, groups[i]) for i in batch))
+    return batches
 
 
 def assign_to_ranks(packing: Packing, groups: Sequence[Group], ranks: int) -> list[list[int]]:

@@ -17,9 +17,9 @@ class Tspin:
 
     reward = alpha * log p_policy: there is no reference model, so the reward is the likelihood that generates. The
     first term is the current advantage, the second the historical one. `proto` is the response of the model that the
-    run started from, sampled once. In iteration 0 generated and proto are the same responses, and the paper sets beta
-    to 0. The paper does not say whether log-probs are summed or averaged over tokens; the sum is the likely reading,
-    `average_logprobs` the other one.
+    run started from, sampled once. In its first round generated and proto are the same responses, and the paper sets
+    beta to 0. The paper does not say whether log-probs are summed or averaged over tokens; the sum is the likely
+    reading, `average_logprobs` the other one.
     """
 
     name: Literal["tspin"] = "tspin"
@@ -31,7 +31,7 @@ class Tspin:
     @property
     def needs(self) -> Needs:
         roles: tuple[Role, ...] = ("real", "generated", "proto") if self.beta > 0 else ("real", "generated")
-        return Needs(roles, opponent=False, rounds=1)
+        return Needs(roles, opponent=False, rounds=1, first_round={"beta": 0.0})
 
     @property
     def start_loss(self) -> None:

@@ -28,7 +28,7 @@ class TspinRef:
     @property
     def needs(self) -> Needs:
         roles: tuple[Role, ...] = ("real", "generated", "proto") if self.beta > 0 else ("real", "generated")
-        return Needs(roles, opponent=True, rounds=1)
+        return Needs(roles, opponent=True, rounds=1, first_round={"beta": 0.0})
 
     @property
     def start_loss(self) -> float:

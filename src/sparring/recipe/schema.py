@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import torch
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -41,14 +41,11 @@ def has_bfloat16_products() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def resolve_dtype(dtype: str) -> str:
-    """`auto` is bfloat16 on hardware that accelerates it, otherwise float32."""
-    if dtype != "auto":
-        return dtype
+def resolve_dtype() -> Literal["bfloat16", "float32"]:
+    """What `auto` is: bfloat16 on hardware that accelerates it, otherwise float32."""
     return "bfloat16" if has_bfloat16_products() else "float32"
 
 
-RESOLVED = Field(validate_default=True), AfterValidator(resolve_dtype)
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 MAY_CHANGE: JsonDict = {"may_change": True}
@@ -167,7 +164,7 @@ class Train(Strict):
     batch_size: PositiveInt = 64
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 2048
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], *RESOLVED] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(default_factory=resolve_dtype)
     """Compute dtype. auto: bfloat16 on hardware that accelerates it, otherwise float32; a run keeps its dtype."""
     max_grad_norm: Positive | None = 1.0
     sft_weight: NonNegative = 0.0
@@ -175,6 +172,17 @@ class Train(Strict):
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=MAY_CHANGE)
     """Optimizer steps between checkpoints."""
+
+    @validator(mode="before")
+    @classmethod
+    def auto_is_unset(cls, raw: Any) -> Any:
+        """Drops `dtype: auto`, so that `has_auto_dtype` tells it from a dtype that the user named."""
+        is_auto = isinstance(raw, Mapping) and raw.get("dtype") == "auto"
+        return {key: value for key, value in raw.items() if key != "dtype"} if is_auto else raw
+
+    @property
+    def has_auto_dtype(self) -> bool:
+        return "dtype" not in self.model_fields_set
 
 
 class Regex(Strict):
@@ -248,7 +256,7 @@ class Recipe(Strict):
     data: Data
     adapter: Adapter | None = None
     generate: Generate = Generate()
-    train: Train = Train()
+    train: Train = Field(default_factory=Train)
     evaluate: Evaluate = Evaluate()
     track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         default=(), json_schema_extra=MAY_CHANGE
@@ -286,16 +294,10 @@ class Recipe(Strict):
 
     @validator(mode="before")
     @classmethod
-    def published_defaults(cls, raw: Any) -> Any:
-        """Expands `method: spin` to a mapping, and sets T-SPIN's beta to 0 in iteration 0 (its Algorithm 1)."""
-        if not isinstance(raw, Mapping):
-            return raw
-        method = raw.get("method")
-        raw = {**raw, "method": {"name": method}} if isinstance(method, str) else dict(raw)
-        game = raw.get("method")
-        is_tspin = isinstance(game, Mapping) and game.get("name") in ("tspin", "tspin-ref")
-        if "per_iteration" not in raw and is_tspin:
-            raw["per_iteration"] = {0: {"method.beta": 0.0}}
+    def expand_method(cls, raw: Any) -> Any:
+        """Expands `method: spin` to a mapping."""
+        if isinstance(raw, Mapping) and isinstance(raw.get("method"), str):
+            return {**raw, "method": {"name": raw["method"]}}
         return raw
 
     @validator(mode="after")
@@ -319,12 +321,24 @@ class Recipe(Strict):
             raise ValueError("stop needs held-out rows; set data.held_out")
         for index in self.per_iteration:
             try:
-                self.at(index)
+                changed = self.at(index)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"per_iteration.{index}: {where}: {first['msg']}") from error
+            if (new := changed.length_limits) != (old := self.length_limits):
+                name = next(name for name in old if old[name] != new[name])
+                raise ValueError(
+                    f"per_iteration.{index}: {name} would be {new[name]}, but {old[name]} in other iterations. Rows "
+                    f"are truncated there once, for all iterations. Use one {name}, or another run."
+                )
         return self
+
+    @property
+    def length_limits(self) -> dict[str, int]:
+        """The settings at which the data stage truncates rows."""
+        limits = {"train.max_length": self.train.max_length}
+        return limits | ({"generate.max_new_tokens": self.generate.max_new_tokens} if self.data.truncate_real else {})
 
     def methods(self) -> list[Objective]:
         """The recipe's method, and those of single iterations."""
@@ -332,8 +346,9 @@ class Recipe(Strict):
 
     def at(self, index: int) -> Recipe:
         """The settings of one iteration."""
-        changes = self.per_iteration.get(index)
-        if not changes:
+        changes = self.per_iteration.get(index, {})
+        is_first_round = index >= 0 and self._method_name(index) not in map(self._method_name, range(index))
+        if not changes and not (is_first_round and self.method.needs.first_round):
             return self
         raw = {**self.model_dump(by_alias=True), "per_iteration": {}}
         for key, value in changes.items():
@@ -343,7 +358,20 @@ class Recipe(Strict):
             ):  # a new method replaces the whole mapping
                 raise ValueError(f"per_iteration.{index}: '{key}' cannot change between iterations")
             set_key(raw, key.split("."), value)
-        return Recipe.model_validate(raw)
+        if isinstance(raw["train"], dict) and raw["train"].get("dtype", "auto") == "auto":
+            raw["train"] = {**raw["train"], "dtype": self.train.dtype}  # as the run resolved it
+        recipe = Recipe.model_validate(raw)
+        if not is_first_round:
+            return recipe
+        mapping = changes.get("method")
+        given = {*changes, *(f"method.{name}" for name in (mapping if isinstance(mapping, Mapping) else ()))}
+        method: Any = recipe.method
+        first = {name: value for name, value in method.needs.first_round.items() if f"method.{name}" not in given}
+        return recipe.model_copy(update={"method": replace(method, **first)})
+
+    def _method_name(self, index: int) -> object:
+        method = self.per_iteration.get(index, {}).get("method", self.method.name)
+        return method.get("name") if isinstance(method, Mapping) else method
 
 
 SECTIONS: Mapping[str, type[Strict]] = {

@@ -22,6 +22,7 @@ from sparring.report.summary import (
     format_metric,
     headline_cards,
     headline_index,
+    scoring_noise,
     summary,
     warning_summary,
 )
@@ -69,6 +70,7 @@ def render(run: RunDir) -> str:
         held_out=draw_held_out(results),
         quadrant_bars=quadrant_bars(results),
         training=draw_training(results),
+        scoring_noise=scoring_noise(results),
         times=time_bars(results),
         samples=collect(results),
         recipe=dump_recipe(results.recipe),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sparring.report.figures import Z95
+from sparring.run.manifest import is_committed, read_manifest
 from sparring.run.results import FLAT, Results
 
 METRICS = (
@@ -130,3 +131,15 @@ def format_metric(metric: str, value: float) -> str:
     if metric in PERCENTAGES:
         return f"{value:.1%}"
     return f"{value:.4f}" if metric == "held_out_nll" else f"{value:.1f}"
+
+
+def scoring_noise(results: Results) -> str:
+    """How much rounding the opponent's cached log-probs carry, in the last iteration that was scored; may be empty."""
+    scored = [i.stage("score") for i in results.iterations if i.index >= 0 and is_committed(i.stage("score"))]
+    if not scored:
+        return ""
+    info: dict[str, Any] = dict(read_manifest(scored[-1]).info)
+    return (
+        f" The opponent's cached log-probs carry rounding of {info['noise_per_response']:.2g} nats per response "
+        f"({info['noise_per_token']:.2g} per token): {info['noise_responses']} of them, scored again alone."
+    )

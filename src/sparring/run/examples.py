@@ -71,23 +71,27 @@ def read_iteration(iteration: Iteration, index: int) -> list[Generation]:
     return read_generations(sorted(iteration.run.stage(index, "generate").glob("part-*.parquet")))
 
 
+def training_rows(iteration: Iteration) -> list[tuple[int, JoinedRow]]:
+    """The training examples of an iteration: every row, once per iteration whose answers it is trained on.
+
+    Objectives without generated responses have one per row, under iteration 0.
+    """
+    joined = read_joined(iteration)
+    return [(t, one) for t in (joined[0].generated if joined else ()) or (0,) for one in joined]
+
+
 def load_training_examples(iteration: Iteration) -> list[TrainingExample]:
-    """Every training row once per iteration whose answers it is trained on, with the opponent's scores."""
+    """The training examples of an iteration with the opponent's scores."""
     needs = iteration.recipe.method.needs
     scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
-    joined = read_joined(iteration)
     examples = []
-    for t in (joined[0].generated if joined else ()) or (0,):
-        for one in joined:
-            group = one.group(needs.roles, [t])
-            opponent: dict[Role, np.ndarray] = {}
-            for role in needs.roles if needs.opponent else ():
-                if role == "generated":
-                    found = [scores[one.row.id, role, t, sample] for sample in range(len(group.responses[role]))]
-                else:
-                    found = scores[one.row.id, role, 0, 0]
-                opponent[role] = np.array(found, dtype=np.float32)
-            examples.append(TrainingExample(group, opponent))
+    for t, one in training_rows(iteration):
+        group = one.group(needs.roles, [t])
+        opponent: dict[Role, np.ndarray] = {}
+        for role in needs.roles if needs.opponent else ():
+            found = [scores[one.row.id, role, t, sample] for sample in range(len(group.responses[role]))]
+            opponent[role] = np.array(found if role == "generated" else found[0], dtype=np.float32)
+        examples.append(TrainingExample(group, opponent))
     return examples
 
 

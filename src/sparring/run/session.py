@@ -47,10 +47,19 @@ def _parsed(text: str, source: str) -> Recipe:
     return make_recipe(*parse(text, source), source)
 
 
-def check_settings(run: RunDir, recipe: Recipe) -> None:
-    """Writes the resolved recipe, or refuses settings that would change what is already there."""
+def keep_dtype(recipe: Recipe, sealed: Recipe) -> Recipe:
+    """`recipe` with the dtype that `auto` was where the run started: another machine may resolve it otherwise."""
+    if not recipe.train.has_auto_dtype:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": sealed.train.dtype})})
+
+
+def check_settings(run: RunDir, recipe: Recipe) -> Recipe:
+    """Writes the resolved recipe and returns it, or refuses settings that would change what is already there."""
     if run.recipe.is_file() and run.has_begun:
-        if changed := differences(load_sealed_recipe(run.recipe), recipe):
+        sealed = load_sealed_recipe(run.recipe)
+        recipe = keep_dtype(recipe, sealed)
+        if changed := differences(sealed, recipe):
             raise RunMismatch(
                 f"{run.root} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
@@ -59,6 +68,7 @@ def check_settings(run: RunDir, recipe: Recipe) -> None:
     elif run.has_begun:
         raise RunMismatch(f"{run.root} has data but no recipe.yaml. Use another run directory.")
     replace_file(run.recipe, seal_recipe(recipe))
+    return recipe
 
 
 def fetch_from_mirror(run: RunDir, recipe: Recipe, mirror: Mirror) -> None:
@@ -69,7 +79,8 @@ def fetch_from_mirror(run: RunDir, recipe: Recipe, mirror: Mirror) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mirrored = Path(folder, "recipe.yaml")
         mirrored.write_text(text, encoding="utf-8")
-        if changed := differences(load_sealed_recipe(mirrored), recipe):
+        sealed = load_sealed_recipe(mirrored)
+        if changed := differences(sealed, keep_dtype(recipe, sealed)):
             raise RunMismatch(
                 f"mirror: {mirror.name} holds a run with other settings:\n  "
                 + "\n  ".join(changed)

@@ -6,7 +6,7 @@ Training then holds one model, and no epoch pays for the opponent again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,75 +16,135 @@ from sparring.data.tables import SCORES, write_table
 from sparring.logging import info, track
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer, score_groups
-from sparring.model.memory import inference_micro_batch_tokens, peak_memory_mib
+from sparring.model.memory import activation_bytes, checkpoint_activations, peak_memory_mib, search_range
 from sparring.parallel import Parallel
-from sparring.run.examples import JoinedRow, generated_inputs, read_joined
+from sparring.recipe.schema import Train
+from sparring.run.examples import JoinedRow, generated_inputs, training_rows
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit
-from sparring.types import Role
+from sparring.run.schedule import Schedule
+from sparring.types import Group, Role
 
 # What rounding explains between an engine's log-probs and the scorer's: mean |difference| in nats per token. Bfloat16
 # has steps of 1/8 between 16 and 32, where the largest logits are: rounded once more, each moves by up to 1/16.
 ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1 / 16}
 
+NUM_RESCORED = 16
+"""Training examples whose responses are scored twice, to measure rounding."""
+
 
 def score(iteration: Iteration, parallel: Parallel) -> None:
-    """Writes score/opponent.parquet: the opponent's log-prob of every response that the objective reads."""
+    """Writes score/opponent.parquet: the opponent's log-prob of every response that the objective reads.
+
+    The micro-batches are those of the first epoch of training, so that its log-ratios carry no rounding of other
+    shapes: one side of a systematic difference would count as reward.
+    """
     start = time.monotonic()
     run, recipe = iteration.run, iteration.recipe
     sources = (run.data, iteration.opponent, *generated_inputs(iteration))
     input_digests = run.input_digests(*sources) if parallel.is_main else {}  # verified before they are read
     parallel.barrier()
-    joined, iterations = read_joined(iteration), iteration.rounds()
-    groups = [one.group(recipe.method.needs.roles, iterations) for one in joined]
-    weights_dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.opponent, dtype=weights_dtype, device=parallel.device, in_4bit=recipe.in_4bit)
-    scorer = Scorer(model, getattr(torch, recipe.train.dtype))
-    micro_batch_tokens = inference_micro_batch_tokens(recipe.train.micro_batch_tokens, parallel.device)
+    rows = training_rows(iteration)
+    groups = [one.group(recipe.method.needs.roles, [t]) for t, one in rows]
+    steps = Schedule(recipe.train, len(groups), iteration.seed).first_epoch()
+    scorer = load_opponent(iteration, parallel)
+    micro_batch_tokens = training_micro_batch_tokens(recipe.train, scorer)
     with track(f"score {iteration.index}", len(groups)) as advance:
-        scores = score_groups(scorer, groups, micro_batch_tokens, parallel, advance)
+        scores = score_groups(scorer, groups, micro_batch_tokens, parallel, advance, steps)
+    noise = reference_noise(scorer, groups, scores, steps[0][:NUM_RESCORED], parallel)
     if not parallel.is_main:
         return
-    columns = score_columns(joined, iterations, scores)
+    columns = score_columns(rows, groups, scores)
     summary = {
         "seconds": time.monotonic() - start,
         "peak_memory_mib": peak_memory_mib(parallel.device),
         "responses": len(columns["id"]),
-        **compare_with_engine(iteration, joined, scores),
+        **noise,
+        **compare_with_engine(iteration, rows, scores),
     }
     with commit(iteration.stage("score"), input_digests=input_digests, info=summary) as folder:
         write_table(folder / "opponent.parquet", SCORES, columns)
 
 
-def score_columns(
-    joined: Sequence[JoinedRow], iterations: Sequence[int], scores: dict[Role, np.ndarray]
-) -> dict[str, Sequence[object] | np.ndarray]:
-    """One table row per response; a response that was not generated has iteration 0 and sample 0."""
-    ids = [one.row.id for one in joined]
-    samples = [(t, answer.sample) for t in iterations for answer in joined[0].generated[t]] if joined else []
-    places = {role: samples if role == "generated" else [(0, 0)] for role in scores}
+def load_opponent(iteration: Iteration, parallel: Parallel) -> Scorer:
+    """The opponent as training loads it as a policy."""
+    recipe = iteration.recipe
+    weights_dtype = getattr(torch, recipe.weights_dtype)
+    model = load_model(iteration.opponent, dtype=weights_dtype, device=parallel.device, in_4bit=recipe.in_4bit)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    return Scorer(model, getattr(torch, recipe.train.dtype))
+
+
+def training_micro_batch_tokens(settings: Train, scorer: Scorer) -> int:
+    """Tokens per micro-batch of training; with `auto` where its search begins, which on a CPU is also its end."""
+    if settings.micro_batch_tokens != "auto":
+        return settings.micro_batch_tokens
+    is_checkpointing = settings.gradient_checkpointing
+    per_token = activation_bytes(scorer.model.config, scorer.dtype.itemsize, checkpointing=is_checkpointing)
+    return search_range(scorer.device, per_token)[0]
+
+
+def reference_noise(
+    scorer: Scorer,
+    groups: Sequence[Group],
+    scores: Mapping[Role, np.ndarray],
+    chosen: Sequence[int],
+    parallel: Parallel,
+) -> dict[str, float]:
+    """Rounding of the cached log-probs: mean |difference| when the `chosen` groups' responses are scored again, alone.
+
+    In nats per token and in nats per response. For every rank.
+    """
+    cached = [
+        (groups[index].prompt_ids, response, np.atleast_1d(scores[role][index])[sample])
+        for index in chosen
+        for role, responses in groups[index].responses.items()
+        for sample, response in enumerate(responses)
+    ]
+    alone = [Group(str(i), prompt, {"real": (response,)}) for i, (prompt, response, _) in enumerate(cached)]
+    again = score_groups(scorer, alone, 1, parallel, steps=[[i] for i in range(len(alone))])["real"]
+    differences = np.abs(again - np.array([logprob for _, _, logprob in cached], dtype=np.float32))
+    lengths = np.array([len(response) for _, response, _ in cached])
     return {
-        "id": np.concatenate([np.repeat(ids, len(places[role])) for role in scores]),
-        "role": [role for role in scores for _ in range(len(ids) * len(places[role]))],
-        "iteration": [t for role in scores for t, _ in places[role] * len(ids)],
-        "sample": [sample for role in scores for _, sample in places[role] * len(ids)],
-        "logprob": np.concatenate([values.reshape(-1) for values in scores.values()]),
+        "noise_per_token": float(np.mean(differences / lengths)),
+        "noise_per_response": float(np.mean(differences)),
+        "noise_responses": len(cached),
+    }
+
+
+def score_columns(
+    rows: Sequence[tuple[int, JoinedRow]], groups: Sequence[Group], scores: Mapping[Role, np.ndarray]
+) -> dict[str, Sequence[object] | np.ndarray]:
+    """One table row per response."""
+    places = [
+        (index, t, one.row.id, role, sample)
+        for index, ((t, one), group) in enumerate(zip(rows, groups, strict=True))
+        for role, responses in group.responses.items()
+        for sample in range(len(responses))
+    ]
+    return {
+        "id": [id for _, _, id, _, _ in places],
+        "role": [role for _, _, _, role, _ in places],
+        "iteration": [t for _, t, _, _, _ in places],
+        "sample": [sample for _, _, _, _, sample in places],
+        "logprob": [np.atleast_1d(scores[role][index])[sample] for index, _, _, role, sample in places],
     }
 
 
 def compare_with_engine(
-    iteration: Iteration, joined: Sequence[JoinedRow], scores: dict[Role, np.ndarray]
+    iteration: Iteration, rows: Sequence[tuple[int, JoinedRow]], scores: Mapping[Role, np.ndarray]
 ) -> dict[str, float]:
     """How far the engine's log-probs of this iteration's answers are from the scorer's; empty if it reports none.
 
     Defined for true samples only: at another temperature or top_p an engine reports other probabilities.
     """
     generate = iteration.recipe.generate
-    if not joined or iteration.index not in joined[0].generated or (generate.temperature, generate.top_p) != (1, 1):
+    fresh = [(one, index) for index, (t, one) in enumerate(rows) if t == iteration.index and t in one.generated]
+    if not fresh or (generate.temperature, generate.top_p) != (1, 1):
         return {}
-    iterations = [t for t in iteration.rounds() for _ in joined[0].generated[t]]
-    own = [place for place, t in enumerate(iterations) if t == iteration.index]
-    return engine_difference(joined, iteration.index, scores["generated"][:, own], iteration.recipe.train.dtype)
+    own = scores["generated"][[index for _, index in fresh], : generate.samples]
+    return engine_difference([one for one, _ in fresh], iteration.index, own, iteration.recipe.train.dtype)
 
 
 def engine_difference(

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
 
 from sparring.logging import track
 from sparring.model.load import save_merged, save_successor
 from sparring.model.lora import BASE, base_of
 from sparring.model.memory import peak_memory_mib
 from sparring.parallel import Parallel, interrupt
-from sparring.recipe.schema import Train
 from sparring.run.disk import writing
 from sparring.run.examples import generated_inputs, load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import begin_work, commit, failpoint, hash_path, write_json
+from sparring.run.schedule import Schedule
 from sparring.run.tracking import steps_before, track_step
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from sparring.stages.train.micro_batches import choose_micro_batch_tokens, run_step_within_memory
@@ -32,11 +27,10 @@ from sparring.stages.train.step import (
     check_policy_equals_opponent,
     check_start_loss,
     forward_backward,
+    scoring_noise,
     stop_if_not_finite,
 )
 from sparring.types import TrainingExample
-
-T = TypeVar("T")
 
 
 def train(iteration: Iteration, parallel: Parallel) -> None:
@@ -95,50 +89,6 @@ def begin(iteration: Iteration, parallel: Parallel) -> dict[str, str]:
     return input_digests
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Which examples each optimizer step gets, and its learning rate. Both are functions of the step alone."""
-
-    settings: Train
-    num_examples: int
-    seed: Callable[..., int]  # Iteration.seed
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_examples / self.settings.batch_size)
-
-    @property
-    def num_steps(self) -> int:
-        return self.settings.epochs * self.steps_per_epoch
-
-    def batch(self, examples: Sequence[T], step: int) -> list[T]:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = permutation(self.num_examples, self.seed("order", epoch))
-        return [examples[i] for i in order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]]
-
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.num_steps, self.settings)
-
-
-def permutation(count: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=seed)).permutation(count)
-
-
-def learning_rate(step: int, num_steps: int, settings: Train) -> float:
-    """The rate of optimizer step `step`, from 0. Rises over the warm-up, and no step has rate 0."""
-    warmup = math.ceil(settings.warmup_ratio * num_steps)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    match settings.schedule:
-        case "linear":
-            return settings.learning_rate * (1 - progress)
-        case "cosine":
-            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-        case "constant":
-            return settings.learning_rate
-
-
 def take_step(
     iteration: Iteration,
     policy: Policy,
@@ -156,7 +106,7 @@ def take_step(
     metrics = run_step_within_memory(iteration, policy, batch, attempt, parallel)
     if step == 0:
         check_start_loss(objective, batch)
-        check_policy_equals_opponent(objective, metrics, settings.dtype)
+        check_policy_equals_opponent(objective, metrics, settings.dtype, scoring_noise(iteration))
     computed = time.monotonic()
     stop_if_not_finite(iteration, step, "loss", metrics["loss"], batch)
     rate = schedule.learning_rate(step)

@@ -13,6 +13,7 @@ from sparring.logging import info
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
 from sparring.model.lora import train_adapter
+from sparring.model.memory import checkpoint_activations
 from sparring.model.optimizers import make_optimizer, require_bitsandbytes
 from sparring.parallel import Parallel
 from sparring.run.iteration import Iteration
@@ -39,9 +40,9 @@ def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
     model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
     if adapter is not None:
         train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
+        model.eval()  # peft adds layers in training mode
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # checkpointing works in training mode only; every dropout is 0
+        checkpoint_activations(model)
     scorer = Scorer(model, getattr(torch, settings.dtype))
     if scorer.why_padded:
         info(f"  Prompt sharing is off for this model: {scorer.why_padded}.")
