@@ -280,6 +280,14 @@ def test_one_prompt_has_no_interval() -> None:
     assert headline is not None
     assert card.verdict == "no difference shown" and card.change == "-0.1333"
     assert "One prompt has no interval" in describe_headline(headline)
+    twice = Simulated(RECIPE, {"held_out_nll": np.array([*values, values[0]])}, np.zeros(3, dtype=int), tokens)
+    assert describe_headline(cast(Headline, twice.headline())) == describe_headline(headline), "it cannot be halved"
+
+
+def test_an_iteration_without_a_checked_row_is_never_the_best() -> None:
+    values = np.array([[0.0, 1, 0, 1], [np.nan] * 4, [1, 1, 1, 1]])
+    results = Simulated(CHECKED, {"greedy_accuracy": values}, np.arange(4), np.ones(4))
+    assert results.best() == 1
 
 
 def test_halves_are_halves_of_the_prompts() -> None:

@@ -76,9 +76,10 @@ def describe_headline(headline: Headline) -> str:
     metric, name = headline.chosen_by, NAMES[headline.chosen_by]
     start, value, change = (by_metric[metric] for by_metric in (headline.start, headline.value, headline.change))
     if headline.choosing_prompts is None:
-        chosen, judged = "", f"on {value.clusters} held-out prompts"
+        chosen, judged = "", f"on {value.clusters} held-out prompt{'s' if value.clusters > 1 else ''}"
     else:
-        chosen = f" on {headline.choosing_prompts} held-out prompts"
+        plural = "s" if headline.choosing_prompts > 1 else ""
+        chosen = f" on {headline.choosing_prompts} held-out prompt{plural}"
         judged = f"on the other {value.clusters}"
     if headline.best < 0:
         text = f"No iteration improves the {name} of the starting model{chosen}. "

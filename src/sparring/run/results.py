@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +64,7 @@ class Headline:
     iteration: int
     best: int  # -1: no iteration is better than the start
     chosen_by: str  # evaluate.save_best_by
-    choosing_prompts: int | None  # None: there is one iteration and nothing to choose
+    choosing_prompts: int | None  # None: there is one iteration, so nothing to choose, or one prompt
     start: Mapping[str, Estimate]
     value: Mapping[str, Estimate]
     change: Mapping[str, Estimate]
@@ -176,7 +177,8 @@ class Results:
         sign = 1 if metric == "held_out_nll" else -1
         if rows is None:
             rows = self.halves[0] if len(candidates) > 2 else self.all_rows
-        return min(candidates, key=lambda t: (sign * self.value(metric, t, rows).mean, t))
+        values = {t: sign * self.value(metric, t, rows).mean for t in candidates}
+        return min(values, key=lambda t: (isnan(values[t]), values[t], t))  # NaN: no row could be checked
 
     def best(self) -> int | None:
         """The best of the evaluated iterations; -1: none is better than the start."""
@@ -193,8 +195,8 @@ class Results:
             index = best if best >= 0 else done[-1]
         elif index not in done:
             return None
-        is_chosen = len(done) > 1
         choosing, judging = self.halves
+        is_chosen = len(done) > 1 and not (choosing & judging).any()
         rows = judging if is_chosen else self.all_rows
         metrics = [metric for metric in MEASURED if metric in evaluations[index]]
         return Headline(
