@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,39 +61,58 @@ class Record:
         return found
 
     def write(self, root: Path) -> Results:
-        """A run directory that has what the warnings read, as the stages would have written it."""
         random = np.random.default_rng(0)
-        run = RunDir(root)
-        recipe = Recipe.model_validate({"model": "m", "method": "spin", "iterations": 1, "data": {"train": "t"}})
-        root.mkdir()
-        run.recipe.write_text(seal_recipe(recipe))
         real, start, last = (self.responses(form, random) for form in (self.real, self.start, self.last))
-        nothing = np.array([5], dtype=np.int32)
-        rows = [
-            Rendered(str(n), n, nothing, ids, finish, "", "", prompt_key=str(n)) for n, (ids, finish) in enumerate(real)
-        ]
-        summary = DataSummary("m", "", ROWS, ROWS, {}, 0, "", (END,), "", 512, 1.0, 17.0)
-        with commit(run.data, input_digests={}) as folder:
-            write_rows(folder / "train.parquet", rows)
-            write_rows(folder / "held_out.parquet", rows)
-            summary.write(folder / "summary.json")
-        tokens = np.array([len(row.real_ids) for row in rows])
-        nll = (1.5 + random.normal(0, 0.3, ROWS)) * tokens
-        for folder, responses, change in ((run.start, start, 0.0), (run.iteration(0), last, self.nll_change)):
-            logprob = -(nll + (change + random.normal(0, 0.02, ROWS)) * tokens).astype(np.float32)
-            generations = [Generation(str(n), 0, ids, finish) for n, (ids, finish) in enumerate(responses)]
-            metrics = text_metrics(generations, [row.real_ids for row in rows]) | real_form(rows)
-            columns: dict[str, Sequence[object] | np.ndarray] = {name: [None] * ROWS for name in ANSWERS.names}
-            columns |= {"id": [row.id for row in rows], "real_logprob": logprob}
-            with commit(folder / "evaluate", input_digests={}) as work:
-                write_json(work / "metrics.json", metrics | likelihood(rows, logprob))
-                write_table(work / "answers.parquet", ANSWERS, columns)
+        rows = [row(n, ids, finish) for n, (ids, finish) in enumerate(real)]
         drawn = [Generation(str(n), 0, ids, finish) for n, (ids, finish) in enumerate(start)]
-        with commit(run.stage(0, "generate"), input_digests={}) as work:
-            write_generations(work / "part-00000.parquet", drawn, [""] * ROWS)
-        with commit(run.stage(0, "score"), input_digests={}, info=self.scored) as work:
-            write_json(work / "nothing.json", {})
-        return Results(root)
+        after = [Generation(str(n), 0, ids, finish) for n, (ids, finish) in enumerate(last)]
+        tokens = np.array([len(one.real_ids) for one in rows])
+        nll = 1.5 + random.normal(0, 0.3, ROWS)
+        changes = (random.normal(0, 0.02, ROWS), self.nll_change + random.normal(0, 0.02, ROWS))
+        metrics = [text_metrics(g, [one.real_ids for one in rows]) | real_form(rows) for g in (drawn, after)]
+        return write_run(
+            root, rows, rows, drawn, [-(nll + change) * tokens for change in changes], metrics, self.scored
+        )
+
+
+def row(number: int, ids: TokenIds, finish: Finish) -> Rendered:
+    return Rendered(str(number), number, np.array([5], dtype=np.int32), ids, finish, "", "", prompt_key=str(number))
+
+
+def write_run(
+    root: Path,
+    train: Sequence[Rendered],
+    held_out: Sequence[Rendered],
+    drawn: Sequence[Generation],
+    real_logprob: Sequence[np.ndarray],
+    metrics: Sequence[Mapping[str, float]],
+    scored: Mapping[str, float],
+) -> Results:
+    """A run directory of one iteration that has what the warnings read, as the stages would have written it.
+
+    `real_logprob` and `metrics` are those of the start and of iteration 0, `scored` is in the manifest of `score`.
+    """
+    run, nothing = RunDir(root), [None] * len(held_out)
+    recipe = Recipe.model_validate({"model": "m", "method": "spin", "iterations": 1, "data": {"train": "t"}})
+    root.mkdir()
+    run.recipe.write_text(seal_recipe(recipe))
+    with commit(run.data, input_digests={}) as folder:
+        write_rows(folder / "train.parquet", train)
+        write_rows(folder / "held_out.parquet", held_out)
+        DataSummary("m", "", len(train), len(held_out), {}, 0, "", (END,), "", 512, 1.0, 17.0).write(
+            folder / "summary.json"
+        )
+    for folder, logprob, measured in zip((run.start, run.iteration(0)), real_logprob, metrics, strict=True):
+        columns: dict[str, Sequence[object] | np.ndarray] = dict.fromkeys(ANSWERS.names, nothing)
+        columns |= {"id": [one.id for one in held_out], "real_logprob": logprob.astype(np.float32)}
+        with commit(folder / "evaluate", input_digests={}) as work:
+            write_json(work / "metrics.json", measured | likelihood(held_out, logprob))
+            write_table(work / "answers.parquet", ANSWERS, columns)
+    with commit(run.stage(0, "generate"), input_digests={}) as work:
+        write_generations(work / "part-00000.parquet", drawn, [""] * len(drawn))
+    with commit(run.stage(0, "score"), input_digests={}, info=dict(scored)) as work:
+        write_json(work / "nothing.json", {})
+    return Results(root)
 
 
 HEALTHY = Record()
@@ -145,6 +164,46 @@ SICK = {
 def test_each_warning_on_a_sick_record(text: str, tmp_path: Path) -> None:
     warnings = find_warnings(SICK[text].write(tmp_path / "run"))
     assert [warning[: len(text)] for warning in warnings] == [text], "this one and no other"
+
+
+SMOLLM2 = json.loads(Path(__file__).with_name("smollm2.json").read_text())
+
+
+def captured(root: Path, last: Mapping[str, float], rise: float = 0.0) -> Results:
+    """The record of a run of a real chat model, with other metrics of the last model and a held-out NLL that rises."""
+
+    def ids(length: int, first: int) -> TokenIds:
+        return np.array([first] + [5] * (length - 1), dtype=np.int32)
+
+    finish: dict[int, Finish] = {0: "length", 1: "stop"}
+    pairs, real = SMOLLM2["train"], SMOLLM2["held_out"]
+    train = [row(n, ids(length, first), finish[ends]) for n, ((length, ends, first), _) in enumerate(pairs)]
+    drawn = [Generation(str(n), 0, ids(k, first), finish[ends]) for n, (_, (k, ends, first)) in enumerate(pairs)]
+    held_out = [row(n, ids(length, first), finish[ends]) for n, (length, ends, first) in enumerate(real)]
+    before, after = (np.array(values) for values in SMOLLM2["real_logprob"])
+    start, end = SMOLLM2["metrics"]
+    after -= rise * np.array([length for length, _, _ in real])
+    return write_run(root, train, held_out, drawn, [before, after], [start, end | last], {})
+
+
+def test_no_warning_on_the_record_of_a_real_chat_model(tmp_path: Path) -> None:
+    assert find_warnings(captured(tmp_path / "run", {})) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "rise"),
+    [
+        ("The likelihood of real responses falls: ", {}, 0.2),
+        ("The response length drifts away from that of the real responses: ", {"length_ratio": 1.6}, 0.0),
+        ("The model stops emitting its end token: ", {"end_rate": 0.04}, 0.0),
+        ("Responses repeat themselves: ", {"repetition": 0.3}, 0.0),
+    ],
+)
+def test_each_warning_where_only_one_thing_of_it_is_sick(
+    text: str, last: dict[str, float], rise: float, tmp_path: Path
+) -> None:
+    (warning,) = find_warnings(captured(tmp_path / "run", last, rise))
+    assert warning.startswith(text)
 
 
 def test_drift_is_away_from_the_real_length() -> None:

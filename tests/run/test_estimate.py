@@ -285,7 +285,7 @@ def test_one_prompt_has_no_interval() -> None:
 
 
 def test_an_iteration_without_a_checked_row_is_never_the_best() -> None:
-    values = np.array([[0.0, 1, 0, 1], [np.nan] * 4, [1, 1, 1, 1]])
+    values = np.array([[0.0] * 4, [np.nan] * 4, [1.0] * 4])
     results = Simulated(CHECKED, {"greedy_accuracy": values}, np.arange(4), np.ones(4))
     assert results.best() == 1
 

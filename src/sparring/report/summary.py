@@ -81,15 +81,14 @@ def describe_headline(headline: Headline) -> str:
         plural = "s" if headline.choosing_prompts > 1 else ""
         chosen = f" on {headline.choosing_prompts} held-out prompt{plural}"
         judged = f"on the other {value.clusters}"
-    if headline.best < 0:
-        text = f"No iteration improves the {name} of the starting model{chosen}. "
-    else:
-        text = f"Iteration {headline.best} has the best {name}{chosen}. "
     before, after = format_metric(metric, start.mean), format_metric(metric, value.mean)
-    text += (
-        f"Iteration {headline.iteration} has {after} {judged}, compared to {before} at the start, a change of "
-        f"{format_change(metric, change)}."
-    )
+    if headline.best == headline.iteration:
+        text = f"Iteration {headline.best} has the best {name}{chosen}{', and' if chosen else ':'}"
+    elif headline.best < 0:
+        text = f"No iteration improves the {name} of the starting model{chosen}. Iteration {headline.iteration} has"
+    else:
+        text = f"Iteration {headline.best} has the best {name}{chosen}. Iteration {headline.iteration} has"
+    text += f" {after} {judged}, compared to {before} at the start, a change of {format_change(metric, change)}."
     if change.low is None:
         return text + " One prompt has no interval: hold out more."
     return text if change.sign else text + " This may be chance: hold out more prompts."
