@@ -28,16 +28,14 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from demo_seeds import cpu_name
 
 from sparring.commands.compare import copy_rows, reuse_stages
 from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
-from sparring.data.tables import read_rendered
 from sparring.loop import begin, play, run_stage
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
-from sparring.run.iteration import Iteration, seed_of
+from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest, replace_file
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
@@ -296,20 +294,15 @@ def measure(run: RunDir) -> dict[str, object]:
     """Returns the budget, the share of copies among the first answers, and metrics per evaluation, the start first."""
     results = Results(run.root)
     played = Played("", 0, 1.0, run)
-    held_out = read_rendered(run.data / "held_out.parquet")
-    tokens = np.array([len(row.real_ids) for row in held_out], dtype=float)
-    is_dev = np.array([seed_of("dev", row.id) % 2 == 0 for row in held_out])
-    halves = {"": np.ones_like(is_dev), "_dev": is_dev, "_test": ~is_dev}
+    choosing, judging = results.halves
+    halves = {"": results.all_rows, "_dev": choosing, "_test": judging}
     metrics: dict[str, list[float | None]] = {}
     for index, evaluation in results.evaluations().items():
         names = ["nll"] if results.recipe.evaluate.checker is None else ["nll", "greedy", "sampled"]
         for name in names:
             metric = {"nll": "held_out_nll"}.get(name, f"{name}_accuracy")
-            values = played.per_row(metric, index)
-            weights = tokens if name == "nll" else np.ones_like(tokens)
             for half, rows in halves.items():
-                value = float(values[rows].sum() / weights[rows].sum())
-                metrics.setdefault(name + half, []).append(round(value, 5))
+                metrics.setdefault(name + half, []).append(round(results.value(metric, index, rows).mean, 5))
         for name, metric in KEPT.items():
             value = evaluation.get(metric)
             metrics.setdefault(name, []).append(None if value is None else round(value, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from shortcuts import sparring
 
+from sparring import cli, loop
 from sparring.loop import play
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -101,7 +103,7 @@ def test_damage_is_exit_code_one(finished: Path, tmp_path: Path) -> None:
 def test_status_for_people_and_for_programs(finished: Path) -> None:
     people = sparring("status", finished / "run")
     assert people.returncode == 0
-    for word in ("space", "generate", "score", "train", "evaluate", "done", "Best held_out_nll"):
+    for word in ("space", "generate", "score", "train", "evaluate", "done", "held-out NLL"):
         assert word in people.stdout
     programs = json.loads(sparring("status", finished / "run", "--json").stdout)
     assert programs["method"] == "space" and programs["iterations"] == 1
@@ -112,7 +114,7 @@ def test_status_for_people_and_for_programs(finished: Path) -> None:
         (0, "train", "done"),
         (0, "evaluate", "done"),
     ]
-    assert programs["best"]["metric"] == "held_out_nll"
+    assert programs["headline"]["chosen_by"] == "held_out_nll"
     assert all(s["seconds"] > 0 for s in programs["stages"])
 
 
@@ -212,3 +214,34 @@ def test_the_module_is_the_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparring.cli", "status", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: ")
+
+
+def test_only_a_run_says_that_what_was_committed_is_intact(
+    finished: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of the operating system, in a command that commits nothing and in a run before and after it began."""
+
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["sparring", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(str(ended.value.code)), " ".join(capsys.readouterr().err.split())
+
+    init = ("init", tmp_path / "none" / "recipe.yaml", "--model", tiny / "model", "--data", tiny / "rows.jsonl")
+    code, text = call(*init)
+    assert code == 2 and "No such file or directory" in text and "committed" not in text
+    assert "Check that the path exists" in text
+
+    def fail(*anything: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(loop, "prepare", fail)
+    code, text = call("run", finished / "recipe.yaml", tmp_path / "new")
+    assert code == 2 and "Input/output error" in text and "committed" not in text
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter-00" / "train")
+    monkeypatch.setattr(loop, "launch_stage", fail)
+    code, text = call("run", finished / "recipe.yaml", tmp_path / "run")
+    assert code == 1 and "stopped: [Errno 5] Input/output error. Everything committed is intact" in text

@@ -196,7 +196,11 @@ def test_the_best_iteration_is_named_by_the_chosen_metric(make_recipe: MakeRecip
     recipe = make_recipe("sft", iterations=2, train={"epochs": 2, "learning_rate": 1e-2})
     run = play(recipe, tmp_path / "run")
     results = Results(run.root)
-    values = {i: m["held_out_nll"] for i, m in results.evaluations().items()}
+    choosing, judging = results.halves
+    values = {i: results.value("held_out_nll", i, choosing).mean for i in results.evaluations()}
     best = results.best()
-    assert best is not None and best.value == min(values.values()) and values[best.iteration] == best.value
-    assert best.iteration >= 0, "training on the rows helps"
+    assert best is not None and values[best] == min(values.values())
+    assert best >= 0, "training on the rows helps"
+    headline = results.headline()
+    assert headline is not None and (headline.iteration, headline.choosing_prompts) == (best, 6)
+    assert headline.value["held_out_nll"] == results.value("held_out_nll", best, judging), "others judge it"

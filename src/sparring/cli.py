@@ -239,7 +239,12 @@ def judge(
         references=references,
     )
     shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("win", "tie", "loss", "unclear"))
-    typer.echo(f"{shares}; score {found['score']:.3f} ± {found['score_stderr']:.3f} (one standard error)")
+    interval = (
+        f"[{found['score_low']:.3f}, {found['score_high']:.3f}] (95% interval over questions)"
+        if "score_low" in found
+        else "without an interval, which takes two questions"
+    )
+    typer.echo(f"{shares}; score {found['score']:.3f} {interval}")
     typer.echo(f"The position decided {found['position_bias']:.1%} of the pairs; they count as ties.")
 
 
@@ -311,7 +316,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("Interrupted. The same command continues.", 130)
     except OSError as error:
-        _fail(f"stopped: {error}. Everything committed is intact; the same command continues.", 1)
+        _fail(f"error: {error}. Check that the path exists, that you may use it, and that the disk has space.", 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from sparring.report import write_report
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.mirror import Mirror
-from sparring.run.results import Results
+from sparring.run.results import Results, name_methods
 from sparring.run.rundir import RunDir
 from sparring.run.session import (
     PACKAGES,
@@ -29,7 +29,7 @@ from sparring.run.session import (
     is_done,
     record_session,
 )
-from sparring.run.tracking import steps_before, track_evaluation, tracking
+from sparring.run.tracking import NO_TRACKER, Tracker, steps_before, tracking
 from sparring.stages.launch import launch_stage
 from sparring.stages.prepare import check_dependencies, optional_packages, prepare
 
@@ -53,8 +53,8 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
         if mirror is not None:
             mirror.send_all(run)
         report_settings(run, recipe)
-        with tracking(run, recipe.track, recipe.model_dump(by_alias=True, mode="json")):
-            has_worked = play_iterations(run, recipe, mirror)
+        with tracking(run, recipe.track, recipe.model_dump(by_alias=True, mode="json")) as tracker:
+            has_worked = play_iterations(run, recipe, mirror, tracker)
         if has_worked or not run.report.is_file():
             write_report(run)
             if mirror is not None:
@@ -64,14 +64,14 @@ def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[s
     return run
 
 
-def play_iterations(run: RunDir, recipe: Recipe, mirror: Mirror | None) -> bool:
+def play_iterations(run: RunDir, recipe: Recipe, mirror: Mirror | None, tracker: Tracker) -> bool:
     """Runs every stage that is not done; returns whether there was one."""
     has_worked = False
     for index in range(-1, recipe.iterations):
         iteration = Iteration(run, recipe.at(index), index)
         for stage in iteration.stages:
             interrupt.stop_if_asked()
-            if run_stage(iteration, stage):
+            if run_stage(iteration, stage, tracker):
                 has_worked = True
                 if mirror is not None:
                     mirror.send(run, iteration.stage(stage))
@@ -102,7 +102,7 @@ def begin(run: RunDir, recipe: Recipe) -> Recipe:
         raise
 
 
-def run_stage(iteration: Iteration, stage: str) -> bool:
+def run_stage(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER) -> bool:
     """Runs a stage unless it is done. Returns whether there was something to do."""
     run, final = iteration.run, iteration.stage(stage)
     if is_done(run, final):
@@ -110,15 +110,15 @@ def run_stage(iteration: Iteration, stage: str) -> bool:
         return False
     start = time.monotonic()
     log_event("stage begins", iteration=iteration.index, stage=stage)
-    launch_stage(iteration, stage)
+    launch_stage(iteration, stage, tracker)
     shutil.rmtree(run.work(final), ignore_errors=True)  # what ranks gathered is in what was committed
     metrics = {}
     if stage == "evaluate":
         metrics = json.loads((final / "metrics.json").read_text(encoding="utf-8"))
-        track_evaluation(metrics, steps_before(run, iteration.index + 1), iteration.index)
+        tracker.evaluation(iteration.index, metrics, steps_before(run, iteration.index + 1))
     seconds = time.monotonic() - start
     info(
-        f"{iteration.name}: {stage} {seconds:.1f} s{Results(run.root).headline(iteration, stage)}",
+        f"{iteration.name}: {stage} {seconds:.1f} s{Results(run.root).describe_stage(iteration, stage)}",
         "stage",
         iteration=iteration.index,
         stage=stage,
@@ -160,11 +160,11 @@ def report_settings(run: RunDir, recipe: Recipe) -> None:
     """What is played, on which rows, and what a user should know about them."""
     data = Iteration(run, recipe, 0).data
     info(
-        f"{recipe.method.name}: {recipe.iterations} iterations, {data.num_train:,} training rows ({data.format}), "
+        f"{name_methods(recipe)}: {recipe.iterations} iterations, {data.num_train:,} training rows ({data.format}), "
         f"{data.num_held_out:,} held out, responses end with {data.end_token!r}; run directory {run.root}",
         "run",
         run_dir=str(run.root),
-        method=recipe.method.name,
+        method=name_methods(recipe),
         iterations=recipe.iterations,
         training_rows=data.num_train,
         held_out_rows=data.num_held_out,

@@ -65,6 +65,7 @@ class Rendered:
     prompt: str  # for people and checkers only
     real: str
     rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty without one
+    prompt_key: str = ""  # the same for all rows of a prompt, which are not independent
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparring.commands.export import export_model, export_pairs, push_folder
+from sparring.commands.export.card import describe_training
 from sparring.data.formats import detect_format, examples
 from sparring.data.read import read_rows
 from sparring.data.render import text_as_jinja
@@ -29,9 +30,10 @@ from sparring.loop import play
 from sparring.model.load import check_model_folder, load_tokenizer
 from sparring.model.lora import CONFIG
 from sparring.recipe.schema import Generate, Recipe
+from sparring.report.summary import summary
 from sparring.run.examples import read_iteration
 from sparring.run.iteration import Iteration
-from sparring.run.results import Results
+from sparring.run.results import Results, name_methods
 from sparring.run.rundir import RunDir
 from sparring.stages.evaluate.held_out import answer
 from sparring.stages.generate import open_backend
@@ -174,13 +176,43 @@ def test_the_card_has_data_method_numbers_and_command(runs: dict[str, RunDir], t
     for words in ("2401.01335", "52 rows of rows.jsonl", "sparring run recipe.yaml", "learning_rate: 0.003"):
         assert words in card.text, words
     assert str(tiny) not in card.content, "no folder of this machine"
+    assert "held-out prompts" in card.text and "compared to" in card.text, "the headline is the report's"
+
+
+def test_the_card_names_what_the_exported_iteration_was_trained_with(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("spin", iterations=4, per_iteration={0: {"method": "sft"}, 3: {"method": "space"}})
+    assert describe_training(recipe, 0) == "supervised fine-tuning"
+    spin, space = (f"([arXiv {paper}](https://arxiv.org/abs/{paper}))" for paper in ("2401.01335", "2512.07175"))
+    assert describe_training(recipe, 3) == (
+        f"supervised fine-tuning in iteration 0, then self-play fine-tuning with spin {spin} in iterations 1 to 2, "
+        f"then self-play fine-tuning with space {space} in iteration 3"
+    )
+    assert describe_training(make_recipe("dpo"), 1) == "preference optimization with dpo"
+    assert describe_training(make_recipe("tspin"), 1).startswith("self-play fine-tuning with tspin (")
+    assert name_methods(recipe) == "sft, then spin, then space"
+
+
+@pytest.mark.slow
+def test_the_card_of_an_sft_phase(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """It trained on the rows that self-play has not, and no game was played."""
+    recipe = make_recipe(
+        "spin", per_iteration={0: {"method": "sft"}}, data={"self_play_rows": 16}, train={"epochs": 1}, evaluate={}
+    )
+    results = Results(play(recipe, tmp_path / "run").root)
+    assert "sft, then spin completed 2 of 2 iterations" in summary(results)
+    export_model(results, tmp_path / "sft", iteration="0")
+    export_model(results, tmp_path / "spin", iteration="1")
+    sft, spin = (ModelCard.load(tmp_path / name / "README.md") for name in ("sft", "spin"))
+    assert sft.data.tags == ["sparring", "sft"] and spin.data.tags == ["sparring", "self-play", "sft", "spin"]
+    assert "Iteration 0 of 2: supervised fine-tuning, from model" in sft.text and "on 32 rows of" in sft.text
+    assert "self-play" not in sft.text.partition("## Reproduce")[0] and "on 48 rows of" in spin.text
 
 
 def test_the_best_iteration_and_what_is_refused(runs: dict[str, RunDir], tmp_path: Path) -> None:
     results = Results(runs["whole"].root)
     best = results.best()
-    assert best is not None and best.iteration >= 0
-    assert export_model(results, tmp_path / "best") == best.iteration
+    assert best is not None and best >= 0
+    assert export_model(results, tmp_path / "best") == best
     cases = {
         "exists already": {"out": tmp_path / "best"},
         "not a trained iteration. Use 'best' or one of 0, 1": {"iteration": "2"},

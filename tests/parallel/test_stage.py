@@ -26,6 +26,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, replace_file
 from sparring.run.rundir import RunDir
 from sparring.run.session import check_settings, seal_recipe
+from sparring.run.tracking import Tracker
 from sparring.stages import launch
 from sparring.stages.launch import run_on_ranks
 from sparring.stages.prepare import prepare
@@ -231,19 +232,22 @@ def test_a_step_is_tracked_once_though_its_file_is_replaced(
     iteration = trainee("run")
     file = iteration.run.work(iteration.stage("train")) / "metrics.jsonl"
     file.parent.mkdir()
-    told: list[int] = []
-    monkeypatch.setattr(launch, "track_step", lambda line, step, at: told.append(step))
-    steps = launch.StepFollower(iteration)
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(Tracker, "_log", lambda self, section, metrics, step, at: told.append((step, at)))
+    steps = launch.StepFollower(iteration, Tracker())
+    epochs = iteration.recipe.train.epochs
 
     def write(*clocks: float) -> None:
-        file.write_text("".join(json.dumps({"step": n + 1, "seconds": clock}) + "\n" for n, clock in enumerate(clocks)))
+        lines = [{"step": n + 1, "epoch": epochs * (n + 1) / 5, "seconds": clock} for n, clock in enumerate(clocks)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         steps.track()
 
     write(0.1, 0.1, 0.1)
     write(0.1, 0.123456789, 0.1, 0.1)
     write(0.1)
     write(0.1, 0.1, 0.1, 0.1, 0.1)
-    assert told == [1, 2, 3, 4, 5]
+    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
+    assert [at for _, at in told] == pytest.approx([-0.8, -0.6, -0.4, -0.2, 0.0]), "as on one rank"
 
 
 @pytest.mark.usefixtures("as_users_start_them")

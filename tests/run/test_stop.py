@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparring.errors import UserError
@@ -12,6 +13,7 @@ from sparring.loop import play
 from sparring.recipe.load import differences, make_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.summary import summary
+from sparring.run.estimate import DIFFERENCE, estimate
 from sparring.run.results import Results
 
 pytestmark = pytest.mark.slow
@@ -27,8 +29,7 @@ def test_a_run_that_declines_ends_and_stays_ended(make_recipe: MakeRecipe, tmp_p
     results = Results(run.root)
     assert results.stopped == (1, "no better held_out_nll in 2 iterations")
     assert not run.iteration(2).exists()
-    best = results.best()
-    assert best is not None and best.iteration == -1
+    assert results.best() == -1
     assert all(stage.state == "done" for stage in results.stages()), "nothing is missing from a run that ended"
     assert "stopped early, after iteration 1" in summary(results) and "Not finished" not in run.report.read_text()
     written = run.report.stat().st_mtime_ns
@@ -46,13 +47,19 @@ def test_equilibrium_needs_level_play_flat_guards_and_enough_rows(
     results = Results(run.root)
     assert results.is_flat("held_out_nll", 0) and results.is_flat("greedy_accuracy", 0)
     assert results.stopped is None, "12 rows are too few to call it an equilibrium"
-    even = {"rewards/accuracies": 0.49, "rewards/ties": 0.0}
-    assert not results.is_level(even)
-    object.__setattr__(results.data, "num_held_out", 1000)
-    assert results.is_level(even) and results.is_level({"rewards/accuracies": 0.0, "rewards/ties": 1.0})
-    assert not results.is_level({"rewards/accuracies": 0.55, "rewards/ties": 0.0})
-    assert not results.is_level({"rewards/accuracies": 0.2, "rewards/ties": 0.2}), "ties are no wins: 0.2 to 0.6"
+
+    def lead(won: int, tied: int, lost: int) -> dict[str, float]:
+        """As the evaluation of so many rows has it."""
+        values = np.repeat([1.0, 0.0, -1.0], [won, tied, lost])
+        return estimate(values, bounds=DIFFERENCE).named("rewards/lead")
+
+    even = lead(490, 0, 510)
+    assert results.is_level(even) and results.is_level(lead(0, 1000, 0))
+    assert not results.is_level(lead(5, 1, 6)), "too few rows"
+    assert not results.is_level(lead(550, 0, 450))
+    assert not results.is_level(lead(200, 200, 600)), "ties are no wins"
     found = results.evaluations()
+    assert -1 <= found[0]["rewards/lead_low"] <= found[0]["rewards/lead"] <= found[0]["rewards/lead_high"] <= 1
     monkeypatch.setattr(results, "evaluation", lambda index: found[index] | even)
     reason = results.reason_to_stop(0)
     assert reason is not None and "equilibrium" in reason

@@ -22,7 +22,7 @@ from sparring.run.iteration import Iteration
 from sparring.stages.evaluate.checkers import is_correct, make_extract, number
 from sparring.stages.evaluate.held_out import accuracy
 from sparring.stages.evaluate.text_metrics import distinct, repetition, text_metrics
-from sparring.types import Generation, Group
+from sparring.types import Generation, Group, Rendered
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -65,9 +65,10 @@ def test_other_checkers() -> None:
 
 
 def test_accuracy_leaves_out_what_cannot_be_checked() -> None:
-    found = accuracy("greedy", [True, False, None, True, None])
-    assert found["greedy_accuracy"] == pytest.approx(2 / 3)
-    assert found["greedy_accuracy_stderr"] == pytest.approx((2 / 9 / 3) ** 0.5)
+    rows = [Rendered(str(n), n, ids(1), ids(1), "stop", "", "", prompt_key=str(n)) for n in range(5)]
+    found = accuracy("greedy", rows, [True, False, None, True, None])
+    of_three = accuracy("greedy", rows[:3], [True, False, True])
+    assert found["greedy_accuracy"] == pytest.approx(2 / 3) and found == of_three
 
 
 def ids(*tokens: int) -> np.ndarray:

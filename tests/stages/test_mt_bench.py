@@ -34,6 +34,7 @@ from sparring.loop import play
 from sparring.model.load import load_tokenizer, save_model
 from sparring.recipe.schema import Recipe
 from sparring.report import render
+from sparring.run.estimate import FRACTION, estimate
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.stages.evaluate.mt_bench import NOTHING, Question, read_questions, turn_ids
@@ -118,7 +119,7 @@ def test_every_iteration_answers_every_turn(run: RunDir) -> None:
         assert [len(row["choices"][0]["turns"]) for row in found] == [2, 1, 2]
         assert found[2]["choices"][0]["turns"] == ["", ""], "what does not fit is not answered"
     assert answers(run, 0)[0]["choices"] != answers(run, -1)[0]["choices"]
-    assert Results(run.root).benchmarks()[("mt_bench-question", "failed")][0] == (2 / 5, None)
+    assert Results(run.root).benchmarks()[("mt_bench-question", "failed")][0] == (2 / 5, "")
 
 
 def test_the_second_turn_sees_the_first(tiny: Path) -> None:
@@ -269,7 +270,10 @@ def test_verdicts_and_scores() -> None:
     result = summarize(questions, found)
     scores = [1, 0, 0.5, 1]
     assert result["score"] == np.mean(scores)
-    assert result["score_stderr"] == pytest.approx(np.std(scores, ddof=1) / 2), "two turns of a question are no two"
+    one_turn = estimate(np.array(scores), bounds=FRACTION)
+    assert (result["score_low"], result["score_high"]) == (one_turn.low, one_turn.high), "two turns are one question"
+    alone = summarize(questions[:1], found)
+    assert alone["score"] == 1 and "score_low" not in alone, "one question has no interval"
     assert (result["win"], result["tie"], result["loss"]) == (0.5, 0.25, 0.25)
 
 

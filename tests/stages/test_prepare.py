@@ -143,6 +143,7 @@ def test_all_turns_of_a_conversation_stay_on_one_side(make_recipe: MakeRecipe, t
     train, held_out = (read_rendered(directory.data / f"{name}.parquet") for name in ("train", "held_out"))
     assert (len(train), len(held_out)) == (30, 10)
     assert not {row.row for row in train} & {row.row for row in held_out}
+    assert len({row.prompt_key for row in held_out}) == 5, "the clusters of the intervals"
 
 
 def test_a_held_out_file_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:

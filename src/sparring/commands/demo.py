@@ -24,8 +24,9 @@ from sparring.logging import info
 from sparring.loop import play
 from sparring.model.load import save_model
 from sparring.recipe.schema import Recipe
+from sparring.report.summary import format_value
 from sparring.run.manifest import commit, is_committed
-from sparring.run.results import Results
+from sparring.run.results import MEASURED, Results
 
 NUM_TRAIN, NUM_HELD_OUT, LARGEST = 1000, 1000, 9
 WIDTH, LAYERS = 64, 2
@@ -177,7 +178,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     console.print()
     console.print(table)
     console.print(
-        "sft is the control: the same rows and optimizer steps, without self-play. ± is one standard error.",
+        "sft is the control: the same rows and optimizer steps, without self-play. Brackets: 95% intervals.",
         soft_wrap=True,
     )
     console.print("Reports:")
@@ -186,5 +187,4 @@ def print_comparison(runs: Sequence[Path]) -> None:
 
 
 def _cells(metrics: Mapping[str, float]) -> tuple[str, ...]:
-    digits = {"held_out_nll": 4, "greedy_accuracy": 3, "sampled_accuracy": 3}
-    return tuple(f"{metrics[name]:.{n}f} ± {metrics[f'{name}_stderr']:.{n}f}" for name, n in digits.items())
+    return tuple(format_value(metric, metrics) for metric in MEASURED)

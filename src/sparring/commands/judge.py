@@ -28,6 +28,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from sparring.errors import RunError, UserError
 from sparring.logging import track
 from sparring.run.disk import writing
+from sparring.run.estimate import FRACTION, estimate
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import Json, begin_work, commit_folder, is_committed, replace_file, verified, write_json
 from sparring.run.results import Results
@@ -274,7 +275,7 @@ def outcome(straight: Verdict, swapped: Verdict) -> Outcome:
 
 
 def summarize(questions: Sequence[Question], verdicts: Mapping[tuple[int, int, bool], Verdict]) -> dict[str, float]:
-    """Fractions of all pairs, and a score: wins plus half of the ties, with its standard error over questions."""
+    """Fractions of all pairs, and a score: wins plus half of the ties, with its interval over questions."""
     pairs = {
         (q.id, turn): (verdicts[q.id, turn, False], verdicts[q.id, turn, True])
         for q in questions
@@ -282,8 +283,10 @@ def summarize(questions: Sequence[Question], verdicts: Mapping[tuple[int, int, b
     }
     outcomes = {key: outcome(*pair) for key, pair in pairs.items()}
     value = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-    by_question = [[value[o] for (id, _), o in outcomes.items() if id == q.id and o in value] for q in questions]
-    scores = [np.mean(values) for values in by_question if values]
+    scored = [(str(id), value[o]) for (id, _), o in outcomes.items() if o in value]
+    score = estimate(
+        np.array([value for _, value in scored]), clusters=np.array([id for id, _ in scored]), bounds=FRACTION
+    )
     biased = [
         straight.verdict == swapped.verdict != "C"
         for straight, swapped in pairs.values()
@@ -291,8 +294,7 @@ def summarize(questions: Sequence[Question], verdicts: Mapping[tuple[int, int, b
     ]
     counts = list(outcomes.values())
     return {
-        "score": float(np.mean(scores)) if scores else float("nan"),
-        "score_stderr": float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan"),
+        **score.named("score"),
         **{name: counts.count(cast(Outcome, name)) / len(counts) for name in ("win", "tie", "loss", "unclear")},
         "position_bias": float(np.mean(biased)) if biased else float("nan"),
     }

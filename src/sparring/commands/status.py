@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.logging import escape_control
-from sparring.report.summary import NAMES
-from sparring.run.results import Results
+from sparring.report.summary import NAMES, describe_headline
+from sparring.run.results import Results, name_methods
 
 MARKS = {"done": "✓", "running": "▶", "to do": "·"}
 
@@ -17,7 +17,7 @@ def print_status(results: Results) -> None:
     console = Console()
     owner = results.run.owner()
     state = f"running as process {owner['pid']} on {owner['host']}" if owner else "not running"
-    console.print(Text(escape_control(f"{results.run.root}: {results.recipe.method.name}, {state}")), soft_wrap=True)
+    console.print(Text(escape_control(f"{results.run.root}: {name_methods(results.recipe)}, {state}")), soft_wrap=True)
     if results.data is None:
         console.print("The data stage is not done.")
         return
@@ -36,6 +36,5 @@ def print_status(results: Results) -> None:
     console.print(table)
     if results.stopped:
         console.print(f"Stopped early, after iteration {results.stopped[0]}: {results.stopped[1]}")
-    if best := results.best():
-        where = "the starting model" if best.iteration < 0 else f"iteration {best.iteration}"
-        console.print(f"Best {best.metric}: {best.value:.4f} ({where})")
+    if headline := results.headline():
+        console.print(describe_headline(headline), soft_wrap=True, highlight=False, markup=False)

@@ -24,6 +24,7 @@ ROWS = pa.schema(
         "prompt": pa.string(),
         "real": pa.string(),
         "rejected_ids": IDS,
+        "prompt_key": pa.string(),
     }
 )
 

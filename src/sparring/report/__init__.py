@@ -14,21 +14,21 @@ from markupsafe import Markup
 
 from sparring.recipe.load import dump_recipe
 from sparring.report.bars import QUADRANTS, quadrant_bars, time_bars
-from sparring.report.figures import Z95, draw_held_out, draw_training
+from sparring.report.figures import draw_held_out, draw_training
 from sparring.report.samples import collect, display_text
 from sparring.report.summary import (
     METRICS,
     PERCENTAGES,
     format_metric,
+    format_value,
     headline_cards,
-    headline_index,
     scoring_noise,
     summary,
     warning_summary,
 )
 from sparring.report.warnings import find_warnings
 from sparring.run.manifest import replace_file
-from sparring.run.results import Results
+from sparring.run.results import Results, name_methods
 from sparring.run.rundir import RunDir
 
 MAIN_METRICS = {"held_out_nll", *PERCENTAGES, "length"}
@@ -48,7 +48,7 @@ def render(run: RunDir) -> str:
     return render_page(
         "report.html.j2",
         name=run.root.name,
-        method=results.recipe.method,
+        methods=name_methods(results.recipe),
         model="/".join(Path(results.recipe.model).parts[-3:]),
         results=results,
         data=results.data,
@@ -57,9 +57,9 @@ def render(run: RunDir) -> str:
         warning_summary=warning_summary(warnings) if len(evaluations) > 1 else "",
         warnings=warnings,
         cards=headline_cards(results),
-        headline_index=headline_index(results),
-        z95=Z95,
+        headline=results.headline(),
         format_metric=format_metric,
+        format_value=format_value,
         evaluations=evaluations,
         metrics=metrics,
         main_metrics=[row for row in metrics if row[0] in MAIN_METRICS],

@@ -1,8 +1,8 @@
 """Turns the runs of one comparison into numbers with uncertainty, as JSON and as one HTML file.
 
-It separates two kinds of uncertainty: between seeds (Student's t), and between held-out rows (paired bootstrap of the
-difference to the control, averaged over seeds). The iteration that represents an arm is chosen on one half of the
-held-out rows and evaluated on the other, for every method alike. For SFT that is early stopping.
+It separates two kinds of uncertainty: between seeds, and between held-out prompts (of the difference to the control,
+averaged over seeds). The iteration that represents an arm is chosen on one half of the held-out prompts and evaluated
+on the other, for every method alike. For SFT that is early stopping.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Bool, Float
-from scipy import stats
 
-from sparring.data.tables import read_rendered, read_table
 from sparring.errors import UserError
 from sparring.recipe.load import dump_recipe
 from sparring.recipe.schema import Recipe
@@ -29,15 +25,14 @@ from sparring.report.bars import QUADRANTS
 from sparring.report.figures import COLORS, Figure, error_bars, iteration_ticks, to_svg
 from sparring.report.samples import Sample, collect
 from sparring.report.summary import NAMES
-from sparring.run.iteration import seed_of
-from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file, verified
-from sparring.run.results import Results
+from sparring.run.estimate import estimate
+from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file
+from sparring.run.results import MEASURED, Results
 from sparring.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RESAMPLES = 2000
 STYLES = [(color, style) for style in ("-", "--", ":", "-.") for color in COLORS.values()]
 """Color and line style of the arms, in their order."""
 
@@ -59,22 +54,6 @@ class Arm:
     def last(self) -> int:
         return self.results.recipe.iterations - 1
 
-    @cached_property
-    def tables(self) -> list[pa.Table]:
-        """Responses to the held-out rows, of the start and of each iteration."""
-        return [
-            read_table(verified(iteration.stage("evaluate"), "answers.parquet"))
-            for iteration in self.results.iterations
-        ]
-
-    def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
-        """The metric of each held-out row after an iteration: nats of the real response, or 0 and 1; NaN: unchecked."""
-        table = self.tables[index + 1]
-        if metric == "held_out_nll":
-            return -table["real_logprob"].to_numpy().astype(np.float64)
-        column = table["is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"].to_pylist()
-        return np.array([np.nan if value is None else float(value) for value in column])
-
     def budget(self) -> dict[str, float]:
         """What the arm used: annotated rows, trained tokens, and seconds of all stages, shared ones included."""
         lines = [line for index in range(self.last + 1) for line in self.results.training(index)]
@@ -95,57 +74,40 @@ class Comparison:
         self.labels = list(dict.fromkeys(arm.label for arm in arms))
         self.shares = sorted({arm.share for arm in arms})
         self.control = "sft" if "sft" in self.labels else self.labels[0]
-        self.metrics = ["held_out_nll"]
-        if recipe.evaluate.checker is not None:
-            self.metrics += ["greedy_accuracy", "sampled_accuracy"]
-        rows = read_rendered(verified(arms[0].run.data, "held_out.parquet"))
-        self.tokens = np.array([len(row.real_ids) for row in rows], dtype=np.float64)
-        self.is_dev: Bool[np.ndarray, " rows"] = np.array([seed_of("dev", row.id) % 2 == 0 for row in rows])
+        self.metrics = list(MEASURED if recipe.evaluate.checker is not None else MEASURED[:1])
+        self.choosing, self.judging = arms[0].results.halves
 
     def select(self, label: str, share: float) -> list[Arm]:
         return [arm for arm in self.arms if (arm.label, arm.share) == (label, share)]
 
-    def weights(self, metric: str) -> np.ndarray:
-        return self.tokens if metric == "held_out_nll" else np.ones_like(self.tokens)
-
-    def value(self, arm: Arm, metric: str, index: int, rows: np.ndarray) -> float:
-        per_row, weights = arm.per_row(metric, index)[rows], self.weights(metric)[rows]
-        is_checked = ~np.isnan(per_row)
-        return float(per_row[is_checked].sum() / weights[is_checked].sum())
-
     def choose_iteration(self, arm: Arm) -> int:
-        """The best iteration by the recipe's save_best_by on one half of the held-out rows; -1 is the start."""
-        metric = self.recipe.evaluate.save_best_by
-        sign = 1 if metric == "held_out_nll" else -1
-        return min(range(-1, arm.last + 1), key=lambda t: (sign * self.value(arm, metric, t, self.is_dev), t))
+        """The best iteration by the recipe's save_best_by on one half of the held-out prompts; -1 is the start."""
+        return arm.results.best_of(range(-1, arm.last + 1), self.choosing)
 
     def curve(self, label: str, share: float, metric: str) -> list[Json]:
-        all_rows = np.ones_like(self.is_dev)
         arms = self.select(label, share)
         return [
-            {"iteration": t, **over_seeds([self.value(arm, metric, t, all_rows) for arm in arms])}
+            {"iteration": t, **over_seeds([a.results.value(metric, t, a.results.all_rows).mean for a in arms])}
             for t in range(-1, arms[0].last + 1)
         ]
 
     def at_chosen(self, label: str, share: float, metric: str) -> Json:
-        """The metric at each arm's chosen iteration, on the rows that did not choose it."""
+        """The metric at each arm's chosen iteration, on the prompts that did not choose it."""
         iterations = {arm: self.choose_iteration(arm) for arm in self.select(label, share)}
-        values = [self.value(arm, metric, index, ~self.is_dev) for arm, index in iterations.items()]
+        values = [arm.results.value(metric, index, self.judging).mean for arm, index in iterations.items()]
         return {**over_seeds(values), "iterations": list(iterations.values())}
 
     def difference(self, label: str, share: float, metric: str, *, control_share: float, at: str) -> Json:
         """The difference to the control, paired by seed and row. `at`: the "last" or the "chosen" iteration."""
-        rows = np.ones_like(self.is_dev) if at == "last" else ~self.is_dev
-        weights = self.weights(metric)[rows]
-        per_seed = []
+        rows = self.arms[0].results.all_rows if at == "last" else self.judging
+        per_seed, results = [], self.arms[0].results  # whose prompts and lengths are those of all arms
         for pair in zip(self.select(label, share), self.select(self.control, control_share), strict=True):
             indices = [arm.last if at == "last" else self.choose_iteration(arm) for arm in pair]
-            treated, control = (arm.per_row(metric, t)[rows] for arm, t in zip(pair, indices, strict=True))
+            treated, control = (arm.results.per_row(metric, t) for arm, t in zip(pair, indices, strict=True))
             per_seed.append(treated - control)
-        is_checked = ~np.isnan(per_seed[0])
-        differences, weights = np.array(per_seed)[:, is_checked], weights[is_checked]
-        means = differences.sum(axis=1) / weights.sum()
-        return {**over_seeds(means.tolist()), "rows_95": bootstrap(differences.mean(axis=0), weights)}
+        means = [results.estimate(metric, values, rows, is_change=True).mean for values in per_seed]
+        over_rows = results.estimate(metric, np.mean(per_seed, axis=0), rows, is_change=True)
+        return {**over_seeds(means), "rows_95": None if over_rows.low is None else [over_rows.low, over_rows.high]}
 
     def arm_json(self, label: str, share: float) -> Json:
         arms = self.select(label, share)
@@ -173,7 +135,8 @@ class Comparison:
         return {
             "control": self.control,
             "seeds": len({arm.seed for arm in self.arms}),
-            "held_out_rows": len(self.tokens),
+            "held_out_rows": len(self.judging),
+            "held_out_prompts": len(set(self.arms[0].results.held_out[0])),
             "chosen_by": self.recipe.evaluate.save_best_by,
             "machine": {key: env[key] for key in ("machine", "device", "threads", "versions", "commit")},
             "arms": [self.arm_json(label, share) for share in reversed(self.shares) for label in self.labels],
@@ -204,24 +167,14 @@ def check_comparable(arms: Sequence[Arm]) -> None:
 
 
 def over_seeds(values: Sequence[float]) -> Json:
-    """Mean, and half of the 95% t interval between seeds; None for one seed."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
-    return {"mean": mean(values), "half_width_95": half, "seeds": list(values)}
+    """Mean, and half of the 95% interval between seeds; None for one seed."""
+    found = estimate(np.array(values))
+    half = None if found.high is None else found.high - found.mean
+    return {"mean": found.mean, "half_width_95": half, "seeds": list(values)}
 
 
 def mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-def bootstrap(values: Float[np.ndarray, " rows"], weights: Float[np.ndarray, " rows"]) -> list[float]:
-    """95% percentile interval of sum(values) / sum(weights), with rows drawn with replacement."""
-    random = np.random.Generator(np.random.Philox(key=seed_of("bootstrap", len(values))))
-    ratios = []
-    for _ in range(RESAMPLES):
-        rows = random.integers(0, len(values), len(values))
-        ratios.append(values[rows].sum() / weights[rows].sum())
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return [float(low), float(high)]
 
 
 def write_comparison(comparison: Comparison) -> Path:
@@ -279,7 +232,7 @@ def draw_figures(comparison: Comparison, numbers: Json) -> list[Figure]:
             for label in comparison.labels:
                 own = [arm for arm in reversed(arms) if arm["method"] == label]
                 curves.append((label, [a["budget"]["annotations"] for a in own], [a["chosen"][metric] for a in own]))
-            caption = "At each arm's chosen iteration, on the half of the rows that did not choose it."
+            caption = "At each arm's chosen iteration, on the half of the prompts that did not choose it."
             title = f"{name} by annotated rows"
             figures.append(Figure(title, caption, to_svg(plot_arms(curves, "annotated rows"), title, has_legend=True)))
     return figures

@@ -16,8 +16,6 @@ from sparring.run.results import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Z95 = 1.96
-
 # Matplotlib draws in these colors. `to_svg` replaces each by a variable of style.css, which light and dark mode set.
 # The palette is safe for color-blind readers; a figure with several curves also varies the line style.
 COLORS = {"real": "#0072b2", "generated": "#d55e00", "proto": "#009e73", "fifth": "#8a3ffc", "other": "#777777"}
@@ -69,10 +67,10 @@ TRAINING: tuple[Spec, ...] = (
 
 HELD_OUT: tuple[Spec, ...] = (
     ("Held-out NLL",
-     "Nats per token of the real responses; lower is better. Error bars: 95% intervals over rows.",
+     "Nats per token of the real responses; lower is better. Error bars: 95% intervals over prompts.",
      (Curve("held_out_nll", "NLL", "real"),)),
     ("Held-out accuracy",
-     "Fraction of responses that the checker accepts. Error bars: 95% intervals over rows.",
+     "Fraction of responses that the checker accepts. Error bars: 95% intervals over prompts.",
      (Curve("greedy_accuracy", "greedy", "real"), Curve("sampled_accuracy", "sampled", "generated", "--"))),
     ("The game on held-out rows",
      "Rows won against the opponent, and ties. At equilibrium as many rows are won as lost. Alignment: fraction in "
@@ -123,14 +121,11 @@ def draw(
 def plot_evaluations(evaluations: dict[int, dict[str, float]], curves: Sequence[Curve]) -> Callable[[Axes], None]:
     def plot(axes: Axes) -> None:
         for curve in curves:
-            points = [
-                (i, m[curve.metric], Z95 * m.get(f"{curve.metric}_stderr", 0.0))
-                for i, m in evaluations.items()
-                if curve.metric in m
-            ]
-            x, y, errors = zip(*points, strict=True)
+            points = [(i, m[curve.metric], m) for i, m in evaluations.items() if curve.metric in m]
+            x, y, metrics = zip(*points, strict=True)
+            ends = [[m.get(f"{curve.metric}_{end}") for m in metrics] for end in ("low", "high")]
             line = {"color": COLORS[curve.color], "linestyle": curve.style, "label": curve.label}
-            error_bars(axes, x, y, errors if any(errors) else None, **line)
+            error_bars(axes, x, y, None if None in ends[0] else np.abs(np.array(ends) - y), **line)
         iteration_ticks(axes, list(evaluations))
         if any(curve.metric == "length_ratio" for curve in curves):
             low, high = axes.get_ylim()
@@ -139,7 +134,9 @@ def plot_evaluations(evaluations: dict[int, dict[str, float]], curves: Sequence[
     return plot
 
 
-def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], errors: Sequence[float] | None, **line: str) -> None:
+def error_bars(
+    axes: Axes, x: Sequence[float], y: Sequence[float], errors: Sequence[float] | np.ndarray | None, **line: str
+) -> None:
     axes.errorbar(x, y, errors, linewidth=1.8, marker="o", markersize=4.5, elinewidth=1.1, capsize=2.5, **line)  # type: ignore[arg-type]
 
 

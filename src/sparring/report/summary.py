@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparring.report.figures import Z95
+from sparring.run.estimate import Estimate
 from sparring.run.manifest import is_committed, read_manifest
-from sparring.run.results import FLAT, Results
+from sparring.run.results import Headline, Results, name_methods
 
 METRICS = (
     ("held_out_nll", "held-out NLL", "nats per token of the real responses; lower is better"),
@@ -54,40 +54,45 @@ class HeadlineCard:
     unit: str
     start: str
     value: str
-    change: str  # with half of its 95% interval, paired over rows
+    change: str  # with its 95% interval
     verdict: Literal["better", "worse", "no difference shown"]
 
 
 def summary(results: Results) -> str:
     if results.data is None:
         return "The run has not read its data yet."
-    evaluations, best = results.evaluations(), results.best()
-    done = [index for index in evaluations if index >= 0]
+    done = [index for index in results.evaluations() if index >= 0]
     text = (
-        f"{results.recipe.method.name} completed {len(done)} of {results.recipe.iterations} iterations on "
+        f"{name_methods(results.recipe)} completed {len(done)} of {results.recipe.iterations} iterations on "
         f"{results.data.num_train:,} prompts. "
     )
     if results.stopped:
         text += f"The run stopped early, after iteration {results.stopped[0]}: {results.stopped[1]}. "
-    if best is None or -1 not in evaluations or not done:
-        return text + "There is nothing to compare yet."
-    name, start = NAMES[best.metric], evaluations[-1][best.metric]
-    last = evaluations[done[-1]][best.metric]
-    if best.iteration < 0:
-        return (
-            text + f"No iteration improves the {name} of the starting model: {start:.4f} at the start, {last:.4f} "
-            f"after iteration {done[-1]}."
-        )
-    change, error = results.paired_difference(best.metric, -1, best.iteration)
-    text += (
-        f"Iteration {best.iteration} has the best {name}: {best.value:.4f}, compared to {start:.4f} at the start, a "
-        f"change of {change:+.4f} ± {Z95 * error:.4f} (95% interval, paired over the held-out rows). "
-    )
-    if abs(change) < Z95 * error:
-        text += "The interval contains zero, so this may be chance: evaluate on more held-out rows. "
-    if best.iteration != done[-1]:
-        text += f"The metric got worse afterwards, to {last:.4f}. "
-    return text
+    headline = results.headline()
+    return text + (describe_headline(headline) if headline else "There is nothing to compare yet.")
+
+
+def describe_headline(headline: Headline) -> str:
+    """The best iteration, and how the one of the headline differs from the start on prompts that did not choose."""
+    metric, name = headline.chosen_by, NAMES[headline.chosen_by]
+    start, value, change = (by_metric[metric] for by_metric in (headline.start, headline.value, headline.change))
+    if headline.choosing_prompts is None:
+        chosen, judged = "", f"on {value.clusters} held-out prompt{'s' if value.clusters > 1 else ''}"
+    else:
+        plural = "s" if headline.choosing_prompts > 1 else ""
+        chosen = f" on {headline.choosing_prompts} held-out prompt{plural}"
+        judged = f"on the other {value.clusters}"
+    before, after = format_metric(metric, start.mean), format_metric(metric, value.mean)
+    if headline.best == headline.iteration:
+        text = f"Iteration {headline.best} has the best {name}{chosen}{', and' if chosen else ':'}"
+    elif headline.best < 0:
+        text = f"No iteration improves the {name} of the starting model{chosen}. Iteration {headline.iteration} has"
+    else:
+        text = f"Iteration {headline.best} has the best {name}{chosen}. Iteration {headline.iteration} has"
+    text += f" {after} {judged}, compared to {before} at the start, a change of {format_change(metric, change)}."
+    if change.low is None:
+        return text + " One prompt has no interval: hold out more."
+    return text if change.sign else text + " This may be chance: hold out more prompts."
 
 
 def warning_summary(warnings: Sequence[str]) -> str:
@@ -98,32 +103,18 @@ def warning_summary(warnings: Sequence[str]) -> str:
     return f"Warnings: {'; '.join(clause[0].lower() + clause[1:] for clause in clauses)}."
 
 
-def headline_index(results: Results) -> int | None:
-    """The iteration that the headline shows: the best one, or the last if none beats the start."""
-    evaluations, best = results.evaluations(), results.best()
-    done = [index for index in evaluations if index >= 0]
-    if best is None or -1 not in evaluations or not done:
-        return None
-    return best.iteration if best.iteration >= 0 else done[-1]
-
-
 def headline_cards(results: Results) -> list[HeadlineCard]:
-    index = headline_index(results)
-    if index is None:
+    headline, cards = results.headline(), []
+    if headline is None:
         return []
-    evaluations, cards = results.evaluations(), []
     for metric, unit, sign in HEADLINES:
-        if metric not in evaluations[index]:
+        if metric not in headline.change:
             continue
-        change, error = results.paired_difference(metric, -1, index)
-        half = Z95 * error
-        is_significant = abs(change) > max(half, FLAT)
-        verdict = "no difference shown" if not is_significant else "better" if sign * change > 0 else "worse"
-        start, value = (format_metric(metric, evaluations[i][metric]) for i in (-1, index))
-        text = (
-            f"{100 * change:+.1f} ± {100 * half:.1f} points" if metric in PERCENTAGES else f"{change:+.4f} ± {half:.4f}"
-        )
-        cards.append(HeadlineCard(NAMES[metric], unit, start, value, text.replace(" ", "\u00a0"), verdict))
+        change = headline.change[metric]
+        verdict = "no difference shown" if not change.sign else "better" if change.sign == sign else "worse"
+        start, value = (format_metric(metric, values[metric].mean) for values in (headline.start, headline.value))
+        text = format_change(metric, change).replace(" ", "\u00a0")
+        cards.append(HeadlineCard(NAMES[metric], unit, start, value, text, verdict))
     return cards
 
 
@@ -143,3 +134,21 @@ def scoring_noise(results: Results) -> str:
         f" The opponent's cached log-probs carry rounding of {info['noise_per_response']:.2g} nats per response "
         f"({info['noise_per_token']:.2g} per token): {info['noise_responses']} of them, scored again alone."
     )
+
+
+def format_change(metric: str, change: Estimate) -> str:
+    """A change with its 95% interval in brackets, such as "-0.0123 [-0.0210, -0.0036]"."""
+    scale, digits, unit = (100, 1, " points") if metric in PERCENTAGES else (1, 4, "")
+    text = f"{scale * change.mean:+.{digits}f}"
+    if change.low is not None and change.high is not None:
+        text += f" [{scale * change.low:+.{digits}f}, {scale * change.high:+.{digits}f}]"
+    return text + unit
+
+
+def format_value(metric: str, metrics: Mapping[str, float]) -> str:
+    """A metric of metrics.json, with its 95% interval in brackets if it has one."""
+    text = format_metric(metric, metrics[metric])
+    if f"{metric}_low" not in metrics:
+        return text
+    low, high = (format_metric(metric, metrics[f"{metric}_{end}"]).removesuffix("%") for end in ("low", "high"))
+    return f"{text} [{low}, {high}]"

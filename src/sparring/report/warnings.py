@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from sparring.report.summary import format_change
 from sparring.run.examples import join, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed, read_manifest
 from sparring.run.results import Results
 from sparring.types import Generation, Rendered
 
-LENGTH_RATIO, END_RATE, REPETITION, SHORTCUT = 1.5, 0.2, 0.1, 0.75
+LENGTH_RATIO, LENGTH_DRIFT, END_RATE, REPETITION, SHORTCUT = 1.5, 1.1, 0.2, 0.1, 0.75
 """Thresholds."""
 MAX_ROWS, FIRST_TOKENS, FOLDS = 1000, 16, 5
 """Of the shortcut classifier: rows, first tokens with a feature of their own, and folds of the cross-validation."""
@@ -47,33 +49,42 @@ def find_warnings(results: Results) -> list[str]:
 
 
 def evaluation_warnings(results: Results, index: int) -> list[str]:
-    """Compares the evaluation of the last iteration, `index`, to that of the starting model."""
+    """Compares the evaluation of the last iteration, `index`, to that of the starting model.
+
+    The game pulls the form of responses towards the real ones, so a change towards them is no warning.
+    """
     evaluations = results.evaluations()
     start, last = evaluations[-1], evaluations[index]
     warnings: list[str] = []
-    change, error = results.paired_difference("held_out_nll", -1, index)
-    if change > 2 * error:
+    change = results.change("held_out_nll", -1, index)
+    if change.sign > 0:
         warnings.append(
-            f"The likelihood of real responses falls: after iteration {index} the held-out NLL is {change:.3f} ± "
-            f"{error:.3f} nats per token higher than at the start. Try a lower learning rate or fewer iterations."
+            f"The likelihood of real responses falls: from the start to iteration {index} the held-out NLL rises by "
+            f"{format_change('held_out_nll', change)} nats per token. Try a lower learning rate or fewer iterations."
         )
-    growth = last["length_ratio"] / max(start["length_ratio"], 1e-9)
-    if not 1 / LENGTH_RATIO < growth < LENGTH_RATIO:
+    if drifts_from_real(start["length_ratio"], last["length_ratio"]):
         warnings.append(
-            f"The response length drifts: responses have {last['length']:.0f} tokens on average, compared to "
-            f"{start['length']:.0f} at the start."
+            f"The response length drifts away from that of the real responses: after iteration {index} responses have "
+            f"{last['length_ratio']:.0%} of it ({last['length']:.0f} tokens on average), at the start "
+            f"{start['length_ratio']:.0%} ({start['length']:.0f})."
         )
-    if last["end_rate"] < start["end_rate"] - END_RATE:
+    if last["end_rate"] < min(start["end_rate"], last["real_end_rate"]) - END_RATE:
         warnings.append(
             f"The model stops emitting its end token: {last['end_rate']:.0%} of its responses end, compared to "
-            f"{start['end_rate']:.0%} at the start."
+            f"{start['end_rate']:.0%} at the start and {last['real_end_rate']:.0%} of the real responses."
         )
-    if last["repetition"] > start["repetition"] + REPETITION:
+    if last["repetition"] > max(start["repetition"], last["real_repetition"]) + REPETITION:
         warnings.append(
             f"Responses repeat themselves: {last['repetition']:.0%} of their 4-grams are repeats, compared to "
-            f"{start['repetition']:.0%} at the start."
+            f"{start['repetition']:.0%} at the start and {last['real_repetition']:.0%} in the real responses."
         )
     return warnings
+
+
+def drifts_from_real(start: float, last: float) -> bool:
+    """Whether responses are far from the real ones in length, and farther than at the start, by their length_ratio."""
+    before, after = (abs(log(max(ratio, 1e-9))) for ratio in (start, last))
+    return after > log(LENGTH_RATIO) and after > before + log(LENGTH_DRIFT)
 
 
 def shortcut_accuracy(results: Results, index: int) -> float | None:

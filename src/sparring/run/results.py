@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import sqrt
+from itertools import groupby
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float
 
 from sparring.data.tables import read_rendered, read_table
 from sparring.errors import UserError
 from sparring.recipe.schema import Recipe
+from sparring.run.estimate import DIFFERENCE, FLAT, FRACTION, Estimate, estimate, halves
 from sparring.run.iteration import DataSummary, Iteration
 from sparring.run.manifest import Json, is_committed, read_manifest, verified
 from sparring.run.rundir import BENCHMARKS, JUDGED, RunDir
 from sparring.run.session import load_sealed_recipe
+from sparring.types import Objective
 
 LEVEL = 0.1
 """Largest half-width of the interval of wins minus losses at which equilibrium is declared: about 400 rows."""
 
-FLAT = 1e-3
-"""A change, in nats per token or as a fraction, that counts as no change whatever its standard error."""
+MEASURED = ("held_out_nll", "greedy_accuracy", "sampled_accuracy")
+"""The metrics whose value on every held-out row is kept, so that changes are paired by row."""
 
 State = Literal["done", "running", "to do"]
 
@@ -53,10 +58,16 @@ class StageState:
 
 
 @dataclass(frozen=True)
-class Best:
-    iteration: int  # -1: no iteration is better than the start
-    metric: str
-    value: float
+class Headline:
+    """An iteration, and its metrics on held-out rows that had no part in choosing the best one."""
+
+    iteration: int
+    best: int  # -1: no iteration is better than the start
+    chosen_by: str  # evaluate.save_best_by
+    choosing_prompts: int | None  # None: there is one iteration, so nothing to choose, or one prompt
+    start: Mapping[str, Estimate]
+    value: Mapping[str, Estimate]
+    change: Mapping[str, Estimate]
 
 
 class Results:
@@ -67,6 +78,7 @@ class Results:
         if not self.run.recipe.is_file():
             raise UserError(f"{self.run.root} is not a run directory: it has no recipe.yaml")
         self.recipe: Recipe = load_sealed_recipe(self.run.recipe)
+        self._answers: dict[int, pa.Table] = {}
 
     @cached_property
     def data(self) -> DataSummary | None:
@@ -92,56 +104,110 @@ class Results:
         found = self.evaluation(index) if stop.decline or stop.equilibrium else None
         if found is None:
             return None
-        sign = 1 if metric == "held_out_nll" else -1
-        values = {t: m[metric] for t in range(-1, index + 1) if (m := self.evaluation(t))}
-        best = min(values, key=lambda t: (sign * values[t], t))
+        best = self.best_of(t for t in range(-1, index + 1) if self.evaluation(t))
         if stop.decline and index - best >= stop.decline:
             return f"no better {metric} in {index - best} iterations"
         if (
             stop.equilibrium
             and self.is_level(found)
-            and all(self.is_flat(guard, index) for guard in self.guards(found))
+            and all(self.is_flat(guard, index) for guard in MEASURED[:2] if guard in found)
         ):
             return f"equilibrium: {found['rewards/accuracies']:.1%} of the held-out rows are wins"
         return None
 
     def is_level(self, metrics: Mapping[str, float]) -> bool:
         """Whether wins and losses balance, by an interval that is narrow enough to tell."""
-        if "rewards/accuracies" not in metrics:
-            return False
-        won, tied = metrics["rewards/accuracies"], metrics["rewards/ties"]
-        lead = 2 * won + tied - 1
-        assert self.data is not None
-        half = 1.96 * sqrt(max(0.0, 1 - tied - lead**2) / self.data.num_held_out)
-        return abs(lead) <= half <= LEVEL
-
-    def guards(self, metrics: Mapping[str, float]) -> list[str]:
-        return [name for name in ("held_out_nll", "greedy_accuracy") if name in metrics]
+        low, high = (metrics.get(f"rewards/lead_{end}") for end in ("low", "high"))
+        return low is not None and high is not None and low <= 0 <= high and (high - low) / 2 <= LEVEL
 
     def is_flat(self, metric: str, index: int) -> bool:
-        """Whether an iteration left a metric unchanged, within two standard errors, paired by row."""
-        change, error = self.paired_difference(metric, index - 1, index)
-        return abs(change) <= max(2 * error, FLAT)
+        """Whether an iteration left a metric unchanged, by the interval of the change or by its size."""
+        change = self.change(metric, index - 1, index)
+        return abs(change.mean) <= FLAT or (change.low is not None and change.sign == 0)
 
-    def paired_difference(self, metric: str, before: int, after: int) -> tuple[float, float]:
-        """(change of a metric between two iterations, its standard error), paired by row; -1 is the start."""
+    @cached_property
+    def held_out(self) -> tuple[np.ndarray, Float[np.ndarray, " rows"]]:
+        """(prompt of each held-out row, tokens of its real response)."""
         rows = read_rendered(verified(self.run.data, "held_out.parquet"))
-        tables = [
-            read_table(verified(Iteration(self.run, self.recipe, t).stage("evaluate"), "answers.parquet"))
-            for t in (before, after)
-        ]
+        return np.array([row.prompt_key for row in rows]), np.array([float(len(row.real_ids)) for row in rows])
+
+    @cached_property
+    def halves(self) -> tuple[Bool[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """(held-out rows that choose the best iteration, those that judge it)."""
+        return halves(self.held_out[0])
+
+    @property
+    def all_rows(self) -> Bool[np.ndarray, " rows"]:
+        return np.ones(len(self.held_out[0]), dtype=bool)
+
+    def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
+        """The metric of each held-out row after an iteration: nats of the real response, or 0 and 1; NaN: unchecked."""
+        if index not in self._answers:
+            folder = Iteration(self.run, self.recipe, index).stage("evaluate")
+            self._answers[index] = read_table(verified(folder, "answers.parquet"))
+        table = self._answers[index]
         if metric == "held_out_nll":
-            old, new = (-table["real_logprob"].to_numpy() for table in tables)
-            weights = np.array([len(row.real_ids) for row in rows])
-        else:
-            column = "is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"
-            found = [table[column].to_pylist() for table in tables]
-            both = [(b, a) for b, a in zip(*found, strict=True) if b is not None and a is not None]
-            old, new = np.array(both, dtype=np.float64).T
-            weights = np.ones(len(both))
-        difference = (new - old).astype(np.float64)
-        change = difference.sum() / weights.sum()
-        return float(change), float(np.sqrt(((difference - change * weights) ** 2).sum()) / weights.sum())
+            return -table["real_logprob"].to_numpy().astype(np.float64)
+        column = table["is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"].to_pylist()
+        return np.array([np.nan if value is None else float(value) for value in column])
+
+    def estimate(
+        self, metric: str, values: Float[np.ndarray, " rows"], rows: Bool[np.ndarray, " rows"], *, is_change: bool
+    ) -> Estimate:
+        """The metric from its values on `rows`, or a change from their differences."""
+        prompts, tokens = self.held_out
+        if metric == "held_out_nll":
+            return estimate(values[rows], tokens[rows], prompts[rows])
+        return estimate(values[rows], clusters=prompts[rows], bounds=DIFFERENCE if is_change else FRACTION)
+
+    def value(self, metric: str, index: int, rows: Bool[np.ndarray, " rows"]) -> Estimate:
+        return self.estimate(metric, self.per_row(metric, index), rows, is_change=False)
+
+    def change(self, metric: str, before: int, after: int, rows: Bool[np.ndarray, " rows"] | None = None) -> Estimate:
+        """The change of a metric between two iterations, paired by row; -1 is the start."""
+        rows = self.all_rows if rows is None else rows
+        return self.estimate(metric, self.per_row(metric, after) - self.per_row(metric, before), rows, is_change=True)
+
+    def best_of(self, iterations: Iterable[int], rows: Bool[np.ndarray, " rows"] | None = None) -> int:
+        """The iteration with the best evaluate.save_best_by on the rows that choose; the earliest of equals.
+
+        A single iteration is shown in any case, so all rows tell whether it is better than the start.
+        """
+        metric, candidates = self.recipe.evaluate.save_best_by, list(iterations)
+        sign = 1 if metric == "held_out_nll" else -1
+        if rows is None:
+            rows = self.halves[0] if len(candidates) > 2 else self.all_rows
+        values = {t: sign * self.value(metric, t, rows).mean for t in candidates}
+        return min(values, key=lambda t: (isnan(values[t]), values[t], t))  # NaN: no row could be checked
+
+    def best(self) -> int | None:
+        """The best of the evaluated iterations; -1: none is better than the start."""
+        evaluated = list(self.evaluations())
+        return self.best_of(evaluated) if evaluated else None
+
+    def headline(self, index: int | None = None) -> Headline | None:
+        """An iteration on the rows that do not choose: by default the best one, or the last if none beats the start."""
+        evaluations, best = self.evaluations(), self.best()
+        done = [index for index in evaluations if index >= 0]
+        if best is None or -1 not in evaluations or not done:
+            return None
+        if index is None:
+            index = best if best >= 0 else done[-1]
+        elif index not in done:
+            return None
+        choosing, judging = self.halves
+        is_chosen = len(done) > 1 and not (choosing & judging).any()
+        rows = judging if is_chosen else self.all_rows
+        metrics = [metric for metric in MEASURED if metric in evaluations[index]]
+        return Headline(
+            iteration=index,
+            best=best,
+            chosen_by=self.recipe.evaluate.save_best_by,
+            choosing_prompts=len(set(self.held_out[0][choosing])) if is_chosen else None,
+            start={metric: self.value(metric, -1, rows) for metric in metrics},
+            value={metric: self.value(metric, index, rows) for metric in metrics},
+            change={metric: self.change(metric, -1, index, rows) for metric in metrics},
+        )
 
     def stages(self) -> list[StageState]:
         if self.data is None:
@@ -181,28 +247,31 @@ class Results:
         folder = iteration.stage(stage)
         return json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
 
-    def benchmarks(self) -> dict[tuple[str, str], dict[int, tuple[float, float | None]]]:
-        """(benchmark, metric) -> iteration -> (value, standard error); -1 is the start."""
+    def benchmarks(self) -> dict[tuple[str, str], dict[int, tuple[float, str]]]:
+        """(benchmark, metric) -> iteration -> (value, its spread as text); -1 is the start."""
         if self.data is None:
             return {}
-        found: dict[tuple[str, str], dict[int, tuple[float, float | None]]] = {}
+        found: dict[tuple[str, str], dict[int, tuple[float, str]]] = {}
         for iteration in self.iterations:
             for stage in iteration.stages:
                 if stage.startswith(BENCHMARKS) and is_committed(iteration.stage(stage)):
                     metrics = self.benchmark(iteration, stage)
                     for name, value in metrics.items():
                         if not name.endswith("_stderr"):
-                            key = (stage.removeprefix(f"{BENCHMARKS}/"), name)
-                            found.setdefault(key, {})[iteration.index] = (value, metrics.get(f"{name}_stderr"))
+                            key, error = (stage.removeprefix(f"{BENCHMARKS}/"), name), metrics.get(f"{name}_stderr")
+                            spread = "" if error is None else f"± {error:.2g}"
+                            found.setdefault(key, {})[iteration.index] = (value, spread)
         for folder in sorted((self.run.root / JUDGED).glob("*")):
             if is_committed(folder):
                 metrics = json.loads(verified(folder, "metrics.json").read_text(encoding="utf-8"))
                 other = "the start" if metrics["against"] < 0 else f"iteration {metrics['against']}"
                 key = (f"MT-Bench by {metrics['judge']}", f"wins and half of the ties, against {other}")
-                found.setdefault(key, {})[metrics["iteration"]] = (metrics["score"], metrics["score_stderr"])
+                ends = [metrics[f"score_{end}"] for end in ("low", "high") if f"score_{end}" in metrics]
+                spread = "[{:.4g}, {:.4g}]".format(*ends) if ends else ""
+                found.setdefault(key, {})[metrics["iteration"]] = (metrics["score"], spread)
         return found
 
-    def headline(self, iteration: Iteration, stage: str) -> str:
+    def describe_stage(self, iteration: Iteration, stage: str) -> str:
         """The main metrics of an evaluation, or the first metric of a benchmark, for one line."""
         if stage == "evaluate":
             metrics = self.evaluation(iteration.index) or {}
@@ -230,29 +299,30 @@ class Results:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]  # the last one may be incomplete
 
-    def best(self) -> Best | None:
-        """The iteration with the best value of evaluate.save_best_by; the earliest of equals."""
-        metric = self.recipe.evaluate.save_best_by
-        sign = 1 if metric == "held_out_nll" else -1
-        values = {index: m[metric] for index, m in self.evaluations().items()}
-        if not values:
-            return None
-        index = min(values, key=lambda i: (sign * values[i], i))
-        return Best(index, metric, values[index])
-
     def as_json(self) -> Json:
-        best = self.best()
+        headline = self.headline()
         return {
             "run": str(self.run.root),
-            "method": self.recipe.method.name,
+            "method": name_methods(self.recipe),
             "iterations": self.recipe.iterations,
             "stopped": self.stopped,
             "owner": self.run.owner(),
             "data": asdict(self.data) if self.data else None,
             "stages": [asdict(stage) for stage in self.stages()],
-            "best": asdict(best) if best else None,
+            "headline": asdict(headline) if headline else None,
             "report": str(self.run.report) if self.run.report.is_file() else None,
         }
+
+
+def phases(recipe: Recipe, count: int) -> list[tuple[Objective, list[int]]]:
+    """(method, its iterations) of the first `count` iterations: one pair unless per_iteration changes the method."""
+    by_name = groupby(range(count), key=lambda index: recipe.at(index).method.name)
+    return [(recipe.at(indices[-1]).method, indices) for indices in (list(group) for _, group in by_name)]
+
+
+def name_methods(recipe: Recipe) -> str:
+    """The run's methods in their order, such as "sft, then spin"."""
+    return ", then ".join(method.name for method, _ in phases(recipe, recipe.iterations))
 
 
 def _progress(path: Path) -> str | None:

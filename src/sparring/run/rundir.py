@@ -165,6 +165,10 @@ class RunDir:
             replace_file(self._owner, json.dumps(me))
             remove_leftovers(self.root.rglob(".*.tmp-*"))
             yield
+        except OSError as error:
+            if not self.has_begun:
+                raise
+            raise RunError(f"{error}. Everything committed is intact; the same command continues.") from error
         finally:
             self._owner.unlink(missing_ok=True)
             lock.release()

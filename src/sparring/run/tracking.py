@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate.tracking import filter_trackers
 from sparring.errors import UserError
 from sparring.recipe.load import flatten
 from sparring.run.disk import writing
+from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.run.rundir import RunDir
 
@@ -35,16 +37,40 @@ TRL_NAMES = {
 }
 """What TRL's DPOTrainer calls the same numbers."""
 
-_active: list[Accelerator] = []  # trackers are process-wide in accelerate, too
+
+@dataclass(frozen=True)
+class Tracker:
+    """Where steps and evaluations go: the trackers of a run, or nowhere."""
+
+    accelerator: Accelerator | None = None
+
+    def step(self, iteration: Iteration, line: Mapping[str, float], steps_before: int) -> None:
+        """A line of metrics.jsonl. `iteration` rises from t - 1 to t during iteration t, so its evaluation is last."""
+        progress = line["epoch"] / iteration.recipe.train.epochs
+        metrics = {name: value for name, value in line.items() if name != "step"}
+        self._log("train", metrics, steps_before + int(line["step"]), iteration.index - 1 + progress)
+
+    def evaluation(self, index: int, metrics: Mapping[str, float], steps: int) -> None:
+        """`steps`: optimizer steps so far; iteration -1 is the start."""
+        self._log("eval", metrics, steps, index)
+
+    def _log(self, section: str, metrics: Mapping[str, float], step: int, iteration: float) -> None:
+        if self.accelerator is not None:
+            values = {f"{section}/{TRL_NAMES.get(name, name)}": value for name, value in metrics.items()}
+            with writing(Path(self.accelerator.project_configuration.logging_dir or ".")):
+                self.accelerator.log(values | {"iteration": iteration}, step=step)
+
+
+NO_TRACKER = Tracker()
 
 
 @contextmanager
-def tracking(run: RunDir, names: tuple[str, ...], settings: Mapping[str, object]) -> Iterator[None]:
-    """Within the block, steps and evaluations go to these trackers: one run of each per run directory."""
+def tracking(run: RunDir, names: tuple[str, ...], settings: Mapping[str, object]) -> Iterator[Tracker]:
+    """The trackers of these names within the block: one run of each per run directory."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise UserError(f"track: {missing[0]} is not installed. Run pip install '{missing[0]}', or remove it.")
     if not names:
-        yield
+        yield NO_TRACKER
         return
     root = run.root
     accelerator = Accelerator(log_with=filter_trackers(list(names), root), project_dir=root)
@@ -67,11 +93,9 @@ def tracking(run: RunDir, names: tuple[str, ...], settings: Mapping[str, object]
                     tracker.tracker.define_metric(part, step_metric="iteration")
             elif tracker.name == "mlflow" and earlier is None:
                 tracker.store_init_configuration(flatten(settings))
-    _active.append(accelerator)
     try:
-        yield
+        yield Tracker(accelerator)
     finally:
-        _active.remove(accelerator)
         trackers = list(accelerator.trackers)
         accelerator.trackers.clear()
         with writing(root / "tensorboard"):
@@ -94,20 +118,3 @@ def mlflow_run(identity: str) -> str | None:
 def steps_before(run: RunDir, index: int) -> int:
     """Optimizer steps of the iterations before `index`."""
     return sum(int(str(read_manifest(run.stage(t, "train")).info["steps"])) for t in range(index))
-
-
-def track_step(metrics: Mapping[str, float], step: int, iteration: float) -> None:
-    """`iteration` rises from t - 1 to t during iteration t, so that its evaluation lies at the end."""
-    _log("train", {name: value for name, value in metrics.items() if name != "step"}, step, iteration)
-
-
-def track_evaluation(metrics: Mapping[str, float], step: int, iteration: int) -> None:
-    """`step`: optimizer steps so far; iteration -1 is the start."""
-    _log("eval", metrics, step, iteration)
-
-
-def _log(section: str, metrics: Mapping[str, float], step: int, iteration: float) -> None:
-    for accelerator in _active:
-        values = {f"{section}/{TRL_NAMES.get(name, name)}": value for name, value in metrics.items()}
-        with writing(Path(accelerator.project_configuration.logging_dir or ".")):
-            accelerator.log(values | {"iteration": iteration}, step=step)

@@ -25,7 +25,7 @@ from sparring.parallel.ray_cluster import ranks_on_ray
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import BENCHMARKS
-from sparring.run.tracking import steps_before, track_step
+from sparring.run.tracking import NO_TRACKER, Tracker, steps_before
 from sparring.stages.evaluate import answer_questions, benchmark, evaluate
 from sparring.stages.generate import backend_factory, generate, prepare_parts
 from sparring.stages.generate.ray_pool import generate_on_ray
@@ -38,7 +38,7 @@ GRACE_SECONDS = 5.0
 """How long the other ranks have to end on their own after one has given its reason."""
 
 
-def launch_stage(iteration: Iteration, stage: str) -> None:
+def launch_stage(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER) -> None:
     """Runs a stage where the recipe's `launch` says, and returns when it is committed."""
     launch = iteration.recipe.launch
     match stage:
@@ -49,9 +49,9 @@ def launch_stage(iteration: Iteration, stage: str) -> None:
                 generate_on_ray(iteration)
             generate(iteration, backend_factory(iteration))  # draws what is missing, and commits
         case "score" | "train" | "evaluate" if launch != "inline":
-            run_on_ranks(iteration, stage)
+            run_on_ranks(iteration, stage, tracker)
         case "score" | "train" | "evaluate":
-            run_here(iteration, stage, SingleProcess())
+            run_here(iteration, stage, SingleProcess(), tracker)
         case _:
             name = stage.removeprefix(f"{BENCHMARKS}/")
             task = iteration.benchmarks[name]
@@ -61,20 +61,20 @@ def launch_stage(iteration: Iteration, stage: str) -> None:
                 benchmark(iteration, task, name)
 
 
-def run_here(iteration: Iteration, stage: str, parallel: Parallel) -> None:
+def run_here(iteration: Iteration, stage: str, parallel: Parallel, tracker: Tracker = NO_TRACKER) -> None:
     """Runs a stage that can have several ranks in this process, which is one of them or alone."""
     match stage:
         case "score":
             score(iteration, parallel)
         case "train":
-            train(iteration, parallel)
+            train(iteration, parallel, tracker)
         case "evaluate":
             evaluate(iteration, backend_factory(iteration), parallel)
         case _:
             raise ValueError(stage)
 
 
-def run_on_ranks(iteration: Iteration, stage: str) -> None:
+def run_on_ranks(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER) -> None:
     """Runs a stage on ranks until it is done; of `generate` the parts that are missing."""
     if stage == "generate":
         prepare_parts(iteration)
@@ -82,7 +82,7 @@ def run_on_ranks(iteration: Iteration, stage: str) -> None:
     losses, kept = 0, None
     while True:
         try:
-            if _run_once(iteration, stage):
+            if _run_once(iteration, stage, tracker):
                 return
             info(f"  Out of memory on a rank; {stage} restarts with smaller micro-batches.")
         except RankLost as loss:
@@ -93,14 +93,14 @@ def run_on_ranks(iteration: Iteration, stage: str) -> None:
             info(f"note: {loss}; {stage} restarts from what is committed")
 
 
-def _run_once(iteration: Iteration, stage: str) -> bool:
+def _run_once(iteration: Iteration, stage: str, tracker: Tracker) -> bool:
     """Whether the stage is done; False if a rank ran out of memory and left a smaller micro-batch size."""
     notes = iteration.run.ranks
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
     if stage == "evaluate":  # an attempt that ended leaves nothing to continue
         shutil.rmtree(iteration.run.work(iteration.stage(stage)), ignore_errors=True)
-    follower = StepFollower(iteration) if stage == "train" else None
+    follower = StepFollower(iteration, tracker) if stage == "train" else None
     worker = ["-m", "sparring.stages.worker", str(iteration.run.root), str(iteration.index), stage]
     with _started(iteration.recipe, stage, worker, notes / "ended") as ranks:
         _wait(ranks, notes, follower)
@@ -151,9 +151,7 @@ def _wait(ranks: Ranks, notes: Path, follower: StepFollower | None) -> None:
             return
 
 
-def _started(
-    recipe: Recipe, stage: str, worker: Sequence[str], note: Path
-) -> AbstractContextManager[Ranks]:
+def _started(recipe: Recipe, stage: str, worker: Sequence[str], note: Path) -> AbstractContextManager[Ranks]:
     """The ranks, on this machine or on a cluster. Leaving the context kills those that still run."""
     num_processes = None if recipe.num_processes == "auto" else recipe.num_processes
     if recipe.launch == "ray":
@@ -177,10 +175,10 @@ def _reasons(notes: Path) -> list[tuple[str, str]]:
 class StepFollower:
     """Follows the metrics.jsonl that ranks write, and sends each new step to the trackers."""
 
-    def __init__(self, iteration: Iteration) -> None:
-        self.iteration = iteration
+    def __init__(self, iteration: Iteration, tracker: Tracker) -> None:
+        self.iteration, self.tracker = iteration, tracker
         self.work = iteration.run.work(iteration.stage("train"))
-        self.first = steps_before(iteration.run, iteration.index)
+        self.earlier_steps = steps_before(iteration.run, iteration.index)
         self.last_step = max((int(path.name[5:]) for path in self.work.glob("step-*")), default=0)
         self.offset = 0
 
@@ -188,7 +186,7 @@ class StepFollower:
         for line in self._new_lines():
             if line["step"] > self.last_step:
                 self.last_step = int(line["step"])
-                track_step(line, self.first + self.last_step, self.iteration.index)
+                self.tracker.step(self.iteration, line, self.earlier_steps)
 
     def _new_lines(self) -> Iterator[dict[str, float]]:
         done = self.iteration.stage("train") / "metrics.jsonl"

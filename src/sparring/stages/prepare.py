@@ -153,8 +153,8 @@ class DataReader:
                         raise BadRow("no 'rejected' response to the same prompt, which dpo needs")
                     if found.id in self.seen:
                         raise BadRow(f"a duplicate of row {self.seen[found.id]}")
-                    rendered = self.render(found)
-                    taken.append((prompt_key(found), rendered))
+                    rendered = replace(self.render(found), prompt_key=prompt_key(found))
+                    taken.append((rendered.prompt_key, rendered))
                     self.seen[found.id] = number
                     advance(1, len(rendered.prompt_ids) + len(rendered.real_ids))
                 except BadRow as problem:

@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from sparring.recipe.schema import Recipe
 from sparring.recipe.yaml import dump
-from sparring.run.results import SUMMARY_METRICS, Results
+from sparring.report.summary import describe_headline
+from sparring.run.results import SUMMARY_METRICS, Results, phases
 
 PAPERS = {"spin": "2401.01335", "tspin": "2601.08198", "space": "2512.07175"}
 
@@ -18,12 +19,12 @@ TEXT = """---
 
 # {title}
 
-Iteration {index} of {count} of self-play fine-tuning with {method}{paper}, from {base},
+Iteration {index} of {count}: {training}, from {base},
 on {num_train:,} rows of {data}. {kind}
 
 ## Results
 
-On {num_held_out:,} held-out rows, ± one standard error. "start" is the starting model.
+{headline}On {num_held_out:,} held-out rows, with 95% intervals over prompts in brackets. "start" is the starting model.
 
 {table}
 
@@ -75,25 +76,27 @@ def model_card(results: Results, index: int, is_adapter: bool) -> str:
     recipe, data = results.recipe, results.data
     assert data is not None
     base = recipe.model.partition("@")[0]
+    methods = [method for method, _ in phases(recipe, index + 1)]
+    is_self_play = any(method.needs.rounds for method in methods)
     metadata = ModelCardData(
         base_model=None if Path(recipe.model).exists() else base,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["sparring", "self-play", recipe.method.name],
+        tags=["sparring", *(["self-play"] if is_self_play else []), *dict.fromkeys(m.name for m in methods)],
         datasets=None if Path(recipe.data.train).exists() or "/" not in recipe.data.train else recipe.data.train,
     )
-    paper = PAPERS.get(recipe.method.name)
+    headline = results.headline(index)
     card = TEXT.format(
         metadata=metadata.to_yaml(),
         title=results.run.root.name,
         index=index,
         count=recipe.iterations,
-        method=recipe.method.name,
-        paper=f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else "",
+        training=describe_training(recipe, index),
         base=public_name(recipe.model),
-        num_train=data.num_train,
+        num_train=data.num_train if is_self_play else data.num_train - data.num_self_play,
         data=public_name(recipe.data.train),
         kind="This is an adapter, which needs its base model." if is_adapter else "This is a full model.",
+        headline=f"{describe_headline(headline)}\n\n" if headline else "",
         num_held_out=data.num_held_out,
         table=metrics_table(results),
         end=data.end_token,
@@ -103,6 +106,26 @@ def model_card(results: Results, index: int, is_adapter: bool) -> str:
         recipe=dump(public_recipe(recipe)).strip(),
     )
     return str(ModelCard(card))
+
+
+def describe_training(recipe: Recipe, index: int) -> str:
+    """The training up to iteration `index`, such as "supervised fine-tuning in iteration 0, then ..."."""
+    played = phases(recipe, index + 1)
+    texts = []
+    for method, iterations in played:
+        if method.needs.rounds:
+            text = f"self-play fine-tuning with {method.name}"
+        elif "rejected" in method.needs.roles:
+            text = f"preference optimization with {method.name}"
+        else:
+            text = "supervised fine-tuning"
+        if paper := PAPERS.get(method.name):
+            text += f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
+        if len(played) > 1:
+            first, last = iterations[0], iterations[-1]
+            text += f" in iteration {first}" if first == last else f" in iterations {first} to {last}"
+        texts.append(text)
+    return ", then ".join(texts)
 
 
 def usage(recipe: Recipe, is_adapter: bool) -> str:
@@ -118,8 +141,9 @@ def metrics_table(results: Results) -> str:
     for index, metrics in evaluations.items():
         cells = []
         for name in names:
-            error = f" ± {metrics[f'{name}_stderr']:.2g}" if f"{name}_stderr" in metrics else ""
-            cells.append(f"{metrics[name]:.4g}{error}" if name in metrics else "")
+            ends = [metrics[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in metrics]
+            interval = " [{:.4g}, {:.4g}]".format(*ends) if ends else ""
+            cells.append(f"{metrics[name]:.4g}{interval}" if name in metrics else "")
         lines.append(f"| {'start' if index < 0 else index} | {' | '.join(cells)} |")
     return "\n".join(lines) if evaluations else "This run was not evaluated."
 

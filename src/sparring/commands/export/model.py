@@ -65,12 +65,12 @@ def select_iteration(results: Results, iteration: str) -> int:
         best = results.best()
         if best is None:
             raise UserError("--iteration best: nothing has been evaluated yet. Give a number.")
-        if best.iteration < 0:
+        if best < 0:
             raise UserError(
-                f"--iteration best: no iteration improves {best.metric} over the starting model. To export one anyway, "
-                "give its number."
+                f"--iteration best: no iteration improves {results.recipe.evaluate.save_best_by} over the starting "
+                "model. To export one anyway, give its number."
             )
-        return best.iteration
+        return best
     if not iteration.isdecimal() or not is_committed(results.run.stage(int(iteration), "train")):
         done = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "train"))]
         trained = f"one of {', '.join(map(str, done))}" if done else "a number once an iteration is trained"

@@ -22,11 +22,12 @@ from sparring.model.logprobs import Scorer, score_groups
 from sparring.model.memory import inference_micro_batch_tokens, peak_memory_mib
 from sparring.objectives.metrics import quadrants, self_play_metrics
 from sparring.parallel import Parallel
+from sparring.run.estimate import DIFFERENCE, FRACTION, estimate
 from sparring.run.examples import join
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, commit_part, write_json
 from sparring.stages.evaluate.checkers import is_correct, make_extract
-from sparring.stages.evaluate.text_metrics import text_metrics
+from sparring.stages.evaluate.text_metrics import real_form, text_metrics
 from sparring.types import (
     Backend,
     Finish,
@@ -106,12 +107,12 @@ def check_answers(
         "is_correct": nothing,
         "is_greedy_correct": nothing,
     }
-    metrics = text_metrics(fresh, [row.real_ids for row in rows])
+    metrics = text_metrics(fresh, [row.real_ids for row in rows]) | real_form(rows)
     if checker is not None:
         extract, greedy_texts = make_extract(checker), decode_answers(tokenizer, greedy)
         correct = [is_correct(extract, text, row.real) for text, row in zip(texts, rows, strict=True)]
         greedy_correct = [is_correct(extract, text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
-        metrics |= accuracy("sampled", correct) | accuracy("greedy", greedy_correct)
+        metrics |= accuracy("sampled", rows, correct) | accuracy("greedy", rows, greedy_correct)
         columns |= {"greedy_text": greedy_texts, "is_correct": correct, "is_greedy_correct": greedy_correct}
     return columns, metrics
 
@@ -215,23 +216,21 @@ class Answers:
 
 
 def likelihood(rows: Sequence[Rendered], real_logprob: np.ndarray) -> dict[str, float]:
-    """NLL of the real responses in nats per token, with the standard error of this ratio over rows."""
-    lengths = np.array([len(row.real_ids) for row in rows])
-    nll = float(-real_logprob.sum() / lengths.sum())
-    residual = -real_logprob - nll * lengths
-    return {
-        "held_out_nll": nll,
-        "held_out_nll_stderr": float(np.sqrt((residual**2).sum()) / lengths.sum()),
-        "real_logprob": float(real_logprob.mean()),
-    }
+    """NLL of the real responses in nats per token, with its interval over prompts."""
+    lengths = np.array([float(len(row.real_ids)) for row in rows])
+    nll = estimate(-real_logprob.astype(np.float64), lengths, prompts(rows))
+    return {**nll.named("held_out_nll"), "real_logprob": float(real_logprob.mean())}
 
 
-def accuracy(name: str, correct: Sequence[bool | None]) -> dict[str, float]:
-    """Fraction of correct responses among the rows that can be checked, with its standard error."""
-    checked = [c for c in correct if c is not None]
-    share = sum(checked) / len(checked) if checked else float("nan")
-    error = (share * (1 - share) / len(checked)) ** 0.5 if checked else float("nan")
-    return {f"{name}_accuracy": share, f"{name}_accuracy_stderr": error}
+def accuracy(name: str, rows: Sequence[Rendered], correct: Sequence[bool | None]) -> dict[str, float]:
+    """Fraction of correct responses among the rows that can be checked, with its interval over prompts."""
+    values = np.array([np.nan if c is None else float(c) for c in correct])
+    return estimate(values, clusters=prompts(rows), bounds=FRACTION).named(f"{name}_accuracy")
+
+
+def prompts(rows: Sequence[Rendered]) -> np.ndarray:
+    """The clusters of the intervals: rows of one prompt are not independent."""
+    return np.array([row.prompt_key for row in rows])
 
 
 def against_opponent(
@@ -261,10 +260,12 @@ def against_opponent(
     per_row = self_play_metrics(objective, policy, theirs, lengths)
     gap = per_row["logps/real"] - per_row["logps/generated"]
     means = {name: values.double().mean().item() for name, values in per_row.items()}
-    accuracies = per_row["rewards/accuracies"]
+    won, tied = (per_row[name].double().numpy() for name in ("rewards/accuracies", "rewards/ties"))
     return {
         **means,
-        "rewards/accuracies_stderr": (accuracies.var(correction=0) / len(accuracies)).sqrt().item(),
+        **estimate(won, clusters=prompts(rows), bounds=FRACTION).named("rewards/accuracies"),
+        # wins minus losses, for the stop rule
+        **estimate(2 * won + tied - 1, clusters=prompts(rows), bounds=DIFFERENCE).named("rewards/lead"),
         "advantages/current": gap.mean().item(),
         "advantages/history_logps": (per_row["logps/generated"] - per_row["logps/proto"]).mean().item(),
         **{f"quadrants/{name}": share for name, share in quadrants(per_row["rewards/margins"], gap).items()},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparring.types import Generation, TokenIds
+from sparring.types import Generation, Rendered, TokenIds
 
 
 def text_metrics(answers: Sequence[Generation], real: Sequence[TokenIds]) -> dict[str, float]:
@@ -25,6 +25,16 @@ def text_metrics(answers: Sequence[Generation], real: Sequence[TokenIds]) -> dic
         "distinct_1": distinct(bodies, 1),
         "distinct_2": distinct(bodies, 2),
         "repetition": float(np.mean([repetition(body) for body in bodies])),
+    }
+
+
+def real_form(rows: Sequence[Rendered]) -> dict[str, float]:
+    """What the policy's `end_rate` and `repetition` become if it responds like the real responses."""
+    ends = [row.real_finish == "stop" for row in rows]
+    bodies = [row.real_ids[:-1] if is_end else row.real_ids for row, is_end in zip(rows, ends, strict=True)]
+    return {
+        "real_end_rate": float(np.mean(ends)),
+        "real_repetition": float(np.mean([repetition(body) for body in bodies])),
     }
 
 

@@ -19,7 +19,7 @@ from sparring.run.examples import generated_inputs, load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import begin_work, commit, failpoint, hash_path, write_json
 from sparring.run.schedule import Schedule
-from sparring.run.tracking import steps_before, track_step
+from sparring.run.tracking import NO_TRACKER, Tracker, steps_before
 from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from sparring.stages.train.micro_batches import choose_micro_batch_tokens, run_step_within_memory
 from sparring.stages.train.policy import Policy, load_policy
@@ -33,7 +33,7 @@ from sparring.stages.train.step import (
 from sparring.types import TrainingExample
 
 
-def train(iteration: Iteration, parallel: Parallel) -> None:
+def train(iteration: Iteration, parallel: Parallel, tracker: Tracker = NO_TRACKER) -> None:
     """Writes train/: metrics.jsonl, one line per optimizer step, and model/, the next opponent."""
     start, settings = time.monotonic(), iteration.recipe.train
     input_digests = begin(iteration, parallel)
@@ -46,7 +46,7 @@ def train(iteration: Iteration, parallel: Parallel) -> None:
     parallel.barrier()
     policy.micro_batch_tokens = choose_micro_batch_tokens(iteration, policy, examples, parallel)
     parallel.barrier()
-    first_step = steps_before(iteration.run, iteration.index)
+    earlier_steps = steps_before(iteration.run, iteration.index)
     log_to = metrics_file if parallel.is_main else Path(os.devnull)
     with track(f"train {iteration.index}", schedule.num_steps) as advance, log_to.open("a", encoding="utf-8") as log:
         advance(done, 0)
@@ -55,7 +55,7 @@ def train(iteration: Iteration, parallel: Parallel) -> None:
             with writing(metrics_file):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-            track_step(line, first_step + step + 1, iteration.index - 1 + (step + 1) / schedule.num_steps)
+            tracker.step(iteration, line, earlier_steps)
             advance(1, int(line["num_tokens"]))
             failpoint("train-step")
             failpoint(f"train-step-of-rank-{parallel.rank}")
