@@ -31,7 +31,7 @@ from sparring.run.session import (
 )
 from sparring.run.tracking import NO_TRACKER, Tracker, steps_before, tracking
 from sparring.stages.launch import launch_stage
-from sparring.stages.prepare import check_dependencies, optional_packages, prepare
+from sparring.stages.prepare import ON_ANOTHER_SIDE, check_dependencies, optional_packages, prepare
 
 
 def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> RunDir:
@@ -171,8 +171,20 @@ def report_settings(run: RunDir, recipe: Recipe) -> None:
     )
     if data.num_self_play:
         info(f"{data.num_self_play:,} of the training rows are kept for self-play; sft iterations never see them.")
-    if data.skipped:
-        info(f"note: {sum(data.skipped.values())} rows cannot be used; see {run.data / 'skipped.jsonl'}")
+    elsewhere = {reason: count for reason, count in data.skipped.items() if reason.startswith(ON_ANOTHER_SIDE)}
+    for reason, count in elsewhere.items():
+        info(f"note: {count:,} rows are left out, since {reason}")
+    if num_unusable := sum(data.skipped.values()) - sum(elsewhere.values()):
+        info(f"note: {num_unusable:,} rows cannot be used; see {run.data / 'skipped.jsonl'}")
+    if data.num_near_duplicates:
+        info(
+            f"note: {data.num_near_duplicates:,} prompts differ from another one only in case, white space, Unicode "
+            "form or system prompt; each stays on the same side of the split as that one"
+        )
+    for what, count in data.left_out.items():
+        info(f"note: the chat template leaves out {what} in {count:,} rows")
+    if data.num_checked and data.num_checked < data.num_held_out:
+        info(f"note: evaluate.checker finds an answer in {data.num_checked:,} held-out rows; the others do not count")
     if data.num_truncated:
         info(
             f"note: {data.num_truncated:,} of {data.num_train + data.num_held_out:,} real responses were truncated, "

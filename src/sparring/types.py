@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
@@ -35,8 +35,11 @@ Lengths = Mapping[Role, Int[Tensor, "..."]]
 """Number of response tokens, in the shapes of `Scores`."""
 
 
-class Message(dict[str, str]):
-    """One turn of a conversation: {"role": "system" | "user" | "assistant" | "tool", "content": text}."""
+class Message(dict[str, Any]):
+    """One turn of a conversation: {"role": "system" | "user" | "assistant" | "tool", "content": text}.
+
+    An assistant turn may also have `reasoning_content` (its thought) and `tool_calls`; with calls, content may be None.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Example:
     id: str  # hash of the content, so it survives reordering; the key of every join
     row: int  # in the user's file, from 1
     messages: tuple[Message, ...]
-    rejected: str | None = None  # of preference data: the worse response to the same prompt
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, as `apply_chat_template` takes them
+    rejected: Message | None = None  # of preference data: the worse response to the same prompt
+    left_out: tuple[str, ...] = ()  # what the row has and no template is given
 
     @property
     def answer(self) -> str:
-        return self.messages[-1]["content"]
+        return self.messages[-1]["content"] or ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Rendered:
     real: str
     rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty without one
     prompt_key: str = ""  # the same for all rows of a prompt, which are not independent
+    left_out: tuple[str, ...] = ()  # what of the example is in no token; counted by the data stage, not stored
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def turns(row: Mapping[str, object], which: str = "last", **settings: object) ->
 
 ONE = [("user", Q), ("assistant", A)]
 SYSTEM = [("system", "Be brief."), *ONE]
+TURNS = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,9 @@ SYSTEM = [("system", "Be brief."), *ONE]
         ({"prompt": Q, "completion": A}, ONE),
         ({"prompt": [{"role": "user", "content": Q}], "completion": [{"role": "assistant", "content": A}]}, ONE),
         ({"prompt": Q, "chosen": A, "rejected": "5"}, ONE),
+        ({"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "5"}]}, ONE),
+        ({"messages": TURNS, "system": "Be brief."}, SYSTEM),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *TURNS], "system": "Be brief."}, SYSTEM),
         (
             {
                 "prompt": Q,
@@ -86,7 +90,75 @@ def test_formats(row: Mapping[str, object], expected: list[tuple[str, str]]) -> 
 def test_the_rejected_response_of_a_pair(rejected: object, expected: str | None) -> None:
     row = {"prompt": Q, "chosen": A, "rejected": rejected}
     (example,) = examples(row, 1, detect_format(row, {}, None, "rows"), "last")
-    assert example.rejected == expected
+    assert example.rejected == (expected and {"role": "assistant", "content": expected})
+
+
+def test_ultrafeedback_s_own_columns_are_pairs() -> None:
+    """`messages` repeats `chosen`; read as such, no row has a rejected response."""
+    pair = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "5"}]}
+    row = {"prompt": Q, "prompt_id": "a", **pair, "messages": TURNS, "score_chosen": 8.0, "score_rejected": 2.0}
+    row_format = detect_format(row, {}, None, "rows")
+    (example,) = examples(row, 1, row_format, "last")
+    assert row_format.name == "prompt/chosen" and example.answer == A
+    assert example.rejected == {"role": "assistant", "content": "5"}
+    assert detect_format(row, {"messages": "messages"}, None, "rows").name == "messages", "unless the recipe maps it"
+
+
+def test_turns_that_are_not_trained_are_context() -> None:
+    said = [
+        ("user", "u1"),
+        ("assistant", "a1"),
+        ("user", "u2"),
+        ("assistant", "a2"),
+        ("user", "u3"),
+        ("assistant", "a3"),
+    ]
+    messages: list[dict[str, object]] = [{"role": role, "content": content} for role, content in said]
+    messages[1] |= {"weight": 0}
+    messages[5] |= {"train": False}
+    messages[3] |= {"weight": 1, "train": None}
+    row = {"messages": messages}
+    assert turns(row, "all") == turns(row, "last") == turns(row, "first") == [said[:4]]
+    shares = {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A, "weight": 0.0}]}
+    with pytest.raises(BadRow, match="no assistant turn to train: each has weight 0 or train false"):
+        turns(shares)
+
+
+def test_calls_thoughts_and_tools_are_kept() -> None:
+    call = {"name": "add", "arguments": '{"a": 2, "b": 2}'}
+    row = {
+        "messages": [
+            TURNS[0],
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": call}], "thinking": "hm"},
+            {"role": "tool", "content": "4", "tool_call_id": "c1", "name": "add", "avatar": "a.png"},
+            {"role": "assistant", "content": A, "tool_calls": [], "reasoning_content": "so", "name": None},
+        ],
+        "tools": '[{"type": "function", "function": {"name": "add"}}]',
+    }
+    (example,) = examples(row, 1, detect_format(row, {}, None, "rows"), "last")
+    called = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    assert example.messages[1:] == (
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [called]},
+        {"role": "tool", "content": "4", "name": "add", "tool_call_id": "c1"},
+        {"role": "assistant", "content": A, "reasoning_content": "so"},
+    )
+    assert example.tools == ({"type": "function", "function": {"name": "add"}},)
+    assert example.left_out == ("'avatar' of a turn",)
+    (other,) = examples({**row, "tools": None}, 1, detect_format(row, {}, None, "rows"), "last")
+    assert other.id != example.id, "tools are part of the prompt"
+
+
+def test_arrow_s_nulls_are_not_arguments(tmp_path: Path) -> None:
+    """Arrow gives every object of a column the fields of all others."""
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("a", "b")]
+    rows = [{"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for number, row in read_rows(str(tmp_path / "rows.parquet")):
+        assert isinstance(row, dict)
+        (example,) = examples(row, number, detect_format(row, {}, None, "rows"), "last")
+        name = "ab"[number - 1]
+        assert example.messages[-1]["tool_calls"][0]["function"] == {"name": name, "arguments": {name: 1}}
+        assert example.left_out == ()
 
 
 def test_alpaca_history_becomes_turns() -> None:
@@ -172,6 +244,16 @@ def test_unknown_columns_are_refused_with_the_supported_ones() -> None:
             "parts that are not text",
         ),
         ({"instruction": Q, "output": A, "history": [["a"]]}, "'history' must be"),
+        ({"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]}, "turn 1 of the user has weight 1, but only assistant"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "turn 2 has weight 0.5. Use 0 or 1"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": "no"}]}, "turn 2 has train 'no'. Use true or false"),
+        ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, "Write it as 'tool_calls'"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": ""}, 1]}]}, "needs a function with a name"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f", "arguments": "[1"}]}]}, "not valid JSON"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f", "arguments": "1"}]}]}, "must be an object"),
+        ({"messages": [{**TURNS[0], "reasoning_content": "x"}, TURNS[1]]}, "turn 1 of the user has a thought"),
+        ({"messages": TURNS, "tools": "[{}]"}, "must be a list of JSON schemas"),
+        ({"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"}, "Keep one of them"),
     ],
 )
 def test_broken_rows_say_why(row: Mapping[str, object], reason: str) -> None:

@@ -11,7 +11,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from sparring.data.read import BadRow
-from sparring.data.render import Renderer
+from sparring.data.render import Renderer, chat_template_of
 from sparring.errors import UserError
 from sparring.types import Example, Message, Rendered
 
@@ -154,8 +154,10 @@ def test_a_prompt_that_opens_the_reasoning_needs_responses_that_have_it(tokenize
     row = render(example("<think>well</think>Yes"))
     assert text(tokenizer, row.prompt_ids).endswith("assistant\n<think>")
     assert text(tokenizer, row.real_ids) == "well</think>Yes<|im_end|>"
-    with pytest.raises(BadRow, match="the prompt's tokens are not a prefix of the conversation"):
+    with pytest.raises(BadRow, match=r"opens <think> in the prompt.*no thought.*data\.empty_thought: true"):
         render(example("Yes"))
+    empty = renderer(tokenizer, thinking(opened="<think>"), empty_thought=True)(example("Yes"))
+    assert text(tokenizer, empty.real_ids) == "\n</think>\n\nYes<|im_end|>"
 
 
 def test_a_template_that_raises_an_error_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,6 +182,20 @@ def test_the_trailing_space_of_a_text_template_belongs_to_the_response(tokenizer
     assert text(tokenizer, row.real_ids) == " Yes, it is!</s>"
     whole = tokenizer("### Instruction: Hello there\n\n### Response: Yes, it is!")["input_ids"]
     assert [*row.prompt_ids, *row.real_ids] == [*whole, 2], "the full text, with one BOS and one end token"
+
+
+@pytest.mark.parametrize("prompt", ["Hello there ", "Hello  there   ", "Hello there", "Hello there\n ", "{{ x }} "])
+@pytest.mark.parametrize("template", ["{prompt}", "{prompt} ", "Q: {prompt}\n\nA: ", '{system}"\\ {prompt}'])
+def test_an_exported_text_template_gives_the_same_tokens(
+    tokenizer: PreTrainedTokenizerFast, template: str, prompt: str
+) -> None:
+    """A prompt's trailing spaces belong to the response too, if nothing but spaces stands between the two."""
+    row = renderer(tokenizer, template)(example("Yes", ("user", prompt)))
+    exported = chat_template_of(template, tokenizer, "</s>")
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "Yes"}]
+    for messages, ids in ((turns[:1], row.prompt_ids), (turns, [*row.prompt_ids, *row.real_ids])):
+        text = tokenizer.apply_chat_template(messages, chat_template=exported, tokenize=False)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == list(ids)
 
 
 def test_text_template_slots_are_filled_once(tokenizer: PreTrainedTokenizerFast) -> None:

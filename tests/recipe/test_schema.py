@@ -160,6 +160,7 @@ def test_rows_that_are_not_truncated_leave_the_limit_of_generation_free(tmp_path
         (SMALLEST + "train:\n  learning_rat: 1\n", "line 6: there is no setting 'train.learning_rat'; did you mean"),
         (SMALLEST + "learning_rate: 1\n", "line 5: there is no setting 'learning_rate'; did you mean 'train.learning"),
         (SMALLEST.replace("spin", "{name: spin, beta: 1}"), "'method.beta' of spin; it belongs to tspin"),
+        (SMALLEST.replace("spin", "{name: spin, lamda: 1}"), "'method.lamda' of spin; did you mean 'method.lambda'?"),
         (SMALLEST.replace("spin", "spinn"), "method.name must be one of sft, spin, tspin, space"),
         (SMALLEST.replace("model: m\n", ""), "'model' is missing"),
         (SMALLEST + "seed: -1\n", "line 5: seed: input should be greater than or equal to 0, not -1"),
@@ -181,6 +182,13 @@ def test_complaints(tmp_path: Path, text: str, message: str) -> None:
     found = refusal(tmp_path, text)
     assert message in found
     assert str(tmp_path / "recipe.yaml") in found
+
+
+@pytest.mark.parametrize("added", ["lamda: 1", "gama: 1", "alpa: 1"])
+def test_no_coefficient_of_another_method_is_suggested(tmp_path: Path, added: str) -> None:
+    """sft has none; neither below `method` nor at the top."""
+    for text in (SMALLEST.replace("spin", f"{{name: sft, {added}}}"), SMALLEST.replace("spin", "sft") + added + "\n"):
+        assert "did you mean 'method." not in refusal(tmp_path, text)
 
 
 def test_100_misspelt_or_misplaced_keys_are_all_named(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_self_play_rows_are_kept_from_sft(make_recipe: MakeRecipe, tmp_path: Pat
 
 
 def test_a_file_of_self_play_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A separate file keeps its prompts, the held-out one before the one for self-play."""
     other = [{**row, "answer": row["answer"] + "0"} for row in good(20, start=18)]
     data = {
         "train": write(tmp_path / "rows.jsonl", good(20)),
@@ -106,12 +107,12 @@ def test_a_file_of_self_play_rows(make_recipe: MakeRecipe, tmp_path: Path) -> No
         "self_play_rows": write(tmp_path / "game.jsonl", other),
     }
     directory, summary = run(tmp_path, make_recipe("space", data=data, per_iteration=PHASES))
-    assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (28, 8, 10)
+    assert (summary.num_train, summary.num_self_play, summary.num_held_out) == (18 + 10, 10, 10)
     assert summary.skipped == {
-        "its prompt is also in the training data": 2,
-        "its prompt is also in the held-out data": 10,
+        "the prompt is also in the self-play data": 2,
+        "the prompt is also in the held-out data": 10,
     }
-    assert len(read_rendered(directory.data / "self_play.parquet")) == 8
+    assert len(read_rendered(directory.data / "self_play.parquet")) == 10
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,113 @@ def test_all_turns_of_a_conversation_stay_on_one_side(make_recipe: MakeRecipe, t
     assert len({row.prompt_key for row in held_out}) == 5, "the clusters of the intervals"
 
 
-def test_a_held_out_file_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    train, held_out = write(tmp_path / "a.jsonl", good(20)), write(tmp_path / "b.jsonl", good(10, start=18))
-    recipe = make_recipe(data={"train": train, "held_out": held_out, "limit": 20, "max_skipped": 0.3})
-    directory, summary = run(tmp_path, recipe)
-    assert (summary.num_train, summary.num_held_out) == (20, 8), "two of the held-out prompts are training prompts"
-    ids = {row.id for row in read_rendered(directory.data / "train.parquet")}
-    assert not ids & {row.id for row in read_rendered(directory.data / "held_out.parquet")}
+def test_a_held_out_file_keeps_its_prompts(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Two of twelve are training rows, whatever their answers: they leave the training rows, and are counted."""
+    for name, answer in (("same", ""), ("other", "0")):
+        held_out = [{**row, "answer": row["answer"] + answer} for row in good(12, start=18)]
+        data = {
+            "train": write(tmp_path / f"{name}-train.jsonl", good(20)),
+            "held_out": write(tmp_path / f"{name}-held-out.jsonl", held_out),
+        }
+        directory = RunDir(tmp_path / name)
+        summary = prepare(directory, make_recipe(data=data))
+        assert (summary.num_train, summary.num_held_out) == (18, 12)
+        assert summary.skipped == {"the prompt is also in the held-out data": 2}
+        listed = [json.loads(line) for line in (directory.data / "skipped.jsonl").read_text().splitlines()]
+        assert [(entry["file"], entry["row"]) for entry in listed] == [(data["train"], 19), (data["train"], 20)]
+
+
+def test_a_held_out_file_with_every_training_prompt_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    other = [{**row, "answer": row["answer"] + "0"} for row in good(20)]
+    train, held_out = write(tmp_path / "a.jsonl", good(20)), write(tmp_path / "b.jsonl", other)
+    for file in (train, held_out):
+        with pytest.raises(UserError, match=r"every prompt of .*a\.jsonl is also in data\.held_out"):
+            run(tmp_path, make_recipe(data={"train": train, "held_out": file}))
+
+
+def test_a_refusal_names_the_file_that_it_is_about(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Its own rows and its own count, although the other file has bad rows too."""
+    train = write(tmp_path / "a.jsonl", [*good(20), good(1)[0]])
+    held_out = write(tmp_path / "b.jsonl", [*good(4, start=20), "{broken", good(1, start=20)[0]])
+    message = r"2 of 6 rows of .*b\.jsonl cannot be used: row 5 of .*b\.jsonl: not valid JSON.* \(and 1 more\)\. Fix"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, make_recipe(data={"train": train, "held_out": held_out}))
+
+
+NEAR = ["{}  ", " {}\n", "{}", "{}", "{}"]
+
+
+def near(count: int) -> list[dict[str, object]]:
+    """The same questions with other white space, case and system prompt, and other answers."""
+    return [
+        {
+            "question": NEAR[i % len(NEAR)].format(row["question"].upper() if i % 2 else row["question"]),
+            "answer": row["answer"] + "0",
+            "system": "Be brief." if i % len(NEAR) == 4 else None,
+        }
+        for i, row in enumerate(good(count))
+    ]
+
+
+def test_near_duplicates_stay_on_one_side(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [*good(30), *near(30)])
+    directory, summary = run(tmp_path, make_recipe(data={"train": path, "held_out": 10}))
+    train, held_out = (read_rendered(directory.data / f"{name}.parquet") for name in ("train", "held_out"))
+    numbers = [{(row.row - 1) % 30 for row in part} for part in (train, held_out)]
+    assert (len(train), len(held_out)) == (40, 20) and not numbers[0] & numbers[1]
+    assert summary.num_near_duplicates == 24, "six of thirty are the same to the letter"
+
+
+def test_near_duplicates_of_a_held_out_file_leave_the_training_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    data = {
+        "train": write(tmp_path / "rows.jsonl", [*good(20, start=10), *near(10)]),
+        "held_out": write(tmp_path / "held_out.jsonl", good(10)),
+    }
+    _, summary = run(tmp_path, make_recipe(data=data))
+    assert (summary.num_train, summary.num_held_out) == (20, 10)
+    but = " but for case, white space, Unicode form or system prompt"
+    assert summary.skipped == {
+        f"the prompt is also in the held-out data{but}": 8,
+        "the prompt is also in the held-out data": 2,
+    }
+
+
+def test_a_share_of_nothing_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", good(9))
+    with pytest.raises(UserError, match=r"data\.held_out: 0\.05 of 9 prompts rounds to 0\. Set a number of them, or 0"):
+        run(tmp_path, make_recipe(data={"train": path, "held_out": 0.05}))
+
+
+def test_a_checker_with_nothing_to_check_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Before anything is generated: without it, the report of the finished run would have no accuracy to show."""
+    rows = [{**row, "answer": "no number"} for row in good(20)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        UserError, match=r"evaluate\.checker: number finds no answer in any of 5 held-out rows.*'no number'"
+    ):
+        run(tmp_path, make_recipe(data={"train": path, "held_out": 5}))
+    rows = [*good(10), *({**row, "answer": "no number"} for row in good(20, start=10))]
+    recipe = make_recipe(data={"train": path, "held_out": write(tmp_path / "b.jsonl", rows[5:15])})
+    write(tmp_path / "rows.jsonl", rows[15:])
+    _, summary = run(tmp_path, recipe)
+    assert (summary.num_checked, summary.num_held_out) == (5, 10)
+
+
+def test_what_the_template_leaves_out_is_counted(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    turns = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"], "avatar": "x"}]
+        for row in good(20)
+    ]
+    system = {"role": "system", "content": "2 eggs"}
+    path = write(
+        tmp_path / "rows.jsonl", [{"messages": [system, *one] if i < 8 else one} for i, one in enumerate(turns)]
+    )
+    without_system = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    _, summary = run(tmp_path, make_recipe(data={"train": path, "held_out": 5, "template": without_system}))
+    assert summary.left_out == {"a turn of the system": 8, "'avatar' of a turn": 20}
 
 
 def test_the_split_is_a_function_of_the_rows_and_the_seed(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from sparring.commands.demo import make_model
+from sparring.data.checkers import make_check, number
 from sparring.data.tables import read_rendered, read_table
 from sparring.loop import play
 from sparring.model.load import load_tokenizer, save_model
 from sparring.objectives import OBJECTIVES
 from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
-from sparring.stages.evaluate.checkers import is_correct, number
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +119,6 @@ def test_the_checker_reads_every_gsm8k_answer(shared: Path) -> None:
     ]
     assert len(answers) == 8792
     assert all(number(answer) is not None for answer in answers)
-    assert all(is_correct(number, answer, answer) for answer in answers)
-    wrong = sum(is_correct(number, a, b) is True for a, b in pairwise(answers))
+    assert all(make_check("number")(answer, answer) for answer in answers)
+    wrong = sum(make_check("number")(a, b) is True for a, b in pairwise(answers))
     assert wrong < 0.05 * len(answers), "different problems rarely have one answer: the checker can say no"

@@ -22,7 +22,14 @@ from sparring.model.memory import inference_micro_batch_tokens
 from sparring.parallel import local_device, num_local_devices
 from sparring.recipe.schema import Recipe
 from sparring.run.disk import format_bytes, free_bytes
-from sparring.stages.prepare import DataReader, Keyed, dependency_checks, make_renderer, optional_packages
+from sparring.stages.prepare import (
+    DataReader,
+    Keyed,
+    count_checked,
+    dependency_checks,
+    make_renderer,
+    optional_packages,
+)
 
 MAX_ROWS = 2000
 """Rows to render. A sample this large describes the rest."""
@@ -84,6 +91,13 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
             try:
                 sample = reader.read(file, 100)
                 yield Finding("good", f"{key}: read {len(sample)} rows in the format {reader.format}")
+                num_left = len(reader.without(rows, recipe.data.train, sample, key))
+                if num_left < len(rows):
+                    kind: Literal["note", "bad"] = "note" if num_left else "bad"
+                    text = (
+                        f"{len(rows) - num_left} training rows have a prompt that is also in {file}: they are left out"
+                    )
+                    yield Finding(kind, text)
             except UserError as error:
                 yield Finding("bad", str(error))
     yield from examine_resources(recipe, folder, len(rows))
@@ -96,12 +110,19 @@ def examine_rows(recipe: Recipe, reader: DataReader, rows: Sequence[Keyed]) -> I
     if num_skipped:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in reader.skipped.most_common(3))
         yield Finding("note", f"{num_skipped:,} rows cannot be used: {reasons}. First: {reader.first}")
+    for what, count in reader.left_out.items():
+        yield Finding("note", f"In {count:,} rows the template leaves out {what}")
+    if recipe.evaluate.checker is not None:
+        try:
+            yield Finding("good", f"Checker: finds an answer in {count_checked(recipe, rows)} of them")
+        except UserError as error:
+            yield Finding("bad", str(error))
     prompts, responses = (
         np.array([len(ids) for ids in lists])
-        for lists in zip(*((row.prompt_ids, row.real_ids) for _, row in rows), strict=True)
+        for lists in zip(*((one.row.prompt_ids, one.row.real_ids) for one in rows), strict=True)
     )
     yield Finding("good", f"Tokens: prompts {quantiles(prompts)}; real responses {quantiles(responses)}")
-    if num_truncated := sum(row.real_finish == "length" for _, row in rows):
+    if num_truncated := sum(one.row.real_finish == "length" for one in rows):
         yield Finding(
             "note",
             f"{num_truncated / len(rows):.1%} of the real responses are truncated at generate.max_new_tokens "

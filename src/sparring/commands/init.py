@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+from sparring.data.checkers import number
 from sparring.data.formats import detect_format, examples
 from sparring.data.read import BadRow, Row, read_rows
 from sparring.errors import UserError
@@ -13,7 +14,6 @@ from sparring.objectives import OBJECTIVES
 from sparring.recipe import yaml
 from sparring.recipe.load import make_recipe
 from sparring.run.manifest import replace_file
-from sparring.stages.evaluate.checkers import number
 
 NUM_ROWS = 50
 """Rows to read."""

@@ -272,7 +272,7 @@ def measure_rows(recipe: Recipe, rows: int | None, means: tuple[float, float] | 
     else:
         folder = resolve_model(recipe.model)
         reader = DataReader(recipe, make_renderer(recipe, folder, load_tokenizer(folder)))
-        sample = [row for _, row in reader.read(recipe.data.train, MAX_ROWS)]
+        sample = [one.row for one in reader.read(recipe.data.train, MAX_ROWS)]
         prompt = sum(len(row.prompt_ids) for row in sample) / len(sample)
         real = sum(len(row.real_ids) for row in sample) / len(sample)
         count = rows or recipe.data.limit or len(sample)

@@ -31,7 +31,7 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     folder = resolve_model(recipe.model)
     tokenizer = load_tokenizer(folder)
     renderer = make_renderer(recipe, folder, tokenizer)
-    rows = [row for _, row in DataReader(recipe, renderer).read(recipe.data.train, num_rows)]
+    rows = [one.row for one in DataReader(recipe, renderer).read(recipe.data.train, num_rows)]
     console = Console()
     legend = ("prompt, not scored", PROMPT[0]), " ", ("response, scored", RESPONSE[0]), " ", ("end token", END)
     console.print(Text.assemble(*legend))

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
+from sparring.data.conversation import as_turns, extras, is_trained, text, tools, turn, turns, without_extras
 from sparring.data.read import BadRow, Row
 from sparring.errors import UserError
 from sparring.types import Example, Message
 
 Turns = Literal["last", "first", "all"]
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-}
-
-BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+INVISIBLE = "\u200b-\u200f\u2060\ufeff"
+BLANK = re.compile(rf"[\s{INVISIBLE}]*")
 """White space and zero-width characters."""
 SENTENCE_END = r"(?<=[.!?])[\"”']?(?=\s)"
+
+
+SHARED = ("system", "tools")
+"""Columns that every format may have: a system prompt, and JSON schemas of the tools that calls refer to."""
 
 
 @dataclass(frozen=True)
@@ -36,54 +37,65 @@ class RowFormat:
     to_turns: Callable[[Row], list[Message]]
     optional: tuple[str, ...] = ()
 
+    @property
+    def known(self) -> set[str]:
+        return {*self.columns, *self.optional, *SHARED}
+
     def conversation(self, row: Row) -> list[Message]:
-        system = row.get("system") if "system" in self.optional else None
-        return [*([_message("system", system)] if system else []), *self.to_turns(row)]
+        found, system = self.to_turns(row), row.get("system")
+        if not system:
+            return found
+        first = turn("system", system)
+        if found and found[0]["role"] == "system":
+            if found[0]["content"] != first["content"]:
+                raise BadRow("the row has a 'system' column and another system turn. Keep one of them")
+            return found
+        return [first, *found]
 
 
 def _alpaca(row: Row) -> list[Message]:
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadRow("'history' must be a list of [question, answer] pairs")
-    earlier = [_message(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
-    extra = _text(row.get("input") or "")
-    question = _text(row["instruction"]) + (f"\n\n{extra}" if extra.strip() else "")
-    return [*earlier, _message("user", question), _message("assistant", row["output"])]
+    earlier = [turn(role, said) for pair in history for role, said in zip(("user", "assistant"), pair, strict=True)]
+    extra = text(row.get("input") or "")
+    question = text(row["instruction"]) + (f"\n\n{extra}" if extra.strip() else "")
+    return [*earlier, turn("user", question), turn("assistant", row["output"])]
 
 
 def _prompt_chosen(row: Row) -> list[Message]:
     """Some preference data repeat the prompt in `chosen`, some do not."""
-    prompt, chosen = _as_messages(row["prompt"], "user"), _as_messages(row["chosen"], "assistant")
+    prompt, chosen = as_turns(row["prompt"], "user"), as_turns(row["chosen"], "assistant")
     return chosen if chosen[: len(prompt)] == prompt else [*prompt, *chosen]
 
 
-PREFERENCES = RowFormat("prompt/chosen", ("prompt", "chosen"), _prompt_chosen, ("system", "rejected"))
+PREFERENCES = (
+    RowFormat("prompt/chosen", ("prompt", "chosen"), _prompt_chosen, ("rejected",)),
+    RowFormat("chosen/rejected", ("chosen", "rejected"), lambda row: turns(row["chosen"])),
+)
 FORMATS = (
-    RowFormat("messages", ("messages",), lambda row: _turns(row["messages"], "role", "content")),
-    RowFormat(
-        "conversations", ("conversations",), lambda row: _turns(row["conversations"], "from", "value"), ("system",)
-    ),
+    PREFERENCES[0],  # before `messages`, which in UltraFeedback repeats `chosen`
+    RowFormat("messages", ("messages",), lambda row: turns(row["messages"])),
+    RowFormat("conversations", ("conversations",), lambda row: turns(row["conversations"], "from", "value")),
     RowFormat(
         "prompt/completion",
         ("prompt", "completion"),
-        lambda row: [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")],
-        ("system",),
+        lambda row: [*as_turns(row["prompt"], "user"), *as_turns(row["completion"], "assistant")],
     ),
-    PREFERENCES,
-    RowFormat("real", ("real",), lambda row: _as_messages(row["real"], "assistant")),
-    RowFormat("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    RowFormat("real", ("real",), lambda row: as_turns(row["real"], "assistant")),
+    RowFormat("alpaca", ("instruction", "output"), _alpaca, ("input", "history")),
     RowFormat(
         "question/answer",
         ("question", "answer"),
-        lambda row: [_message("user", row["question"]), _message("assistant", row["answer"])],
-        ("system",),
+        lambda row: [turn("user", row["question"]), turn("assistant", row["answer"])],
     ),
+    PREFERENCES[1],
 )
 
 
 def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, source: str) -> RowFormat:
     """The first format whose columns the row has. `columns` maps the names used here to the user's."""
-    known = {name for row_format in FORMATS for name in (*row_format.columns, *row_format.optional)} | {"text"}
+    known = {name for row_format in FORMATS for name in row_format.known} | {"text"}
     for name, column in columns.items():
         if name not in known:
             raise UserError(f"data.columns: unknown name '{name}'. Use one of {', '.join(sorted(known))}.")
@@ -92,8 +104,7 @@ def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, so
     available = rename_columns(row, columns)
     formats = (*FORMATS, RowFormat("text", ("text",), _splitter(split_on)))
     for row_format in formats:
-        uses = {*row_format.columns, *row_format.optional}
-        if all(name in available for name in row_format.columns) and set(columns) <= uses:
+        if all(name in available for name in row_format.columns) and set(columns) <= row_format.known:
             if row_format.name == "text" and split_on is None:
                 raise UserError(
                     f"data: the rows of {source} are plain text. Set data.split_on to 'sentence', or to a regular "
@@ -111,48 +122,66 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
 
 
-def examples(row: Row, number: int, row_format: RowFormat, turns: Turns) -> list[Example]:
-    """The examples of a row: its conversation up to each assistant turn that `turns` selects."""
+def examples(row: Row, number: int, row_format: RowFormat, which: Turns) -> list[Example]:
+    """The examples of a row: its conversation up to each assistant turn that `which` selects.
+
+    A turn with `weight: 0` or `train: false` is context: it stands in the prompts of later turns and is no example.
+    """
     missing = [name for name in row_format.columns if row.get(name) is None]
     if missing:
         raise BadRow(f"'{missing[0]}' is missing")
-    conversation = row_format.conversation(row)
-    seen_user, targets = False, []
-    for index, message in enumerate(conversation):
-        seen_user = seen_user or message["role"] == "user"
-        if message["role"] == "assistant" and seen_user:
-            targets.append(index)
+    raw, schemas = row_format.conversation(row), tools(row.get("tools"))
+    conversation = [without_extras(message) for message in raw]
+    users = [index for index, message in enumerate(conversation) if message["role"] == "user"]
+    answers = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and users and i > users[0]]
+    targets = [index for index in answers if is_trained(raw[index])]
     if not targets:
-        raise BadRow("no assistant turn after a user turn")
-    selected = {"last": targets[-1:], "first": targets[:1], "all": targets}[turns]
-    result = [Example(_hash(conversation[: end + 1]), number, tuple(conversation[: end + 1])) for end in selected]
-    if row_format is PREFERENCES and row.get("rejected") is not None:
-        result = [replace(example, rejected=_rejected(row, example)) for example in result]
+        why = ": each has weight 0 or train false" if answers else " after a user turn"
+        raise BadRow(f"no assistant turn{' to train' if answers else ''}{why}")
+    left_out = tuple(sorted({f"'{key}' of a turn" for message in raw for key in extras(message)}))
+    result = []
+    for end in {"last": targets[-1:], "first": targets[:1], "all": targets}[which]:
+        messages = tuple(conversation[: end + 1])
+        result.append(Example(_hash(messages, schemas), number, messages, schemas, left_out=left_out))
+    if row_format in PREFERENCES and row.get("rejected") is not None:
+        result = [replace(example, rejected=_rejected(row, row_format, example)) for example in result]
     for example in result:
-        if BLANK.fullmatch(example.answer):
+        if BLANK.fullmatch(example.answer) and "tool_calls" not in example.messages[-1]:
             raise BadRow("the response is empty")
         if not any(m["role"] == "user" and not BLANK.fullmatch(m["content"]) for m in example.messages):
             raise BadRow("the prompt is empty")
     return result
 
 
-def _rejected(row: Row, example: Example) -> str | None:
+def _rejected(row: Row, row_format: RowFormat, example: Example) -> Message | None:
     """The rejected response to the same prompt, or None. Only DPO reads it, so an invalid one is not an error here."""
     try:
-        *before, last = PREFERENCES.conversation({**row, "chosen": row["rejected"]})
+        *before, last = map(without_extras, row_format.conversation({**row, "chosen": row["rejected"]}))
     except BadRow:
         return None
-    return last["content"] if tuple(before) == example.messages[:-1] and last["content"].strip() else None
+    is_usable = last["role"] == "assistant" and ((last["content"] or "").strip() or "tool_calls" in last)
+    return last if is_usable and tuple(before) == example.messages[:-1] else None
 
 
 def prompt_key(example: Example) -> str:
-    """Hash of everything up to the first user turn. Rows with the same key stay on one side of the held-out split."""
+    """Hash of the first user turn that says something, without differences of case, white space and Unicode form.
+
+    Rows with one key stay on one side of the held-out split, whatever their system prompts.
+    """
+    said = next(m["content"] for m in example.messages if m["role"] == "user" and not BLANK.fullmatch(m["content"]))
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", said).casefold())
+    return xxhash.xxh3_64_hexdigest(" ".join(re.sub(f"[{INVISIBLE}]", "", plain).split()).encode())
+
+
+def exact_prompt_key(example: Example) -> str:
+    """Hash of everything up to the first user turn, as it is written."""
     first_user = next(i for i, m in enumerate(example.messages) if m["role"] == "user")
-    return _hash(list(example.messages[: first_user + 1]))
+    return _hash(example.messages[: first_user + 1], example.tools)
 
 
-def _hash(messages: list[Message]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode())
+def _hash(messages: tuple[Message, ...], schemas: tuple[Mapping[str, Any], ...]) -> str:
+    content = [list(messages), list(schemas)] if schemas else list(messages)
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, ensure_ascii=False, sort_keys=True).encode())
 
 
 def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
@@ -162,49 +191,11 @@ def _splitter(split_on: str | None) -> Callable[[Row], list[Message]]:
         raise UserError(f"data.split_on: '{split_on}' is not a valid regular expression: {error}.") from error
 
     def split(row: Row) -> list[Message]:
-        text = _text(row["text"])
-        match = boundary.search(text)
+        whole = text(row["text"])
+        match = boundary.search(whole)
         if not match:
             raise BadRow("data.split_on matches nothing in the text")
         end = match.end() if split_on == "sentence" else match.start()
-        return [_message("user", text[:end]), _message("assistant", text[end:])]
+        return [turn("user", whole[:end]), turn("assistant", whole[end:])]
 
     return split
-
-
-def _as_messages(value: object, role: str) -> list[Message]:
-    """A prompt or a completion, given as a text or as messages."""
-    return _turns(value, "role", "content") if isinstance(value, list) else [_message(role, value)]
-
-
-def _turns(value: object, role_key: str, content_key: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise BadRow("the conversation must be a list of turns")
-    turns = []
-    for index, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-            raise BadRow(f"turn {index} needs '{role_key}' and '{content_key}'")
-        turns.append(_message(turn[role_key], turn[content_key]))
-    return turns
-
-
-def _message(role: object, content: object) -> Message:
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"unknown role {role!r} (known roles: {', '.join(ROLES)})")
-    return Message(role=ROLES[role], content=_text(content))
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list):  # typed parts
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise BadRow("the content has parts that are not text")
-        value = "".join(_text(part.get("text", part.get("value"))) for part in value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # numeric answers are common
-    if not isinstance(value, str):
-        raise BadRow(f"expected a string, got {'null' if value is None else type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f"not valid Unicode: {error.reason}") from error
-    return value

@@ -2,7 +2,8 @@
 
 Every rendered row keeps three promises:
 - The prompt ids are exactly what the generator receives.
-- Prompt ids + response ids are the tokens of the full conversation, so the prompt is a strict prefix of it.
+- Prompt ids + response ids are the tokens of the full conversation, so the prompt is a strict prefix of it. Where a
+  template opens a thinking block in the prompt, this holds for the text, and the response is tokenized on its own.
 - The last response token is the end token that the model must emit, unless the response was truncated, which is marked.
 """
 
@@ -10,21 +11,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from sparring.data.bounded import BoundedProcess, CallFailed, LimitExceeded
+from sparring.data.conversation import THOUGHTS
 from sparring.data.read import BadRow
+from sparring.data.template_loss import find_losses
+from sparring.data.thoughts import continue_thought
 from sparring.errors import UserError
 from sparring.types import Example, Message, Rendered
 
 PROBE = "sparring"
 """A response whose end is easy to find in a rendered conversation."""
+
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,17 @@ class EndOfTurn:
     id: int
     is_in_template: bool
     num_tokens_after: int  # what the template writes after it
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text and token ids, cut where the response begins. The response includes its end token."""
+
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    left_out: tuple[str, ...] = ()
 
 
 class Renderer:
@@ -47,10 +65,15 @@ class Renderer:
         end_token: str | None,
         max_length: int,
         max_response: int | None,
+        declared_ends: Collection[int] = (),
+        empty_thought: bool = False,
     ) -> None:
+        """`declared_ends`: the end tokens that the model's files declare."""
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_response = max_response
+        self.declared_ends = declared_ends
+        self.empty_thought = empty_thought
         is_jinja = template is not None and ("{%" in template or "{{" in template)
         self.text_template = None if is_jinja else template
         self.chat_template = template if is_jinja else None
@@ -75,52 +98,80 @@ class Renderer:
 
     def __call__(self, example: Example) -> Rendered:
         render = self._render_chat if self.text_template is None else self._render_text
-        prompt, prompt_ids, response_ids = render(example.messages)
+        chat = render(example.messages, example.tools)
         rejected_ids = list[int]()
         if example.rejected is not None:
-            rejected = Message(role="assistant", content=example.rejected)
-            _, _, rejected_ids = render([*example.messages[:-1], rejected])
-        if not prompt_ids:
+            rejected_ids = render([*example.messages[:-1], example.rejected], example.tools).response_ids
+        if not chat.prompt_ids:
             raise BadRow("the prompt has no tokens")
-        available = self.max_length - len(prompt_ids)
+        available = self.max_length - len(chat.prompt_ids)
         if available < 1:
             raise BadRow(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room for a response (train.max_length is "
+                f"the prompt has {len(chat.prompt_ids)} tokens and leaves no room for a response (train.max_length is "
                 f"{self.max_length})"
             )
         max_tokens = min(available, self.max_response or available)
+        is_text = example.messages[-1].keys() <= {"role", "content"}
         return Rendered(
             id=example.id,
             row=example.row,
-            prompt_ids=np.array(prompt_ids, dtype=np.int32),
-            real_ids=np.array(response_ids[:max_tokens], dtype=np.int32),
-            real_finish="stop" if len(response_ids) <= max_tokens else "length",
-            prompt=prompt,
-            real=example.answer,
+            prompt_ids=np.array(chat.prompt_ids, dtype=np.int32),
+            real_ids=np.array(chat.response_ids[:max_tokens], dtype=np.int32),
+            real_finish="stop" if len(chat.response_ids) <= max_tokens else "length",
+            prompt=chat.prompt,
+            real=example.answer if is_text else chat.response,
             rejected_ids=np.array(rejected_ids[:max_tokens], dtype=np.int32),
+            left_out=tuple(sorted({*example.left_out, *chat.left_out})),
         )
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Token ids of a prompt that has no response yet. Raises `BadRow`."""
+        if self.text_template is not None:
+            return self._fill(messages)[1]
+        return self._tokenize(self._apply(messages, tools, add_generation_prompt=True))
 
     # White space that the template writes after the end token ("<|im_end|>\n") is not part of the response: a model
     # stops at the end token, and real and generated responses must have the same form.
-    def _render_chat(self, messages: Sequence[Message]) -> tuple[str, list[int], list[int]]:
-        prompt = self._apply(messages[:-1], add_generation_prompt=True)
-        prompt_ids = self._tokenize(prompt)
-        all_ids = self._tokenize(self._apply(messages))
-        if all_ids[: len(prompt_ids)] != prompt_ids:
-            raise BadRow(self._first_difference(prompt_ids, all_ids))
-        response = all_ids[len(prompt_ids) :]
+    def _render_chat(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
+        prompt = self._apply(messages[:-1], tools, add_generation_prompt=True)
+        whole = self._apply(messages, tools)
+        prompt_ids, all_ids = self._tokenize(prompt), self._tokenize(whole)
+        if all_ids[: len(prompt_ids)] == prompt_ids:
+            response, ids = whole.removeprefix(prompt), all_ids[len(prompt_ids) :]
+        else:
+            continued = continue_thought(prompt, whole, messages[-1], may_be_empty=self.empty_thought)
+            if continued is None:
+                raise BadRow(self._first_difference(prompt_ids, all_ids))
+            response, ids = continued, self._tokenize(continued)
+        left_out = find_losses(messages, tools, prompt + response, response, self._apply)
         if not self.end.is_in_template:
-            return prompt, prompt_ids, [*response, self.end.id]
-        response = response[: len(response) - self.end.num_tokens_after]
-        if not response or response[-1] != self.end.id:
+            end = self._end_of_call(messages, tools, whole) if "tool_calls" in messages[-1] else self.end.id
+            return RenderedChat(prompt, response, prompt_ids, [*ids, end], left_out)
+        ids = ids[: len(ids) - self.end.num_tokens_after]
+        if not ids or ids[-1] not in {self.end.id, *self.declared_ends}:
             raise BadRow(f"the template does not end this response with {self._show(self.end.id)}")
-        return prompt, prompt_ids, response
+        end_token = cast(str, self.tokenizer.convert_ids_to_tokens(ids[-1]))
+        return RenderedChat(prompt, response.rpartition(end_token)[0] or response, prompt_ids, ids, left_out)
 
     # Trailing spaces of a text template belong to the response, where tokenizers put them: "Response: Yes" becomes
     # "Response", ":", " Yes".
-    def _render_text(self, messages: Sequence[Message]) -> tuple[str, list[int], list[int]]:
+    def _render_text(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
+        last = messages[-1]
+        if tools or any(message.keys() & {"tool_calls", "reasoning_content"} for message in messages):
+            raise BadRow(
+                "the row has tools, tool calls or a thought, which a text template cannot hold. Use a chat template"
+            )
+        prompt, prompt_ids, trailing_space = self._fill(messages[:-1])
+        response = trailing_space + last["content"]
+        all_ids = self._tokenize_with_bos(prompt + response)
+        if all_ids[: len(prompt_ids)] != prompt_ids:
+            raise BadRow(self._first_difference(prompt_ids, all_ids))
+        left_out = tuple(sorted(f"'name' of a turn of the {m['role']}" for m in messages if "name" in m))
+        return RenderedChat(prompt, response, prompt_ids, [*all_ids[len(prompt_ids) :], self.end.id], left_out)
+
+    def _fill(self, before: Sequence[Message]) -> tuple[str, list[int], str]:
+        """(prompt, its token ids, the trailing spaces that belong to the response) of a text template."""
         assert self.text_template is not None
-        *before, last = messages
         system = [m["content"] for m in before if m["role"] == "system"]
         users = [m["content"] for m in before if m["role"] == "user"]
         if len(before) != len(system) + 1 or len(users) != 1:
@@ -130,29 +181,31 @@ class Renderer:
         values = {"system": "\n".join(system), "prompt": users[0]}
         filled = re.sub(r"\{(system|prompt)\}", lambda slot: values[slot[1]], self.text_template)
         prompt = filled.rstrip(" ")
-        response = filled[len(prompt) :] + last["content"]
-        prompt_ids, all_ids = self._tokenize_with_bos(prompt), self._tokenize_with_bos(prompt + response)
-        if all_ids[: len(prompt_ids)] != prompt_ids:
-            raise BadRow(self._first_difference(prompt_ids, all_ids))
-        return prompt, prompt_ids, [*all_ids[len(prompt_ids) :], self.end.id]
+        return prompt, self._tokenize_with_bos(prompt), filled[len(prompt) :]
 
-    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        try:
-            return self._bounded("render", list(map(dict, messages)), add_generation_prompt)
-        except CallFailed as error:
-            raise BadRow(f"the chat template raised an error: {error}") from error
-        except LimitExceeded as error:
-            raise UserError(
-                f"data.template: the chat template {error} on one conversation. Do not trust the model folder that it "
-                "comes from. Set data.template to a template of your own."
-            ) from error
+    def _apply(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
+        failed: CallFailed | None = None
+        for form in _forms(messages):
+            try:
+                return self._bounded("render", form, list(tools) or None, add_generation_prompt)
+            except CallFailed as error:
+                failed = failed or error
+            except LimitExceeded as error:
+                raise UserError(
+                    f"data.template: the chat template {error} on one conversation. Do not trust the model folder that "
+                    "it comes from. Set data.template to a template of your own."
+                ) from error
+        raise BadRow(f"the chat template raised an error: {failed}") from failed
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> str:
         """Runs in the child process."""
         return cast(
             str,
             self.tokenizer.apply_chat_template(
                 messages,
+                tools=cast(Any, tools),
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -178,7 +231,9 @@ class Renderer:
         return self.bos_ids + self._tokenize(text)
 
     def _find_end_of_turn(self, end_token: str | None) -> EndOfTurn:
-        """`end_token` if it is set, else the first special token after a response, else the EOS token."""
+        """`end_token` if it is set; else the first special token that the template writes after a response, or a
+        declared one directly behind it; else the declared end token with which it begins the user's next turn, as GLM's
+        does; else the EOS token."""
         wanted = None
         if end_token is not None:
             wanted = self.tokenizer.get_vocab().get(end_token)
@@ -190,15 +245,50 @@ class Renderer:
                 tail = self._tokenize(self._apply(turns).rpartition(PROBE)[2])
             except BadRow as problem:
                 raise UserError(f"data.template: {problem}") from problem
-            special = set(self.tokenizer.all_special_ids)
-            special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-            for index, token in enumerate(tail):
-                if token == wanted or (wanted is None and token in special):
-                    return EndOfTurn(token, is_in_template=True, num_tokens_after=len(tail) - index - 1)
+            special = self._special_ids()
+            ends = [
+                index for index, token in enumerate(tail) if (token in special if wanted is None else token == wanted)
+            ]
+            if ends:
+                index = ends[0] if wanted is not None else self._declared_in_run(tail, ends)
+                return EndOfTurn(tail[index], is_in_template=True, num_tokens_after=len(tail) - index - 1)
+            if wanted is None:
+                wanted = self._declared_after(turns, (), Message(role="user", content="?"))
         end = wanted if wanted is not None else self.tokenizer.eos_token_id
         if end is None:
             raise UserError("data.end_token: neither the template nor the tokenizer has an end token. Set one.")
         return EndOfTurn(cast(int, end), is_in_template=False, num_tokens_after=0)
+
+    def _declared_in_run(self, tail: list[int], ends: list[int]) -> int:
+        """The place of a declared end token in the first run of special tokens, or else of the first of them.
+
+        Cohere's template writes <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, and the model stops at the second one.
+        """
+        run = [index for step, index in enumerate(ends) if index == ends[0] + step]
+        return next((index for index in run if tail[index] in self.declared_ends), ends[0])
+
+    def _end_of_call(self, messages: Sequence[Message], tools: Tools, whole: str) -> int:
+        """The end token of tool calls, for templates that write none: GLM's begins the tool's turn with another one."""
+        after = self._declared_after(messages, tools, Message(role="tool", content=PROBE), whole)
+        return self.end.id if after is None else after
+
+    def _declared_after(
+        self, messages: Sequence[Message], tools: Tools, following: Message, whole: str | None = None
+    ) -> int | None:
+        """The end token with which the template begins the turn `following`, if the model declares it as one."""
+        try:
+            longer = self._apply([*messages, following], tools)
+            start = whole if whole is not None else longer[: longer.rfind(PROBE) + len(PROBE)]
+        except BadRow:
+            return None
+        if not longer.startswith(start):
+            return None
+        first = self._tokenize(longer[len(start) :].lstrip())[:1]
+        return first[0] if first and first[0] in self.declared_ends else None
+
+    def _special_ids(self) -> set[int]:
+        special = set(self.tokenizer.all_special_ids)
+        return special | {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def _first_difference(self, prompt_ids: list[int], all_ids: list[int]) -> str:
         pairs = enumerate(zip(prompt_ids, all_ids, strict=False))
@@ -213,6 +303,33 @@ class Renderer:
         return f"{self.tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"
 
 
+def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
+    """The conversation as templates may want it, the usual form first.
+
+    Some read a call's arguments as text, and some an empty content beside calls. That comes last: DeepSeek's templates
+    write a call only beside a null.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    has_none = any(message["content"] is None for message in messages)
+    for content in (None, "")[: 2 if has_none else 1]:
+        for as_text in (False, True)[: 2 if calls else 1]:
+            yield [_as_template_reads(message, as_text, content) for message in messages]
+
+
+def _as_template_reads(message: Message, arguments_as_text: bool, no_content: str | None) -> dict[str, Any]:
+    found = dict(message)
+    if found["content"] is None:
+        found["content"] = no_content
+    if "reasoning_content" in found:
+        found |= dict.fromkeys(THOUGHTS, found["reasoning_content"])
+    if arguments_as_text and "tool_calls" in found:
+        found["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in found["tool_calls"]
+        ]
+    return found
+
+
 def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
     """The run's template as a chat template: data.template, or else the tokenizer's."""
     if template is None:
@@ -225,17 +342,22 @@ def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, e
 
 
 def text_as_jinja(text: str, bos: str, end: str) -> str:
-    """Converts a text template to a chat template that gives the same tokens for one turn."""
-    head = text.rstrip(" ")
-    trailing_space = text[len(head) :]
+    """Converts a text template to a chat template that gives the same tokens for one turn.
 
-    def literal(value: str) -> str:
-        return f"{{{{ {json.dumps(value, ensure_ascii=False)} }}}}" if value else ""
+    As in `Renderer`, trailing spaces belong to the response: the template's own and those of the prompt before them.
+    """
 
     def contents(role: str) -> str:
-        return f"messages | selectattr('role', 'equalto', '{role}') | map(attribute='content') | join('\\n')"
+        return f"(messages | selectattr('role', 'equalto', '{role}') | map(attribute='content') | join('\\n'))"
 
-    slots = {"{prompt}": f"{{{{ {contents('user')} }}}}", "{system}": f"{{{{ {contents('system')} }}}}"}
-    body = "".join(slots.get(piece) or literal(piece) for piece in re.split(r"(\{system\}|\{prompt\})", head))
-    response = f"{literal(trailing_space)}{{{{ messages[-1]['content'] }}}}{literal(end)}"
-    return f"{literal(bos)}{body}{{% if messages[-1]['role'] == 'assistant' %}}{response}{{% endif %}}"
+    slots = {"{prompt}": contents("user"), "{system}": contents("system")}
+    pieces = [slots.get(piece) or _literal(piece) for piece in re.split(r"(\{system\}|\{prompt\})", text) if piece]
+    response = f"{{{{ filled[prompt | length:] ~ messages[-1]['content'] ~ {_literal(end)} }}}}"
+    return (
+        f"{{% set filled = {' ~ '.join(pieces)} %}}{{% set prompt = filled.rstrip(' ') %}}"
+        f"{{{{ {_literal(bos)} ~ prompt }}}}{{% if messages[-1]['role'] == 'assistant' %}}{response}{{% endif %}}"
+    )
+
+
+def _literal(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

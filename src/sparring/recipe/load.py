@@ -37,7 +37,9 @@ def make_recipe(raw: object, lines: yaml.Lines | None = None, source: str = "rec
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}{message}" for message in _messages(error, lines or {}))) from error
+        method = raw.get("method") if isinstance(raw, Mapping) else None
+        name = str(method.get("name") if isinstance(method, Mapping) else method)
+        raise UserError("\n".join(f"{source}{line}" for line in _messages(error, lines or {}, name))) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -89,19 +91,24 @@ def known_keys() -> list[str]:
     """Every dotted key of a recipe."""
     keys = set(Recipe.model_fields)
     for section in SECTIONS:
-        keys.update(_section_keys(section, None))
+        keys.update(_section_keys(section, ""))
     for method in OBJECTIVES:
         keys.update(_section_keys("method", method))
     return sorted(keys)
 
 
-def nearest_key(key: str, section_keys: Sequence[str]) -> str | None:
-    """The key that was probably meant: a similar one in the section, or the same name in another section."""
+def nearest_key(key: str, section_keys: Sequence[str], method: str) -> str | None:
+    """The key that was probably meant: a similar one in the section, or the same name in another section.
+
+    Of the coefficients, only those of `method`, the recipe's own.
+    """
     name = key.rpartition(".")[2]
     inside = {k.rpartition(".")[2]: k for k in section_keys}
     anywhere: dict[str, str] = {}
+    coefficients = _section_keys("method", method)
     for known in known_keys():
-        anywhere.setdefault(known.rpartition(".")[2], known)
+        if not known.startswith("method.") or known in coefficients:
+            anywhere.setdefault(known.rpartition(".")[2], known)
     if name in anywhere and anywhere[name] != key:
         return anywhere[name]
     for table in (inside, anywhere):
@@ -110,7 +117,7 @@ def nearest_key(key: str, section_keys: Sequence[str]) -> str | None:
     return None
 
 
-def _section_keys(section: str, method: str | None) -> list[str]:
+def _section_keys(section: str, method: str) -> list[str]:
     if not section:
         return list(Recipe.model_fields)
     if section == "method":
@@ -119,13 +126,12 @@ def _section_keys(section: str, method: str | None) -> list[str]:
     return [f"{section}.{name}" for name in SECTIONS[section].model_fields] if section in SECTIONS else []
 
 
-def _messages(error: ValidationError, lines: yaml.Lines) -> Iterator[str]:
+def _messages(error: ValidationError, lines: yaml.Lines, method: str) -> Iterator[str]:
     seen: set[str] = set()
     for problem in error.errors():
         where = [str(part) for part in problem["loc"]]
-        method = (
-            where.pop(1) if where[:1] == ["method"] and len(where) > 1 else None
-        )  # pydantic's tag of the union member
+        if where[:1] == ["method"] and len(where) > 1:
+            where.pop(1)  # pydantic's tag of the union member
         is_unknown = problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         known = known_keys()
         while where and not is_unknown and ".".join(where) not in known:
@@ -138,11 +144,12 @@ def _messages(error: ValidationError, lines: yaml.Lines) -> Iterator[str]:
             yield message
 
 
-def _what(problem: ErrorDetails, key: str, method: str | None) -> str:
+def _what(problem: ErrorDetails, key: str, method: str) -> str:
     text = str(problem["msg"]).removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"there is no setting '{key}'{f' of {method}' if method else ''}{_hint(key, method)}"
+            of = f" of {method}" if key.startswith("method.") else ""
+            return f"there is no setting '{key}'{of}{_hint(key, method)}"
         case "missing":
             return f"'{key}' is missing"
         case "union_tag_invalid" | "union_tag_not_found":
@@ -153,10 +160,10 @@ def _what(problem: ErrorDetails, key: str, method: str | None) -> str:
             return f"{key}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
 
 
-def _hint(key: str, method: str | None) -> str:
+def _hint(key: str, method: str) -> str:
     section, _, name = key.rpartition(".")
     others = [other for other in OBJECTIVES if f"method.{name}" in _section_keys("method", other)]
     if section == "method" and others:
         return f"; it belongs to {' and '.join(others)}"
-    near = nearest_key(key, _section_keys(section, method))
+    near = nearest_key(key, _section_keys(section, method), method)
     return f"; did you mean '{near}'?" if near else ""

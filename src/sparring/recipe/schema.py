@@ -84,6 +84,8 @@ class Data(Strict):
     """For `text` rows: "sentence", or a regular expression; the prompt ends at the start of its first match."""
     end_token: str | None = None
     """The token that ends a response. None: the one in the chat template, otherwise the tokenizer's."""
+    empty_thought: bool = False
+    """Where the template opens a thinking block in the prompt: give responses without a thought an empty one."""
     truncate_real: bool = True
     """Truncate real responses at generate.max_new_tokens too: otherwise length alone reveals which is real."""
     max_skipped: Share = 0.1
@@ -187,7 +189,7 @@ class Train(Strict):
 
 class Regex(Strict):
     regex: str
-    """The answer is the first group of the last match, or the whole match."""
+    """The answer is the first group that took part in the last match, or the whole match."""
 
     @field_validator("regex")
     @classmethod
@@ -224,8 +226,8 @@ class Harness(Strict):
 
 
 class Evaluate(Strict):
-    checker: Literal["number", "exact"] | Regex | None = None
-    """How a response is checked: the number after ####, the whole text, or what a pattern matches."""
+    checker: Literal["number", "math", "exact"] | Regex | None = None
+    """How a response is checked: the number after ####, math-verify, the whole text, or what a pattern matches."""
     save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
         default="held_out_nll", json_schema_extra=MAY_CHANGE
     )

@@ -19,8 +19,8 @@ from sparring.types import Generation, Rendered
 
 LENGTH_RATIO, LENGTH_DRIFT, END_RATE, REPETITION, SHORTCUT = 1.5, 1.1, 0.2, 0.1, 0.75
 """Thresholds."""
-MAX_ROWS, FIRST_TOKENS, FOLDS = 1000, 16, 5
-"""Of the shortcut classifier: rows, first tokens with a feature of their own, and folds of the cross-validation."""
+MAX_ROWS, COMMON_TOKENS, FOLDS = 1000, 16, 5
+"""Of the shortcut classifier: rows, first and last tokens with a feature of their own, and folds."""
 
 
 def find_warnings(results: Results) -> list[str]:
@@ -41,7 +41,7 @@ def find_warnings(results: Results) -> list[str]:
         accuracy = shortcut_accuracy(results, index)
         if accuracy is not None and accuracy > SHORTCUT:
             warnings.append(
-                f"Iteration {index} has a shortcut: length, end token and first token alone classify {accuracy:.0%} of "
+                f"Iteration {index} has a shortcut: length, first and last token alone classify {accuracy:.0%} of "
                 "real and generated responses correctly (chance is 50%), so the policy can win without better "
                 "responses."
             )
@@ -100,14 +100,15 @@ def shortcut_accuracy(results: Results, index: int) -> float | None:
 
 def classify_by_form(pairs: Sequence[tuple[Rendered, Generation]]) -> float:
     """Cross-validated accuracy of a logistic regression. Both responses of a prompt are in the same fold."""
-    forms = [(len(r.real_ids), r.real_finish == "stop", int(r.real_ids[0])) for r, _ in pairs]
-    forms += [(len(g.token_ids), g.finish == "stop", int(g.token_ids[0])) for _, g in pairs]
-    common = [token for token, _ in Counter(first for _, _, first in forms).most_common(FIRST_TOKENS)]
-    lengths = np.log([length for length, _, _ in forms])
+    forms = [(len(r.real_ids), r.real_finish == "stop", int(r.real_ids[0]), int(r.real_ids[-1])) for r, _ in pairs]
+    forms += [(len(g.token_ids), g.finish == "stop", int(g.token_ids[0]), int(g.token_ids[-1])) for _, g in pairs]
+    tokens = [[form[place] for form in forms] for place in (2, 3)]  # first ones, last ones
+    common = [[token for token, _ in Counter(seen).most_common(COMMON_TOKENS)] for seen in tokens]
+    lengths = np.log([form[0] for form in forms])
     lengths = (lengths - lengths.mean()) / (lengths.std() + 1e-9)
     features = np.column_stack(
-        [np.ones(len(forms)), lengths, lengths**2, [ends for _, ends, _ in forms]]
-        + [[first == token for _, _, first in forms] for token in common]
+        [np.ones(len(forms)), lengths, lengths**2, [form[1] for form in forms]]
+        + [[one == token for one in seen] for seen, known in zip(tokens, common, strict=True) for token in known]
     ).astype(np.float64)
     is_real = np.repeat([1.0, 0.0], len(pairs))
     fold = np.tile(np.arange(len(pairs)) % FOLDS, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ class DataSummary:
     mean_prompt_tokens: float
     mean_real_tokens: float
     num_self_play: int = 0  # rows that sft iterations never see
+    num_near_duplicates: int = 0  # prompts that differ from others in case, white space or system prompt only
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])  # what the template leaves out -> rows
+    num_checked: int = 0  # held-out rows with an answer that evaluate.checker finds
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sparring.data.formats import detect_format, examples, prompt_key, rename_columns
+from sparring.data.checkers import make_check, require_math_verify
+from sparring.data.formats import detect_format, exact_prompt_key, examples, prompt_key, rename_columns
 from sparring.data.read import BadRow, read_rows
 from sparring.data.render import Renderer
 from sparring.data.tables import write_rows
@@ -42,11 +44,15 @@ def dependency_checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
     if recipe.launch != "ray":  # there the devices are on other machines
         for optimizer in sorted(_optimizers(recipe)):
             yield partial(require_bitsandbytes, optimizer, local_device())
+    if recipe.evaluate.checker == "math":
+        yield require_math_verify
 
 
 def optional_packages(recipe: Recipe) -> list[str]:
     """Extras that a run of the recipe computes with, whose versions are recorded."""
-    return ["bitsandbytes"] if recipe.in_4bit or "adamw_8bit" in _optimizers(recipe) else []
+    quantizes = recipe.in_4bit or "adamw_8bit" in _optimizers(recipe)
+    checks_math = recipe.evaluate.checker == "math"
+    return [*(["bitsandbytes"] if quantizes else []), *(["math-verify"] if checks_math else [])]
 
 
 def _optimizers(recipe: Recipe) -> set[str]:
@@ -59,17 +65,11 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
     tokenizer = load_tokenizer(model)
     renderer = make_renderer(recipe, model, tokenizer)
     reader = DataReader(recipe, renderer)
-    rows = reader.read(recipe.data.train, recipe.data.limit)
-    train, held_out = split_off(reader, rows, recipe.data.held_out, "held-out", recipe.seed)
-    self_play: list[Keyed] = []
-    if recipe.data.self_play_rows is not None:
-        train, self_play = split_off(
-            reader, train, recipe.data.self_play_rows, "self-play-rows", recipe.seed, others=held_out
-        )
-        if not self_play:
-            raise UserError(f"data.self_play_rows: {recipe.data.self_play_rows} leaves no row for self-play.")
+    train, self_play, held_out = read_and_split(reader, recipe)
+    num_checked = count_checked(recipe, held_out)
     known = check_weights(model)
-    every = [row for _, row in (*train, *self_play, *held_out)]
+    every = [one.row for one in (*train, *self_play, *held_out)]
+    training = [one.row for one in (*train, *self_play)]
     largest = max(int(ids.max()) for row in every for ids in (row.prompt_ids, row.real_ids))
     if max(largest, renderer.end.id) >= known:
         raise UserError(
@@ -79,7 +79,7 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
     summary = DataSummary(
         model=str(model),
         format=reader.format or "",
-        num_train=len(train) + len(self_play),
+        num_train=len(training),
         num_held_out=len(held_out),
         skipped=dict(reader.skipped),
         num_truncated=sum(row.real_finish == "length" for row in every),
@@ -87,16 +87,19 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
         end_ids=tuple(sorted({renderer.end.id} | declared_end_ids(model, tokenizer))),
         template_digest=renderer.template_digest,
         max_length=renderer.max_length,
-        mean_prompt_tokens=float(np.mean([len(row.prompt_ids) for _, row in (*train, *self_play)])),
-        mean_real_tokens=float(np.mean([len(row.real_ids) for _, row in (*train, *self_play)])),
+        mean_prompt_tokens=float(np.mean([len(row.prompt_ids) for row in training])),
+        mean_real_tokens=float(np.mean([len(row.real_ids) for row in training])),
         num_self_play=len(self_play),
+        num_near_duplicates=num_near_duplicates([*train, *self_play, *held_out]),
+        left_out=dict(reader.left_out),
+        num_checked=num_checked,
     )
     sources = [Path(source).resolve() for source in reader.sources if Path(source).exists()]
     with commit(run.data, input_digests=run.input_digests(model, *sources)) as folder:
-        write_rows(folder / "train.parquet", [row for _, row in train])
+        write_rows(folder / "train.parquet", [one.row for one in train])
         if self_play:
-            write_rows(folder / "self_play.parquet", [row for _, row in self_play])
-        write_rows(folder / "held_out.parquet", [row for _, row in held_out])
+            write_rows(folder / "self_play.parquet", [one.row for one in self_play])
+        write_rows(folder / "held_out.parquet", [one.row for one in held_out])
         (folder / "skipped.jsonl").write_text("".join(reader.log), encoding="utf-8")
         summary.write(folder / "summary.json")
     return summary
@@ -110,11 +113,39 @@ def make_renderer(recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBas
         end_token=recipe.data.end_token,
         max_length=min(recipe.train.max_length, context or recipe.train.max_length),
         max_response=recipe.generate.max_new_tokens if recipe.data.truncate_real else None,
+        declared_ends=declared_end_ids(model, tokenizer),
+        empty_thought=recipe.data.empty_thought,
     )
 
 
-Keyed = tuple[str, Rendered]
-"""(key of the prompt, row). A prompt is never split between training and held-out rows."""
+def count_checked(recipe: Recipe, held_out: Sequence[Keyed]) -> int:
+    """How many held-out rows have an answer that evaluate.checker finds. Raises `UserError` if none has."""
+    if recipe.evaluate.checker is None or not held_out:
+        return 0
+    check = make_check(recipe.evaluate.checker)
+    found = sum(check(one.row.real, one.row.real) is not None for one in held_out)
+    if not found:
+        row = held_out[0].row
+        raise UserError(
+            f"evaluate.checker: {recipe.evaluate.checker} finds no answer in any of {len(held_out)} held-out rows. "
+            f"The response of row {row.row} ends with {row.real[-60:]!r}. Choose another checker, or remove it."
+        )
+    return found
+
+
+ON_ANOTHER_SIDE = "the prompt is also in the"
+"""Beginning of the reason for rows that are left out because another side of the split has their prompts."""
+
+
+class Keyed(NamedTuple):
+    """A row with hashes of its prompt: normalized, and as it is written.
+
+    Rows with one key are never split between training and held-out rows.
+    """
+
+    key: str
+    exact: str
+    row: Rendered
 
 
 class DataReader:
@@ -130,46 +161,62 @@ class DataReader:
                 "per_iteration: {0: {method: sft}}."
             )
         self.render = renderer
-        self.seen: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.log: list[str] = []
         self.sources: list[str] = []
         self.format: str | None = None
-        self.first: str | None = None
+        self.first: str | None = None  # of the skipped rows
 
     def read(self, source: str, limit: int | None = None) -> list[Keyed]:
         self.sources.append(source)
-        skipped_before = self.skipped.total()
+        skipped: list[str] = []
         taken: list[Keyed] = []
+        seen: dict[str, int] = {}
         number = 0
         with track(f"read {Path(source).name}", limit) as advance:
             for number, found in self._examples(source):
                 try:
                     if isinstance(found, BadRow):
                         raise found
-                    if not self.is_paired:
-                        found = replace(found, rejected=None)
-                    elif found.rejected is None:
-                        raise BadRow("no 'rejected' response to the same prompt, which dpo needs")
-                    if found.id in self.seen:
-                        raise BadRow(f"a duplicate of row {self.seen[found.id]}")
-                    rendered = replace(self.render(found), prompt_key=prompt_key(found))
-                    taken.append((rendered.prompt_key, rendered))
-                    self.seen[found.id] = number
+                    if found.id in seen:
+                        raise BadRow(f"a duplicate of row {seen[found.id]}")
+                    rendered = replace(self._render(found), prompt_key=prompt_key(found))
+                    taken.append(Keyed(rendered.prompt_key, exact_prompt_key(found), rendered))
+                    seen[found.id] = number
+                    self.left_out.update(rendered.left_out)
                     advance(1, len(rendered.prompt_ids) + len(rendered.real_ids))
                 except BadRow as problem:
                     self.skip(source, number, str(problem))
+                    skipped.append(f"row {number} of {source}: {problem}")
                 if limit is not None and len(taken) == limit:
                     break
-        bad = self.skipped.total() - skipped_before
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         if not taken:
-            raise UserError(f"data: {source} has no usable row{f': {self.reasons()}' if number else ': it is empty'}")
-        if bad > self.settings.max_skipped * (bad + len(taken)):
+            raise UserError(f"data: {source} has no usable row: {f'{skipped[0]}{more}' if skipped else 'it is empty'}")
+        num_read = len(skipped) + len(taken)
+        if len(skipped) > self.settings.max_skipped * num_read:
             raise UserError(
-                f"data: {bad} of {bad + len(taken)} rows of {source} cannot be used: {self.reasons()}. "
+                f"data: {len(skipped)} of {num_read} rows of {source} cannot be used: {skipped[0]}{more}. "
                 f"Fix them, or raise data.max_skipped ({self.settings.max_skipped:g}) to continue without them."
             )
         return taken
+
+    def without(self, rows: Sequence[Keyed], source: str, others: Sequence[Keyed], where: str) -> list[Keyed]:
+        """The rows of `source` whose prompts are not among those of `others`; the rest is listed as skipped."""
+        keys, exact = {one.key for one in others}, {one.exact for one in others}
+        for one in rows:
+            if one.key in keys:
+                but = "" if one.exact in exact else " but for case, white space, Unicode form or system prompt"
+                self.skip(source, one.row.row, f"{ON_ANOTHER_SIDE} {where} data{but}")
+        return [one for one in rows if one.key not in keys]
+
+    def _render(self, example: Example) -> Rendered:
+        if not self.is_paired:
+            example = replace(example, rejected=None)
+        elif example.rejected is None:
+            raise BadRow("no 'rejected' response to the same prompt, which dpo needs")
+        return self.render(example)
 
     def _examples(self, source: str) -> Iterator[tuple[int, Example | BadRow]]:
         row_format = None
@@ -193,25 +240,37 @@ class DataReader:
         self.skipped[re.sub(r"\d+", "N", reason)] += 1  # one reason for all row numbers
         self.log.append(json.dumps({"file": source, "row": number, "reason": reason}, ensure_ascii=False) + "\n")
 
-    def reasons(self) -> str:
-        more = self.skipped.total() - 1
-        return f"{self.first}{f' (and {more} more)' if more > 0 else ''}"
 
+def read_and_split(reader: DataReader, recipe: Recipe) -> tuple[list[Keyed], list[Keyed], list[Keyed]]:
+    """(training, self-play, held-out rows).
 
-def split_off(
-    reader: DataReader, rows: list[Keyed], amount: float | str, what: str, seed: int, others: Sequence[Keyed] = ()
-) -> tuple[list[Keyed], list[Keyed]]:
-    """(remaining rows, split-off rows): some of `rows`, or those of a file that have other prompts."""
-    if not isinstance(amount, str):
-        return split(rows, amount, what, seed)
-    elsewhere = {key: "training" for key, _ in rows} | {key: "held-out" for key, _ in others}
-    kept: list[Keyed] = []
-    for key, row in reader.read(amount):
-        if key in elsewhere:
-            reader.skip(amount, row.row, f"its prompt is also in the {elsewhere[key]} data")
-        else:
-            kept.append((key, row))
-    return rows, kept
+    A prompt is on one side only. A separate file keeps its prompts: the same ones are left out of the training rows,
+    and held-out ones of the self-play rows too. Raises `UserError` if nothing is left where the recipe asks for rows.
+    """
+    data = recipe.data
+    train, self_play = reader.read(data.train, data.limit), list[Keyed]()
+    if isinstance(data.held_out, str):
+        held_out = reader.read(data.held_out)
+        train = reader.without(train, data.train, held_out, "held-out")
+    else:
+        train, held_out = split(train, data.held_out, "held-out", recipe.seed)
+    if data.held_out and not held_out:
+        raise UserError(
+            f"data.held_out: {data.held_out} of {num_prompts(train)} prompts rounds to 0. Set a number of them, or 0."
+        )
+    if isinstance(data.self_play_rows, str):
+        self_play = reader.without(reader.read(data.self_play_rows), data.self_play_rows, held_out, "held-out")
+        train = reader.without(train, data.train, self_play, "self-play")
+    elif data.self_play_rows is not None:
+        train, self_play = split(train, data.self_play_rows, "self-play-rows", recipe.seed)
+    if data.self_play_rows is not None and not self_play:
+        raise UserError(f"data.self_play_rows: {data.self_play_rows} leaves no row for self-play.")
+    if not train:
+        raise UserError(
+            f"data.train: every prompt of {data.train} is also in data.held_out or data.self_play_rows. Separate files "
+            "must have other prompts."
+        )
+    return train, self_play, held_out
 
 
 def split(rows: Sequence[Keyed], amount: float, what: str, seed: int) -> tuple[list[Keyed], list[Keyed]]:
@@ -219,9 +278,18 @@ def split(rows: Sequence[Keyed], amount: float, what: str, seed: int) -> tuple[l
 
     `amount` is a fraction if it is a float, otherwise a number of prompts.
     """
-    prompts = sorted({key for key, _ in rows}, key=lambda key: seed_of(seed, what, key))
+    prompts = sorted({one.key for one in rows}, key=lambda key: seed_of(seed, what, key))
     count = round(amount * len(prompts)) if isinstance(amount, float) else amount
     if count >= len(prompts):
         raise UserError(f"data.{what.replace('-', '_')}: {amount} leaves none of {len(prompts)} prompts for training.")
     chosen = set(prompts[:count])
-    return [r for r in rows if r[0] not in chosen], [r for r in rows if r[0] in chosen]
+    return [one for one in rows if one.key not in chosen], [one for one in rows if one.key in chosen]
+
+
+def num_prompts(rows: Sequence[Keyed]) -> int:
+    return len({one.key for one in rows})
+
+
+def num_near_duplicates(rows: Sequence[Keyed]) -> int:
+    """Prompts that differ from another one only in what the key leaves out, and went where that one went."""
+    return len({(one.key, one.exact) for one in rows}) - num_prompts(rows)

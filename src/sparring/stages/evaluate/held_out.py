@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sparring.data.checkers import make_check
 from sparring.data.tables import IDS, id_lists, read_generations, read_table, write_generations, write_table
 from sparring.errors import RunError
 from sparring.logging import track
@@ -26,7 +27,6 @@ from sparring.run.estimate import DIFFERENCE, FRACTION, estimate
 from sparring.run.examples import join
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, commit_part, write_json
-from sparring.stages.evaluate.checkers import is_correct, make_extract
 from sparring.stages.evaluate.text_metrics import real_form, text_metrics
 from sparring.types import (
     Backend,
@@ -109,9 +109,9 @@ def check_answers(
     }
     metrics = text_metrics(fresh, [row.real_ids for row in rows]) | real_form(rows)
     if checker is not None:
-        extract, greedy_texts = make_extract(checker), decode_answers(tokenizer, greedy)
-        correct = [is_correct(extract, text, row.real) for text, row in zip(texts, rows, strict=True)]
-        greedy_correct = [is_correct(extract, text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
+        check, greedy_texts = make_check(checker), decode_answers(tokenizer, greedy)
+        correct = [check(text, row.real) for text, row in zip(texts, rows, strict=True)]
+        greedy_correct = [check(text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
         metrics |= accuracy("sampled", rows, correct) | accuracy("greedy", rows, greedy_correct)
         columns |= {"greedy_text": greedy_texts, "is_correct": correct, "is_greedy_correct": greedy_correct}
     return columns, metrics

@@ -20,7 +20,7 @@ from sparring.parallel import local_device
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, write_json
 from sparring.run.rundir import BENCHMARKS
-from sparring.types import Backend, Example, Generation, Message, OpenBackend, Prompt, TokenIds
+from sparring.types import Backend, Generation, Message, OpenBackend, Prompt, TokenIds
 
 NOTHING = np.array([], dtype=np.int32)
 
@@ -78,6 +78,7 @@ def converse(
         end_token=iteration.recipe.data.end_token,
         max_length=iteration.data.max_length,
         max_response=None,
+        declared_ends=iteration.data.end_ids,
     )
     responses: list[list[str]] = [[] for _ in questions]
     context: list[TokenIds] = [NOTHING] * len(questions)
@@ -145,10 +146,10 @@ def turn_ids(render: Renderer, question: Question, said: Sequence[str], seen: To
     turns: list[Message] = []
     for asked, answered in zip(question.turns, said, strict=False):
         turns += [Message(role="user", content=asked), Message(role="assistant", content=answered)]
-    last = [Message(role="user", content=question.turns[len(said)]), Message(role="assistant", content="x")]
+    last = Message(role="user", content=question.turns[len(said)])
     is_text = render.text_template is not None
     try:
-        ids = render(Example("", 0, tuple(last if is_text else [*turns, *last]))).prompt_ids
+        ids = np.array(render.prompt_ids([last] if is_text else [*turns, last]), dtype=np.int32)
     except BadRow:
         return NOTHING
     if is_text and said:
