@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +20,26 @@ from jaxtyping import install_import_hook
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+sys.modules["sklearn"] = None  # type: ignore[assignment]  # see WITHOUT_SKLEARN
+
+# what sparring imports, before the hook below: within a hooked module Python ignores all compiled files of others, and
+# compiling three thousand modules takes longer than most tests
+for name in (
+    *(
+        "accelerate.utils.memory",
+        "huggingface_hub.inference._client",
+        "jinja2",
+        "matplotlib.figure",
+        "peft",
+        "pyarrow.csv",
+    ),
+    *("pyarrow.fs", "pyarrow.parquet", "rich.progress", "ruamel.yaml", "scipy.stats", "tenacity", "triton", "typer"),
+    *("torch.distributed.fsdp", "torch.distributed.launcher.api", "torch.nn.attention.flex_attention"),
+    *("transformers.integrations.sdpa_attention", "transformers.models.llama.modeling_llama"),
+):
+    if find_spec(name.partition(".")[0]) is not None:
+        import_module(name)
 
 # executes the shapes in the signatures; before any module of sparring is imported
 install_import_hook("sparring", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
@@ -47,6 +70,39 @@ def shared() -> Path:
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip(f"the real input is not at {SHARED}")
     return SHARED
+
+
+WITHOUT_SKLEARN = """
+import sys
+if not any("harness" in word for word in sys.orig_argv):
+    sys.modules["sklearn"] = None
+"""
+"""For processes of ours: transformers imports scikit-learn where it is installed, a fifth of a start. Only lm-eval,
+which installs it, needs it."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_start_soon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(WITHOUT_SKLEARN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray cluster on this machine that notices lost nodes soon. Its first node, where we are, has no CPUs."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    health = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
+    config = {f"health_check_{name}": value for name, value in health.items()}
+    head = {"num_cpus": 0, "object_store_memory": 10**8, "_system_config": config}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,23 +1,22 @@
-"""Ranks start sooner: transformers imports scikit-learn where it is installed, for a decoding that no test uses."""
-
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+from forked_ranks import forked_process
 
-WITHOUT_SKLEARN = """
-import sys
-if "sparring.stages.worker" in sys.orig_argv:
-    sys.modules["sklearn"] = None
-"""
+from sparring.parallel.processes import guarded_process
+from sparring.stages import launch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_sklearn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(WITHOUT_SKLEARN)
+@pytest.fixture(autouse=True, scope="package")
+def ranks_are_forks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setattr(launch, "guarded_process", forked_process)
         yield
+
+
+@pytest.fixture
+def as_users_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are interpreters of their own, which end when the process that started them is killed."""
+    monkeypatch.setattr(launch, "guarded_process", guarded_process)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_ranks import forked_process
 from steps import ARMS, run
 
 from sparring.parallel import SingleProcess
@@ -30,9 +29,9 @@ def alone(tiny: Path) -> dict[str, np.ndarray]:
 def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone: dict[str, np.ndarray]) -> None:
     script, out = Path(__file__).with_name("steps.py"), tmp_path / "out.json"
     words = [str(script), str(tiny / "model"), parallel, str(STEPS), str(out)]
-    start = [sys.executable, "-m", "sparring.parallel.torchrun", "2", "1", str(tmp_path / "note")]
-    done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start = ["python", "-m", "sparring.parallel.torchrun", "2", "1", str(tmp_path / "note")]
+    with forked_process([*start, *words]) as ranks:
+        assert ranks.wait(timeout=500) == 0
     found = json.loads(out.read_text())
     norms, unchanged = found.pop("after_nan")
     assert list(np.isfinite(norms)) == [True, False, True] and unchanged == [False, True, False]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster
+pytest.importorskip("ray")
 
 from sparring.errors import RankLost
 from sparring.loop import play
-from sparring.parallel import ray_cluster
+from sparring.parallel import ray_cluster as on_ray
 from sparring.parallel.ray_cluster import RayRanks
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
@@ -53,25 +52,16 @@ worker.main()
 """A rank that, the first time, hangs in the step after the first checkpoint, and says so in a file."""
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Its first node has no CPUs for ranks: it is where we are."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
 def test_a_node_is_lost_and_training_ends_with_the_same_weights(
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cluster: Any,
+    ray_cluster: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = play(make_recipe("sft", launch="torchrun", **SETTINGS), tmp_path / "whole")
 
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
+    nodes = [ray_cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
     started: list[RayRanks] = []
     note = tmp_path / "cluster" / "hangs"
 
@@ -80,8 +70,8 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
             super().__init__(ray, count, threads, ["-c", HANGS.format(note=str(note)), *words[2:]], ended)
             started.append(self)
 
-    monkeypatch.setattr(ray_cluster, "RayRanks", Hanging)
-    recipe = make_recipe("sft", launch="ray", ray_address=cluster.address, **SETTINGS)
+    monkeypatch.setattr(on_ray, "RayRanks", Hanging)
+    recipe = make_recipe("sft", launch="ray", ray_address=ray_cluster.address, **SETTINGS)
     run = RunDir(tmp_path / "cluster" / "run")
     playing = threading.Thread(target=play, args=(recipe, run.root), daemon=True)
     playing.start()  # elsewhere, since nodes are ended from the main thread
@@ -89,7 +79,7 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
         time.sleep(0.05)
     assert playing.is_alive() and not is_committed(run.stage(0, "train"))
     (doomed,) = [node for node in nodes if node.node_id == started[0].nodes[1]]
-    cluster.remove_node(doomed, allow_graceful=False)
+    ray_cluster.remove_node(doomed, allow_graceful=False)
     playing.join(timeout=240)
     assert not playing.is_alive()
 
@@ -103,10 +93,10 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
 
 
 def test_ranks_that_die_again_and_again_end_the_stage(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
-    while len(cluster.worker_nodes) < 2:
-        cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    while len(ray_cluster.worker_nodes) < 2:
+        ray_cluster.add_node(num_cpus=1, object_store_memory=10**8)
     monkeypatch.setattr(launch, "MAX_LOSSES", 2)
     run = play(make_recipe("sft", **SETTINGS | {"num_processes": "auto"}), tmp_path / "run")
     run.stage(0, "train").rename(tmp_path / "aside")
@@ -115,7 +105,7 @@ def test_ranks_that_die_again_and_again_end_the_stage(
         def __init__(self, ray: Any, count: int | None, threads: int | None, words: Sequence[str], ended: Path) -> None:
             super().__init__(ray, count, threads, ["-c", "import os; os._exit(9)"], ended)
 
-    monkeypatch.setattr(ray_cluster, "RayRanks", Dying)
-    recipe = make_recipe("sft", launch="ray", ray_address=cluster.address, **SETTINGS)
+    monkeypatch.setattr(on_ray, "RayRanks", Dying)
+    recipe = make_recipe("sft", launch="ray", ray_address=ray_cluster.address, **SETTINGS)
     with pytest.raises(RankLost, match="exited with status 9"):
         run_on_ranks(Iteration(run, recipe, 0), "train")

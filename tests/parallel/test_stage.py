@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sparring.errors import Interrupted, RunError
 from sparring.loop import play, run_stage
+from sparring.model.logprobs import Scorer
+from sparring.model.packing import PackedBatch
 from sparring.parallel import SingleProcess, interrupt
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
@@ -163,6 +166,7 @@ def test_the_step_at_hand_is_kept(number: int, trainee: Callable[..., Iteration]
     assert int(kept.name[5:]) == file.read_text().count("\n")
 
 
+@pytest.mark.usefixtures("as_users_start_them")
 def test_a_rank_that_hangs_ends_the_stage(trainee: Callable[..., Iteration], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARRING_RANK_TIMEOUT", "3")
     hung = trainee("run", train={**TRAIN, "epochs": 200})
@@ -200,28 +204,20 @@ def ranks_of(iteration: Iteration) -> Iterator[tuple[int, int]]:
 def test_memory_that_runs_out_on_one_rank_is_agreed_by_all(
     trainee: Callable[..., Iteration],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The rank of number 1 runs out of memory above 150 tokens; sitecustomize puts that in."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if os.environ.get('RANK') == '1' and 'sparring.stages.worker' in sys.orig_argv:\n"
-        "    import torch, sparring.model.logprobs as l\n"
-        "    real = l.Scorer.forward\n"
-        "    def forward(self, batch):\n"
-        "        if batch.computed_tokens > 150:\n"
-        "            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
-        "        return real(self, batch)\n"
-        "    l.Scorer.forward = forward\n"
-    )
-    before = os.environ.get("PYTHONPATH", "")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{before}")
+    """The rank of number 1 runs out of memory above 150 tokens."""
+    forward = Scorer.forward
+
+    def limited(self: Scorer, batch: PackedBatch) -> torch.Tensor:
+        if os.environ.get("RANK") == "1" and batch.computed_tokens > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", limited)
     small = trainee("small", parallel="fsdp2")
     run_on_ranks(small, "train")
     assert "train restarts with smaller micro-batches" in " ".join(capfd.readouterr().err.split())
-    monkeypatch.setenv("PYTHONPATH", before)
     alone = trainee("alone")
     train(alone, SingleProcess())
     for ours, theirs in zip(metrics(small), metrics(alone), strict=True):
@@ -250,6 +246,7 @@ def test_a_step_is_tracked_once_though_its_file_is_replaced(
     assert told == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("as_users_start_them")
 def test_a_run_on_two_ranks(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage of an iteration, with an adapter, sharded, in a run that one process started: near what that one
     process makes of it, and nothing half done is left."""

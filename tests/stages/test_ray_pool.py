@@ -16,8 +16,6 @@ import pytest
 from shortcuts import generations
 
 ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster
-
 from sparring.errors import RunError, UserError
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
@@ -75,14 +73,9 @@ def open_refused(model: Path) -> Iterator[Backend]:
     yield
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Its first node has no CPUs for engines: it is where we are."""
+@pytest.fixture(autouse=True, scope="module")
+def engines_travel_by_value() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def make_iteration(recipe: Recipe, folder: Path) -> Iteration:
@@ -97,19 +90,19 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cluster: Any,
+    ray_cluster: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = make_recipe("space", iterations=1, generate=SETTINGS, threads=1)
     alone = make_iteration(recipe, tmp_path / "alone")
     generate(alone, backend_factory(alone))
 
-    doomed, _ = (cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2))
+    doomed, _ = (ray_cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2))
     note = tmp_path / "stuck"
     opener = partial(open_stuck, opener=backend_factory(alone), doomed=doomed.node_id, note=note)
     monkeypatch.setattr(on_ray, "backend_factory", lambda _: opener)
 
-    on_cluster = recipe.model_copy(update={"launch": "ray", "ray_address": cluster.address})
+    on_cluster = recipe.model_copy(update={"launch": "ray", "ray_address": ray_cluster.address})
     shared = make_iteration(on_cluster, tmp_path / "run")
     playing = threading.Thread(target=generate_on_ray, args=(shared,), daemon=True)
     playing.start()  # elsewhere, since nodes are started from the main thread
@@ -117,8 +110,8 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
     parts = run.work(run.stage(0, "generate"))
     while not (note.exists() and any(parts.glob("part-*.parquet"))) and playing.is_alive():
         time.sleep(0.05)
-    cluster.add_node(num_cpus=1, object_store_memory=10**8)
-    cluster.remove_node(doomed, allow_graceful=False)
+    ray_cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    ray_cluster.remove_node(doomed, allow_graceful=False)
     playing.join(timeout=180)
     assert not playing.is_alive()
 
@@ -137,10 +130,10 @@ def test_a_node_is_lost_another_joins_and_every_row_is_answered_once(
 
 
 def test_what_an_engine_refuses_or_dies_of_ends_the_stage(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     monkeypatch.setattr(on_ray, "MAX_DEATHS", 2)
-    recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", ray_address=cluster.address)
+    recipe = make_recipe("space", generate=SETTINGS, threads=1, launch="ray", ray_address=ray_cluster.address)
     iteration = make_iteration(recipe, tmp_path / "run")
     monkeypatch.setattr(on_ray, "backend_factory", lambda _: open_refused)
     with pytest.raises(UserError, match="not installed on this node"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,8 @@ class Ddp:
 
     def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         self.accelerator.free_memory()  # of what was prepared before
-        return cast(tuple[nn.Module, Optimizer], self.accelerator.prepare(module, optimizer))
+        wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
+        return wrapped, wrapped_optimizer
 
     def unwrap(self, optimizer: Optimizer) -> Optimizer:
         return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

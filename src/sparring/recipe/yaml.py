@@ -11,13 +11,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, ScalarEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.scalarfloat import ScalarFloat
 from ruamel.yaml.scalarint import ScalarInt
 
 from sparring.errors import UserError
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
 
 Lines = dict[tuple[str, ...], int]
 """Line number, from 1, of each key by its path."""
@@ -27,8 +28,12 @@ def parse(text: str, source: str) -> tuple[object, Lines]:
     """The value of a YAML text and the lines of its keys; `source` names it in messages."""
     if len(text.encode("utf-8", errors="replace")) > MAX_BYTES:
         raise UserError(f"{source}: larger than {MAX_BYTES} bytes; a recipe is a small file")
+    depth = 0
     try:
         for event in YAML(typ="rt").parse(StringIO(text)):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MAX_DEPTH:  # before the parser spends a minute on it
+                raise UserError(f"{source}, line {event.start_mark.line + 1}: nested too deeply")
             is_merge = isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None
             is_tagged = getattr(event, "tag", None) is not None
             if is_merge or is_tagged or isinstance(event, AliasEvent):
@@ -45,8 +50,6 @@ def parse(text: str, source: str) -> tuple[object, Lines]:
         mark = error.problem_mark
         problem = str(error.problem or error).split("\n")[0]
         raise UserError(f"{source}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
-    except RecursionError as error:
-        raise UserError(f"{source}: nested too deeply") from error
     except (YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{source}: a value cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"

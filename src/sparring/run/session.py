@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,10 +37,14 @@ def seal_recipe(recipe: Recipe) -> str:
 
 def load_sealed_recipe(path: Path) -> Recipe:
     try:
-        raw, lines = parse(read_sealed(path), str(path))
+        return _parsed(read_sealed(path), str(path))
     except CorruptedError as problem:
         raise UserError(f"{problem}. Restore its text, or use another run directory.") from problem
-    return make_recipe(raw, lines, str(path))
+
+
+@lru_cache(maxsize=1)  # every stage asks, and YAML takes a twentieth of a second
+def _parsed(text: str, source: str) -> Recipe:
+    return make_recipe(*parse(text, source), source)
 
 
 def check_settings(run: RunDir, recipe: Recipe) -> None:

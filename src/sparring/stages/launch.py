@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from accelerate.utils.memory import clear_device_cache
 
@@ -23,7 +23,7 @@ from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
 from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices
 from sparring.parallel.processes import guarded_process
-from sparring.parallel.ray_cluster import RayRanks, ranks_on_ray
+from sparring.parallel.ray_cluster import ranks_on_ray
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.rundir import BENCHMARKS
@@ -139,7 +139,17 @@ def _run_once(iteration: Iteration, stage: str) -> bool:
     )
 
 
-def _wait(ranks: subprocess.Popen[bytes] | RayRanks, notes: Path, follower: StepFollower | None) -> None:
+@runtime_checkable
+class Ranks(Protocol):
+    """The processes of a stage as one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+
+def _wait(ranks: Ranks, notes: Path, follower: StepFollower | None) -> None:
     """Until the ranks have ended, or for a grace period after one has given its reason: leaving kills the others."""
     ended_at: float | None = None
     while ranks.poll() is None:
@@ -156,7 +166,7 @@ def _wait(ranks: subprocess.Popen[bytes] | RayRanks, notes: Path, follower: Step
 
 def _started(
     recipe: Recipe, stage: str, worker: Sequence[str], note: Path
-) -> AbstractContextManager[subprocess.Popen[bytes] | RayRanks]:
+) -> AbstractContextManager[Ranks]:
     """The ranks, on this machine or on a cluster. Leaving the context kills those that still run."""
     num_processes = None if recipe.num_processes == "auto" else recipe.num_processes
     if recipe.launch == "ray":
