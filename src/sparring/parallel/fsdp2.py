@@ -19,7 +19,7 @@ from sparring.parallel.rendezvous import Rendezvous
 class Fsdp2(Ddp):
     """`Parallel` for ranks that each hold a shard of the model.
 
-    `dtype` bfloat16: weights are gathered in it, half the traffic and memory of float32; shards, gradients' sums and the
+    With `dtype` bfloat16 weights are gathered in it, at half the traffic and memory. Shards, gradients' sums and the
     residual stream stay float32, so that a step is what it is with DDP but for the rounding of norms' weights.
     """
 

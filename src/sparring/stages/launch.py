@@ -164,9 +164,7 @@ def _wait(ranks: Ranks, notes: Path, follower: StepFollower | None) -> None:
             return
 
 
-def _started(
-    recipe: Recipe, stage: str, worker: Sequence[str], note: Path
-) -> AbstractContextManager[Ranks]:
+def _started(recipe: Recipe, stage: str, worker: Sequence[str], note: Path) -> AbstractContextManager[Ranks]:
     """The ranks, on this machine or on a cluster. Leaving the context kills those that still run."""
     num_processes = None if recipe.num_processes == "auto" else recipe.num_processes
     if recipe.launch == "ray":
