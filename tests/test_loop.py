@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sparring
 from sparring.errors import RunMismatch, UserError
@@ -23,6 +24,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.stages import launch
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -59,6 +61,28 @@ def test_one_command_plays_everything(played: Callable[[str], Any], method: str)
 
 
 @pytest.mark.slow
+def test_every_stage_gives_its_memory_back(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM, in a process of its own, wants nine tenths of the device that the stage before used."""
+
+    def models() -> int:
+        return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+
+    counts: list[int] = []
+
+    def clear(*, garbage_collection: bool) -> None:
+        assert garbage_collection and gc.collect() >= 0
+        counts.append(models())
+
+    gc.collect()
+    before = models()
+    monkeypatch.setattr(launch, "clear_device_cache", clear)
+    run = play(make_recipe("spin", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    assert len(counts) == len(Results(run.root).stages())
+    assert set(counts) == {before}, "no model is held when the device's cache is emptied"
+
+
 def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(make_recipe("space")))

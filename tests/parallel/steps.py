@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
-from sparring.model.packing import Packing, group_tokens
+from sparring.model.packing import Packing, group_tokens, pack_shared
 from sparring.objectives import Spin
 from sparring.parallel import Parallel
 from sparring.parallel.ddp import Ddp
@@ -50,9 +51,9 @@ def make_examples(vocab: int, count: int = 64) -> list[TrainingExample]:
     ]
 
 
-def make_policy(folder: Path, packing: Packing, parallel: Parallel) -> Policy:
+def make_policy(folder: Path, packing: Packing, parallel: Parallel, dtype: torch.dtype = torch.float32) -> Policy:
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
-    scorer, size = Scorer(model, packing=packing), sum(p.numel() for p in model.parameters())
+    scorer, size = Scorer(model, dtype, packing), sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5)
     forward, optimizer = parallel.prepare(scorer, sorted(model._no_split_modules or ()), optimizer)
     part = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
@@ -72,6 +73,22 @@ def run(folder: Path, packing: Packing, pieces: int, steps: int, parallel: Paral
         metrics = forward_backward(policy, Spin(lambda_=0.1), batch, micro_batch_tokens, 0.0, parallel)
         found.append((metrics["loss"], parallel.optimizer_step(policy.forward, policy.optimizer, 1.0)))
     return found
+
+
+def in_bfloat16(folder: Path, parallel: Parallel) -> tuple[float, list[list[str]]]:
+    """Mean |log-prob - float32's| per token, and per call of a layer (dtype of its weights, of what reaches it)."""
+    half = make_policy(folder, "shared", parallel, torch.bfloat16)
+    single = Scorer(load_model(folder, dtype=torch.float32, device=torch.device("cpu")))
+    examples = make_examples(half.model.config.vocab_size)[:BATCH]
+    batch = pack_shared([example.group for example in examples])
+    seen: list[list[str]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append([str(next(layer.parameters()).dtype), str(inputs[0].dtype)])
+
+    half.model.base_model.layers[-1].register_forward_pre_hook(note)
+    difference = half.forward(batch).detach() - single(batch).detach()
+    return float(difference.abs().sum() / sum(batch.distinct_lengths)), seen
 
 
 def after_nan(folder: Path, parallel: Parallel) -> tuple[list[float], list[bool]]:
@@ -113,6 +130,9 @@ def main() -> None:
     }
     assert parallel.is_sharded == (name == "fsdp2")
     found["after_nan"] = after_nan(folder, parallel)
+    if name == "fsdp2":
+        AcceleratorState._reset_state()
+        found["in_bfloat16"] = in_bfloat16(folder, Fsdp2(parallel.rendezvous, torch.bfloat16))
     found["wrong"] = with_local_mean(parallel, lambda: run(folder, "shared", 1, 3, parallel))
     if parallel.is_main:
         out.write_text(json.dumps(found))

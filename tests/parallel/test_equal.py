@@ -14,7 +14,7 @@ from sparring.parallel import SingleProcess
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,10 @@ def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone
     found = json.loads(out.read_text())
     norms, unchanged = found.pop("after_nan")
     assert list(np.isfinite(norms)) == [True, False, True] and unchanged == [False, True, False]
+    if parallel == "fsdp2":
+        difference, dtypes = found.pop("in_bfloat16")
+        assert 0 < difference < 0.01
+        assert dtypes == [["torch.bfloat16", "torch.float32"]], "weights are gathered in it, the residual stream is not"
     found = {arm: np.array(values) for arm, values in found.items()}
     for arm, one in alone.items():
         residual = found[arm] / one - 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sparring.errors import RunError, UserError
+from sparring.stages.generate import vllm
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
 from sparring.types import Prompt
@@ -31,10 +32,15 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(str(number), 0, np.array([1, 2], dtype=np.int32), 12, number) for number in range(count)]
 
 
-def stand_in(folder: Path, vllm: str) -> None:
+def stand_in(folder: Path, code_of_vllm: str) -> None:
     """What vllm_engine.py imports of vLLM."""
     on_a_cpu = "class current_platform:\n    is_cpu = staticmethod(lambda: True)\n"
-    code = {"vllm": vllm, "vllm/lora": "", "vllm/lora/request": "class LoRARequest: ...\n", "vllm/platforms": on_a_cpu}
+    code = {
+        "vllm": code_of_vllm,
+        "vllm/lora": "",
+        "vllm/lora/request": "class LoRARequest: ...\n",
+        "vllm/platforms": on_a_cpu,
+    }
     for name, text in code.items():
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(text)
@@ -61,6 +67,45 @@ def test_a_vllm_that_runs_what_model_folders_bring_is_refused(
     engine = VllmBackend(folder, end_ids=[END], max_length=128)
     with pytest.raises(UserError, match=r"version 0\.13\.2 is too old: before 0\.14 .*CVE-2026-22807"):
         list(engine.generate(prompts(1)))
+
+
+NAMES_ITS_ENVIRONMENT = """
+import os
+__version__ = "0.32.0"
+class LLM:
+    def __init__(self, **settings):
+        names = [n for n in os.environ if "RANK" in n or "WORLD" in n or n.startswith(("MASTER", "TORCHELASTIC"))]
+        raise ValueError(f"{names} on {os.environ['CUDA_VISIBLE_DEVICES']}")
+"""
+
+
+def test_an_engine_of_a_rank_knows_nothing_of_the_ranks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TORCHELASTIC_USE_AGENT_STORE a process group of vLLM's own waits for a store that is not there."""
+    stand_in(tmp_path, NAMES_ITS_ENVIRONMENT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE")
+    others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")
+    for name in (*names, "GROUP_WORLD_SIZE", *others):
+        monkeypatch.setenv(name, "1")
+    engine = VllmBackend(folder, end_ids=[END], max_length=128)
+    with pytest.raises(UserError, match=r"ValueError: \[\] on 1$"):
+        list(engine.generate(prompts(1)))
+
+
+def test_an_engine_that_is_never_ready_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\necho >> $0-starts\necho waiting for rank 1 >&2\nexec sleep 600\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(vllm, "START_SECONDS", 1.0)
+    monkeypatch.setattr(vllm, "CLOSE_SECONDS", 0.1)
+    engine = VllmBackend(folder, end_ids=[END], max_length=128, python=str(hangs))
+    with pytest.raises(RunError, match=r"not ready after 1 s\. Its last line of output: waiting for rank 1"):
+        list(engine.generate(prompts(3)))
+    assert (tmp_path / "hangs-starts").read_text() == "\n", "it is not started again"
 
 
 LEAVES_A_FILE = """

@@ -89,7 +89,8 @@ class Scorer(nn.Module):
     def precision(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        # its cache would keep a copy of every weight until the end of the pass
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def as_loaded(self) -> AbstractContextManager[object]:
         """For comparisons: float32 weights in float32; others under autocast, since some models (Mamba) pass float32

@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from accelerate.utils.memory import clear_device_cache
+
 from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
 from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices
@@ -39,7 +41,18 @@ GRACE_SECONDS = 5.0
 
 
 def launch_stage(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER) -> None:
-    """Runs a stage where the recipe's `launch` says, and returns when it is committed."""
+    """Runs a stage where the recipe's `launch` says, and returns when it is committed.
+
+    Whatever it held on a device is free then: the next stage may start an engine, in a process of its own, that wants
+    nine tenths of the device.
+    """
+    try:
+        _launch(iteration, stage, tracker)
+    finally:
+        clear_device_cache(garbage_collection=True)
+
+
+def _launch(iteration: Iteration, stage: str, tracker: Tracker) -> None:
     launch = iteration.recipe.launch
     match stage:
         case "generate":

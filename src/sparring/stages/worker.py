@@ -41,7 +41,8 @@ def main() -> None:
     try:
         rendezvous = Rendezvous(timeout)
         is_fsdp2 = stage == "train" and iteration.recipe.parallel == "fsdp2"
-        parallel = Fsdp2(rendezvous) if is_fsdp2 else Ddp(rendezvous)
+        dtype = getattr(torch, iteration.recipe.train.dtype)
+        parallel = Fsdp2(rendezvous, dtype) if is_fsdp2 else Ddp(rendezvous)
         if stage == "generate":
             generate_parts(iteration, backend_factory(iteration), rank, parallel.num_ranks)
         else:

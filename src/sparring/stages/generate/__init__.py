@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -69,9 +68,6 @@ def open_backend(
                     top_p=settings.top_p,
                     batch_size=settings.batch_size,
                 )
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def backend_factory(iteration: Iteration) -> OpenBackend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import secrets
 import shutil
 import signal
@@ -30,6 +31,8 @@ IN_FLIGHT = 4096
 """Requests in flight: enough to keep the engine busy, and a bound on what a crash loses."""
 MAX_RESTARTS = 3
 """Restarts in a row without a single response."""
+START_SECONDS = 1200.0
+"""How long an engine may take to load its model and compile it."""
 SILENCE_SECONDS = 600.0
 """An engine without a heartbeat for this long hangs; it sends one every few seconds."""
 CLOSE_SECONDS = 10.0
@@ -173,6 +176,17 @@ class VllmBackend:
             self.process = None
 
 
+RANK_VARIABLES = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)")
+"""What torchrun tells its ranks. An engine that read it would wait for them in a process group of its own."""
+
+
+def engine_environment(environment: Mapping[str, str], tensor_parallel_size: int) -> dict[str, str]:
+    """The environment of an engine: one of no rank, with the GPUs of the rank that starts it."""
+    devices = devices_for_rank(environment, tensor_parallel_size)
+    own = {name: value for name, value in environment.items() if not RANK_VARIABLES.fullmatch(name)}
+    return own | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+
+
 def devices_for_rank(environment: Mapping[str, str], tensor_parallel_size: int) -> str | None:
     """The GPUs of this rank, if torchrun started it; otherwise None."""
     if "LOCAL_RANK" not in environment:
@@ -191,8 +205,6 @@ class EngineProcess:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         # created and removed by the engine, in case this process is killed; removed here in case the engine is
         self.folder = Path(tempfile.gettempdir()) / f"vllm-{secrets.token_hex(8)}"
-        devices = devices_for_rank(os.environ, hello["engine"]["tensor_parallel_size"])
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices} if devices else None
         try:
             self.process = subprocess.Popen(  # noqa: S603  (the interpreter is the user's own setting)
                 command,
@@ -200,7 +212,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=self.log,
                 start_new_session=True,
-                env=environment,
+                env=engine_environment(os.environ, hello["engine"]["tensor_parallel_size"]),
             )
         except OSError as error:
             raise UserError(f"generate.python: {command[0]} cannot be started: {error}.") from error
@@ -208,7 +220,7 @@ class EngineProcess:
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self.send({**hello, "folder": str(self.folder)})
-            answer = self.receive(None)
+            answer = self._receive_ready()
         except BaseException:
             self.close()
             raise
@@ -220,6 +232,15 @@ class EngineProcess:
                     "generate.python to the interpreter of an environment that has it."
                 )
             raise UserError(f"generate.backend: vLLM does not start with {model}: {answer['refused']}")
+
+    def _receive_ready(self) -> dict[str, Any]:
+        try:
+            return self.receive(START_SECONDS)
+        except EngineDied as death:
+            if not isinstance(death.__cause__, queue.Empty):
+                raise
+            # no restart: it would hang again
+            raise RunError(f"vLLM was not ready after {START_SECONDS:,.0f} s. {self._last_output()}") from death
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -235,7 +256,7 @@ class EngineProcess:
         except BrokenPipeError as error:
             raise EngineDied(self._last_output()) from error
 
-    def receive(self, timeout: float | None) -> dict[str, Any]:
+    def receive(self, timeout: float) -> dict[str, Any]:
         try:
             line = self.lines.get(timeout=timeout)
         except queue.Empty as error:
