@@ -117,7 +117,7 @@ def score_columns(
     rows: Sequence[tuple[int, JoinedRow]], groups: Sequence[Group], scores: Mapping[Role, np.ndarray]
 ) -> dict[str, Sequence[object] | np.ndarray]:
     """One table row per response."""
-    places = [
+    places: list[tuple[int, int, str, Role, int]] = [
         (index, t, one.row.id, role, sample)
         for index, ((t, one), group) in enumerate(zip(rows, groups, strict=True))
         for role, responses in group.responses.items()
