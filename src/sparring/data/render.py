@@ -102,8 +102,6 @@ class Renderer:
         rejected_ids = list[int]()
         if example.rejected is not None:
             rejected_ids = render([*example.messages[:-1], example.rejected], example.tools).response_ids
-        if not chat.prompt_ids:
-            raise BadRow("the prompt has no tokens")
         available = self.max_length - len(chat.prompt_ids)
         if available < 1:
             raise BadRow(
@@ -136,6 +134,8 @@ class Renderer:
         prompt = self._apply(messages[:-1], tools, add_generation_prompt=True)
         whole = self._apply(messages, tools)
         prompt_ids, all_ids = self._tokenize(prompt), self._tokenize(whole)
+        if not prompt_ids:
+            raise BadRow("the prompt has no tokens")
         if all_ids[: len(prompt_ids)] == prompt_ids:
             response, ids = whole.removeprefix(prompt), all_ids[len(prompt_ids) :]
         else:
@@ -181,7 +181,10 @@ class Renderer:
         values = {"system": "\n".join(system), "prompt": users[0]}
         filled = re.sub(r"\{(system|prompt)\}", lambda slot: values[slot[1]], self.text_template)
         prompt = filled.rstrip(" ")
-        return prompt, self._tokenize_with_bos(prompt), filled[len(prompt) :]
+        prompt_ids = self._tokenize_with_bos(prompt)
+        if not prompt_ids:
+            raise BadRow("the prompt has no tokens")
+        return prompt, prompt_ids, filled[len(prompt) :]
 
     def _apply(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
         failed: CallFailed | None = None

@@ -110,10 +110,15 @@ def halve_micro_batch_tokens(error: RuntimeError, micro_batch_tokens: int, large
             f"Out of memory on a single prompt with its responses ({largest:,} tokens). Lower train.max_length or "
             "generate.max_new_tokens, or set train.gradient_checkpointing: true, and start in another run directory."
         ) from error
-    clear_device_cache(garbage_collection=True)
+    release_memory()
     smaller = max(largest, micro_batch_tokens // 2)
     info(f"  Out of memory at {micro_batch_tokens:,} tokens per micro-batch; retrying with {smaller:,}.")
     return smaller
+
+
+def release_memory() -> None:
+    """Gives memory that no tensor holds back to the device, for other processes too."""
+    clear_device_cache(garbage_collection=True)
 
 
 def peak_memory_mib(device: torch.device) -> float:

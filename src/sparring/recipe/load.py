@@ -38,7 +38,8 @@ def make_recipe(raw: object, lines: yaml.Lines | None = None, source: str = "rec
         return Recipe.model_validate(raw)
     except ValidationError as error:
         method = raw.get("method") if isinstance(raw, Mapping) else None
-        name = str(method.get("name") if isinstance(method, Mapping) else method)
+        method = method.get("name") if isinstance(method, Mapping) else method
+        name = method if isinstance(method, str) else ""
         raise UserError("\n".join(f"{source}{line}" for line in _messages(error, lines or {}, name))) from error
 
 

@@ -17,10 +17,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from accelerate.utils.memory import clear_device_cache
-
 from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
+from sparring.model.memory import release_memory
 from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices
 from sparring.parallel.processes import guarded_process
 from sparring.parallel.ray_cluster import ranks_on_ray
@@ -49,7 +48,7 @@ def launch_stage(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER
     try:
         _launch(iteration, stage, tracker)
     finally:
-        clear_device_cache(garbage_collection=True)
+        release_memory()
 
 
 def _launch(iteration: Iteration, stage: str, tracker: Tracker) -> None:
