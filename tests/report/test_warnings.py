@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from sparring.data.tables import write_generations, write_rows, write_table
-from sparring.loop import play
 from sparring.recipe.schema import Recipe
 from sparring.report.warnings import drifts_from_real, find_warnings
 from sparring.run.iteration import DataSummary
@@ -218,22 +217,3 @@ def test_an_unknown_interval_is_no_warning(tmp_path: Path) -> None:
     results = replace(HEALTHY, nll_change=0.5).write(tmp_path / "run")
     results.__dict__["held_out"] = (np.array(["one prompt"] * ROWS), results.held_out[1])
     assert find_warnings(results) == []
-
-
-@pytest.mark.slow
-def test_no_warning_on_a_healthy_run_of_a_pretrained_model(shared: Path, tmp_path: Path) -> None:
-    """A model of stories continues stories: its form is that of the real ones from the start."""
-    run = play(
-        Path(__file__).parents[2] / "recipes" / "tiny-space.yaml",
-        tmp_path / "run",
-        [
-            f"model={shared / 'models' / 'stories260K'}",
-            f"data.train={shared / 'data' / 'tinystories' / 'stories.jsonl'}",
-            "iterations=1",
-            "data.limit=96",
-            "data.held_out=32",
-            "generate.max_new_tokens=32",
-        ],
-    )
-    results = Results(run.root)
-    assert find_warnings(results) == [], json.dumps(results.evaluations())

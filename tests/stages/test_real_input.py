@@ -21,6 +21,7 @@ from sparring.loop import play
 from sparring.model.load import load_tokenizer, save_model
 from sparring.objectives import OBJECTIVES
 from sparring.recipe.schema import Recipe
+from sparring.report.warnings import find_warnings
 from sparring.run.results import Results
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,7 @@ def test_stories(shared: Path, tmp_path: Path, method: str) -> None:
     assert row.prompt.endswith((".", "!", "?", '"')) and row.real.startswith(" ")
     answers = read_table(run.stage(1, "evaluate") / "answers.parquet").to_pylist()
     assert all(len(a["text"].split()) > 5 for a in answers), "it tells stories"
+    assert find_warnings(results) == [], "and nothing is wrong with it"
 
 
 @pytest.fixture(scope="module")
