@@ -128,7 +128,10 @@ def test_an_adapter_alone_loads_in_peft(runs: dict[str, RunDir], tmp_path: Path)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     row = read_rendered(run.data / "held_out.parquet")[0]
     ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
-    output = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=[3], pad_token_id=0)
+    whole = torch.ones_like(ids)  # else transformers hides the letters that the tokenizer does not know: they are pads
+    output = model.generate(
+        input_ids=ids, attention_mask=whole, max_new_tokens=12, do_sample=False, eos_token_id=[3], pad_token_id=0
+    )
     assert output[0, ids.shape[1] :].tolist() == greedy_in_the_run(run, 0)[row.id]
 
 

@@ -161,7 +161,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a template with an endless loop": (template("{% for i in range(10**12) %}{% endfor %}"), "data.template"),
     "a template that reads internals": (template("{{ ''.__class__.__mro__ }}"), "data.template.*unsafe"),
     "an empty template": (template("{{ '' }}"), "the prompt has no tokens"),
-    "a template without responses": (template("{{ messages[0]['content'] }}"), "row 1 .*leaves out a part of"),
+    "a template without responses": (template("{{ messages[0]['content'] }}"), "row 1 .*leaves out a part of the resp"),
     "a template that forgets its prefix": (template(FORGETFUL), "row 1 .*not a prefix of the conversation"),
     "no end token anywhere": (without_end_tokens, "data.end_token: neither the template nor the tokenizer"),
 }  # fmt: skip
