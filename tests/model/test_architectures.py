@@ -6,16 +6,23 @@ own logits, and training computes what was scored. What transformers adds to att
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from shortcuts import step_metrics
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sparring.model.load import load_model
+from sparring.errors import UserError
+from sparring.model.attention import IGNORED
+from sparring.model.load import context_length, load_model
 from sparring.model.logprobs import Scorer, score_groups, sequence_logprobs
 from sparring.model.memory import checkpoint_activations
 from sparring.objectives import Spin
@@ -291,4 +298,4 @@ def test_longrope_is_bounded_where_its_factors_change(tmp_path: Path) -> None:
 
     alone = score_groups(scorer, [short], 1000, SingleProcess())["real"][0]
     assert beside(64) == pytest.approx(alone, abs=1e-3)
-    assert abs(beside(65) - alone) > 0.1, "what the bound is for"
+    assert abs(beside(65) - alone) > 0.01, "what the bound is for"

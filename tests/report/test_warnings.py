@@ -70,7 +70,14 @@ class Record:
         changes = (random.normal(0, 0.02, ROWS), self.nll_change + random.normal(0, 0.02, ROWS))
         metrics = [text_metrics(g, [one.real_ids for one in rows]) | real_form(rows) for g in (drawn, after)]
         return write_run(
-            root, rows, rows, drawn, [-(nll + change) * tokens for change in changes], metrics, self.scored
+            root,
+            rows,
+            rows,
+            drawn,
+            [-(nll + change) * tokens for change in changes],
+            metrics,
+            self.scored,
+            (drawn, after),
         )
 
 
@@ -86,10 +93,12 @@ def write_run(
     real_logprob: Sequence[np.ndarray],
     metrics: Sequence[Mapping[str, float]],
     scored: Mapping[str, float],
+    responses: Sequence[Sequence[Generation]] = (),
 ) -> Results:
     """A run directory of one iteration that has what the warnings read, as the stages would have written it.
 
-    `real_logprob` and `metrics` are those of the start and of iteration 0, `scored` is in the manifest of `score`.
+    `real_logprob`, `metrics` and held-out `responses` are those of the start and of iteration 0, `scored` is in the
+    manifest of `score`.
     """
     run, nothing = RunDir(root), [None] * len(held_out)
     recipe = Recipe.model_validate({"model": "m", "method": "spin", "iterations": 1, "data": {"train": "t"}})
@@ -101,9 +110,12 @@ def write_run(
         DataSummary("m", "", len(train), len(held_out), {}, 0, "", (END,), "", 512, 1.0, 17.0).write(
             folder / "summary.json"
         )
-    for folder, logprob, measured in zip((run.start, run.iteration(0)), real_logprob, metrics, strict=True):
+    evaluations = zip((run.start, run.iteration(0)), real_logprob, metrics, strict=True)
+    for index, (folder, logprob, measured) in enumerate(evaluations):
         columns: dict[str, Sequence[object] | np.ndarray] = dict.fromkeys(ANSWERS.names, nothing)
         columns |= {"id": [one.id for one in held_out], "real_logprob": logprob.astype(np.float32)}
+        if responses:
+            columns["token_ids"] = [one.token_ids for one in responses[index]]
         with commit(folder / "evaluate", input_digests={}) as work:
             write_json(work / "metrics.json", measured | likelihood(held_out, logprob))
             write_table(work / "answers.parquet", ANSWERS, columns)
@@ -182,7 +194,11 @@ def captured(root: Path, last: Mapping[str, float], rise: float = 0.0) -> Result
     before, after = (np.array(values) for values in SMOLLM2["real_logprob"])
     start, end = SMOLLM2["metrics"]
     after -= rise * np.array([length for length, _, _ in real])
-    return write_run(root, train, held_out, drawn, [before, after], [start, end | last], {})
+    responses = [
+        [Generation(str(n), 0, ids(round(found["length_ratio"] * length), 5), "stop") for n, (length, _, _) in rows]
+        for found, rows in ((start, enumerate(real)), (end | last, enumerate(real)))
+    ]
+    return write_run(root, train, held_out, drawn, [before, after], [start, end | last], {}, responses)
 
 
 def test_no_warning_on_the_record_of_a_real_chat_model(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def evaluation_warnings(results: Results, index: int) -> list[str]:
             f"The likelihood of real responses falls: from the start to iteration {index} the held-out NLL rises by "
             f"{format_change('held_out_nll', change)} nats per token. Try a lower learning rate or fewer iterations."
         )
-    if drifts_from_real(start["length_ratio"], last["length_ratio"]):
+    if drifts_from_real(start["length_ratio"], last["length_ratio"]) and results.change("length", -1, index).sign:
         warnings.append(
             f"The response length drifts away from that of the real responses: after iteration {index} responses have "
             f"{last['length_ratio']:.0%} of it ({last['length']:.0f} tokens on average), at the start "

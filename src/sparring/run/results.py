@@ -141,13 +141,16 @@ class Results:
         return np.ones(len(self.held_out[0]), dtype=bool)
 
     def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
-        """The metric of each held-out row after an iteration: nats of the real response, or 0 and 1; NaN: unchecked."""
+        """The metric of each held-out row after an iteration: nats of the real response, 0 and 1 (NaN: unchecked), or,
+        for `length`, the tokens of the response."""
         if index not in self._answers:
             folder = Iteration(self.run, self.recipe, index).stage("evaluate")
             self._answers[index] = read_table(verified(folder, "answers.parquet"))
         table = self._answers[index]
         if metric == "held_out_nll":
             return -table["real_logprob"].to_numpy().astype(np.float64)
+        if metric == "length":
+            return np.array([float(len(tokens)) for tokens in table["token_ids"].to_pylist()])
         column = table["is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"].to_pylist()
         return np.array([np.nan if value is None else float(value) for value in column])
 
@@ -158,6 +161,8 @@ class Results:
         prompts, tokens = self.held_out
         if metric == "held_out_nll":
             return estimate(values[rows], tokens[rows], prompts[rows])
+        if metric == "length":
+            return estimate(values[rows], clusters=prompts[rows])
         return estimate(values[rows], clusters=prompts[rows], bounds=DIFFERENCE if is_change else FRACTION)
 
     def value(self, metric: str, index: int, rows: Bool[np.ndarray, " rows"]) -> Estimate:
