@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
 from torch import Tensor
 
 from sparring.commands.demo import problems
@@ -34,6 +33,8 @@ from sparring.stages.train.step import (
     scoring_noise,
 )
 from sparring.types import Lengths, Loss, Scores
+
+SHARED = Path(__file__).parents[3] / "shared"
 
 pytestmark = pytest.mark.slow
 
