@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparring.errors import Interrupted, RunError
 from sparring.loop import play, run_stage
@@ -270,3 +270,26 @@ def test_a_run_on_two_ranks(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch
     assert not [*shared.root.rglob("*.partial"), *temporary.glob("torchelastic*")]
     ours, theirs = ({path.relative_to(run.root) for path in run.root.rglob("*")} for run in (shared, alone))
     assert ours - theirs == {Path(".ranks.lock")} and theirs <= ours
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 4}], ids=["whole model", "adapter"])
+def test_sharded_training_in_bfloat16_starts_at_what_was_scored(
+    adapter: dict[str, int] | None, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """FSDP2 rounds all weights to bfloat16, those of norms too, which autocast would leave in float32."""
+    settings = {**SMALL, "train": {"dtype": "bfloat16", "epochs": 1}, "parallel": "fsdp2", "launch": "torchrun"}
+    recipe = make_recipe("spin", adapter=adapter, **settings)
+    shutil.copytree(recipe.model, tmp_path / "model")
+    weights = load_file(file := tmp_path / "model" / "model.safetensors")
+    for name in [name for name in weights if "norm" in name]:
+        weights[name] += torch.linspace(0, 0.5, weights[name].numel())  # they are 1 at first, which bfloat16 has
+    save_file(weights, file, metadata={"format": "pt"})
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    recipe = recipe.model_copy(update={"model": str(tmp_path / "model")})
+    check_settings(run, recipe)
+    prepare(run, recipe)
+    iteration = Iteration(run, recipe, 0)
+    for stage in ("generate", "score", "train"):
+        run_stage(iteration, stage)
+    assert metrics(iteration)[0]["log_ratio"] == 0

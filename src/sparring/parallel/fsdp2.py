@@ -46,9 +46,9 @@ class Fsdp2(Ddp):
     def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if self.plugin.transformer_cls_names_to_wrap is None:
             self.plugin.transformer_cls_names_to_wrap = list(blocks)
-        if self.is_sharded and self.dtype != torch.float32:
-            for embedding in [part for part in module.modules() if isinstance(part, nn.Embedding)]:
-                embedding.register_forward_hook(lambda part, inputs, output: output.float())
+        for part in module.modules() if self.dtype != torch.float32 else ():
+            if isinstance(part, nn.Embedding) and part.weight.dtype == torch.float32:
+                part.register_forward_hook(lambda part, inputs, output: output.float())
         return super().prepare(module, blocks, optimizer)
 
     def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:

@@ -73,7 +73,11 @@ def load_opponent(iteration: Iteration, parallel: Parallel) -> Scorer:
     model = load_model(iteration.opponent, dtype=weights_dtype, device=parallel.device, in_4bit=recipe.in_4bit)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
-    return Scorer(model, getattr(torch, recipe.train.dtype))
+    dtype = getattr(torch, recipe.train.dtype)
+    if recipe.launch != "inline" and recipe.parallel == "fsdp2":
+        for parameter in model.parameters():  # as shards are gathered: norms' weights too, which autocast leaves
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return Scorer(model, dtype)
 
 
 def training_micro_batch_tokens(settings: Train, scorer: Scorer) -> int:
