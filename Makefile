@@ -3,11 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-vllm release-check docs bench
+.PHONY: demo real check test test-vllm release-check docs bench
 
 # trains a tiny model and plays every method; the reports are in runs/demo
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
+
+# a pretrained chat model learns word problems by SFT and by self-play: half an hour; the same command continues
+real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/sparring demo --real runs/real
 
 # format, lint, types, import contracts and the fast tests with coverage, in about two minutes
 check: $(VENV)/.installed-dev

@@ -274,15 +274,23 @@ def compare(
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Argument(metavar="[RUN_DIR]", help="Where to keep it.")] = Path("runs/demo"),
-    method: Annotated[str, typer.Option(help="tspin, space, spin, sft or all.")] = "all",
+    folder: Annotated[Path | None, typer.Argument(help="Where to keep it. Default: runs/demo or runs/real.")] = None,
+    method: Annotated[str, typer.Option(help="Of the tiny demo: tspin, space, spin, sft or all.")] = "all",
+    real: Annotated[bool, typer.Option("--real", help="Play with SmolLM2-135M-Instruct; half an hour.")] = False,
     log_format: LogFormat = None,
 ) -> None:
     """Train a tiny model on small reasoning problems, then play. No GPU and no network; a few minutes."""
     _set_log_format(log_format)
-    from sparring.commands.demo import play_demo
+    if not real:
+        from sparring.commands.demo import play_demo
 
-    play_demo(run_dir, method)
+        play_demo(folder or Path("runs/demo"), method)
+        return
+    if method != "all":
+        raise UserError("--real plays SFT and then SPACE. Leave out --method.")
+    from sparring.commands.real_demo import play_real
+
+    play_real(folder or Path("runs/real"))
 
 
 def _read(recipe: Path, overrides: Sequence[str] | None, log_format: str | None = None) -> Recipe:
@@ -305,6 +313,7 @@ def main() -> None:
     """The entry point: refusals as one message, everything else as a bug."""
     os.umask(0o077)  # a run directory holds the user's data
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads take the cores that other processes need
     try:
         app()
     except UserError as refusal:

@@ -22,6 +22,7 @@ from rich.progress import (
     Task,
     TaskProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -32,6 +33,8 @@ LOG_FORMAT = "SPARRING_LOG_FORMAT"
 """Environment variable, which ranks inherit: "json" for one JSON object per line; otherwise text."""
 LINE_SECONDS = 30.0
 """At most one progress line in this time where there is no terminal."""
+BATCH_SECONDS = 0.01
+"""Units counted less than this apart belong to one batch."""
 NOTEBOOK_SECONDS = 0.5
 """At most one update of a notebook's live line in this time."""
 
@@ -92,6 +95,8 @@ class _Meter:
     what: str
     total: int | None
     start: float = field(default_factory=time.monotonic)
+    latest: float = field(default_factory=time.monotonic)
+    """When the last unit was counted. A batch's units are counted one by one, long after the batch began."""
     done: int = 0
     tokens: int = 0
     resumed: int = 0
@@ -100,9 +105,10 @@ class _Meter:
         self.resumed += units if not tokens and not self.tokens else 0
         self.done += units
         self.tokens += tokens
+        self.latest = time.monotonic()
 
     def fields(self) -> dict[str, object]:
-        elapsed = max(time.monotonic() - self.start, 1e-9)
+        elapsed = max(self.latest - self.start, 1e-9)
         fields: dict[str, object] = {"what": self.what, "done": self.done, "total": self.total}
         fields["tokens_per_second"] = round(self.tokens / elapsed, 1)
         if self.total is not None:
@@ -123,13 +129,15 @@ def _log_progress(meter: _Meter) -> Advance:
 
     def advance(units: int, tokens: int) -> None:
         nonlocal last
-        meter.add(units, tokens)
-        if time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
+        now = time.monotonic()
+        # between batches: after the first unit of a batch, the rate would be that of one unit in the batch's time
+        if meter.done and now - last >= LINE_SECONDS and now - meter.latest >= BATCH_SECONDS:
+            last = now
             if is_json():
                 _write_json("progress", meter.fields())
             else:
                 info(meter.line())
+        meter.add(units, tokens)
 
     return advance
 
@@ -166,6 +174,7 @@ def _progress_bar(what: str, total: int | None) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TaskProgressColumn(),
+        TimeElapsedColumn(),
         _Rate(""),
         TimeRemainingColumn(),
     )

@@ -13,7 +13,7 @@ import torch
 
 from sparring.errors import UserError
 from sparring.logging import info, log_event
-from sparring.parallel import interrupt
+from sparring.parallel import interrupt, num_usable_cpus
 from sparring.recipe.load import load_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
@@ -89,8 +89,8 @@ def begin(run: RunDir, recipe: Recipe) -> Recipe:
     try:
         recipe = check_settings(run, recipe)
         check_dependencies(recipe)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+        # torch counts the machine's cores, and more threads than a container may use wait for each other
+        torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), num_usable_cpus()))
         record_session(run, (*PACKAGES, *optional_packages(recipe)))
         if not is_done(run, run.data):
             prepare(run, recipe)
@@ -137,8 +137,8 @@ def run_one_stage(recipe: Recipe, run_dir: str | Path, stage: str, index: int) -
         raise UserError(f"--iteration {index}: the run has iterations 0 to {recipe.iterations - 1}, and -1, its start.")
     with run.own(), interrupt.listening():
         recipe = check_settings(run, recipe)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+        # torch counts the machine's cores, and more threads than a container may use wait for each other
+        torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), num_usable_cpus()))
         for earlier in range(-1, index + 1):
             iteration = Iteration(run, recipe.at(earlier), earlier)
             if earlier == index and stage not in iteration.stages:

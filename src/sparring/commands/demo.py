@@ -6,9 +6,10 @@ Downloads nothing. The starting model is trained by the same loop (method sft).
 from __future__ import annotations
 
 import json
+import operator
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ ITERATIONS = 3
 METHODS = ("tspin", "space", "spin", "sft")
 """The methods of the demo, each with the same start and settings. SFT is the control."""
 
+NAMES = ("Ann", "Ben", "Eva", "Lea", "Max", "Mia", "Sam", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL = (PAD, "<|user|>", "<|assistant|>", END)
 WORD = r" ?[A-Za-z]+| ?[0-9]| ?####|[^A-Za-z0-9 ]| "
@@ -48,33 +51,46 @@ CHAT_TEMPLATE = (
 )
 
 
-def problem(random: random.Random, largest: int) -> tuple[str, str]:
-    """A two-step problem and its worked solution, which ends like GSM8K's: "#### 23"."""
+def problem(random: random.Random, largest: int, *, in_words: bool = False) -> tuple[str, str]:
+    """A two-step problem and its worked solution, which ends like GSM8K's: "#### 23".
+
+    `in_words`: in the sentences of a school book, with both steps in the solution, for a pretrained model.
+    """
     thing = random.choice(THINGS)
     match random.randrange(4):
         case 0:
             a, b = random.randint(2, largest), random.randint(2, largest)
             c = random.randint(1, a + b - 1)
-            question, step, result = f"{a} {thing} and {b} more, {c} lost", f"{a + b}-{c}", a + b - c
+            signs, short = "+-", f"{a} {thing} and {b} more, {c} lost"
+            words = f"has {a} {thing}, buys {b} more and loses {c}"
         case 1:
             a, b, c = random.randint(2, 9), random.randint(2, 9), random.randint(1, largest)
-            question, step, result = f"{a} boxes of {b} {thing} and {c} more", f"{a * b}+{c}", a * b + c
+            signs, short = "*+", f"{a} boxes of {b} {thing} and {c} more"
+            words = f"has {a} boxes of {b} {thing} and buys {c} more"
         case 2:
             a, b = random.randint(2, 9), random.randint(2, 9)
             c = random.randint(1, a * b - 1)
-            question, step, result = f"{a} boxes of {b} {thing}, {c} lost", f"{a * b}-{c}", a * b - c
+            signs, short = "*-", f"{a} boxes of {b} {thing}, {c} lost"
+            words = f"packs {a} boxes of {b} {thing} and loses {c}"
         case _:
             b, c = random.randint(2, largest), random.randint(2, 4)
             a = b + random.randint(1, max(1, largest // 2))
-            question, step, result = f"{a} {thing}, {b} lost, then times {c}", f"{a - b}*{c}", (a - b) * c
-    return question, f"{step}={result} #### {result}"
+            signs, short = "-*", f"{a} {thing}, {b} lost, then times {c}"
+            words = f"has {a} {thing}, loses {b} and swaps each of the others for {c} new ones"
+    middle = OPERATIONS[signs[0]](a, b)
+    result = OPERATIONS[signs[1]](middle, c)
+    last_step = f"{middle}{signs[1]}{c}={result} #### {result}"
+    if not in_words:
+        return short, last_step
+    question = f"{random.choice(NAMES)} {words}. How many {thing} are there in the end?"
+    return question, f"{a}{signs[0]}{b}={middle}, {last_step}"
 
 
-def problems(count: int, seed: int, largest: int) -> list[dict[str, str]]:
+def problems(count: int, seed: int, largest: int, *, in_words: bool = False) -> list[dict[str, str]]:
     """Distinct problems as question/answer rows."""
     source, answers = random.Random(seed), dict[str, str]()  # noqa: S311  (exercises, not secrets)
     while len(answers) < count:
-        question, answer = problem(source, largest)
+        question, answer = problem(source, largest, in_words=in_words)
         answers[question] = answer
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 

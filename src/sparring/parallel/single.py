@@ -7,10 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def local_device() -> torch.device:
@@ -20,7 +23,17 @@ def local_device() -> torch.device:
 
 def num_local_devices() -> int:
     """GPUs of this machine, or CPU cores on a machine without GPUs."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or num_usable_cpus()
+
+
+def num_usable_cpus() -> int:
+    """CPU cores that this process may use, by its affinity and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cpus  # not in a container with cgroup v2
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ class Recipe(Strict):
     parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=MAY_CHANGE)
     """How ranks train. ddp: each holds the whole model. fsdp2: they shard weights, gradients and optimizer state."""
     threads: PositiveInt | None = None
-    """CPU threads. None: torch's choice. Recorded, since rounding depends on it."""
+    """CPU threads. None: as many as this process may use. Recorded, since rounding depends on it."""
 
     @property
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:

@@ -8,7 +8,6 @@ this one, that the user asked to stop; a rank, why it ended.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
 from sparring.model.memory import release_memory
-from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices
+from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices, num_usable_cpus
 from sparring.parallel.processes import guarded_process
 from sparring.parallel.ray_cluster import ranks_on_ray
 from sparring.recipe.schema import Recipe
@@ -171,7 +170,7 @@ def _started(recipe: Recipe, stage: str, worker: Sequence[str], note: Path) -> A
     count = num_processes or num_local_devices()
     if stage == "generate":
         count = max(1, count // recipe.generate.tensor_parallel_size)
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // count)
+    threads = recipe.threads or max(1, num_usable_cpus() // count)
     torchrun = ["-m", "sparring.parallel.torchrun", str(count), str(threads), str(note)]
     return guarded_process([sys.executable, *torchrun, *worker])
 
