@@ -1,11 +1,12 @@
 """Tests the papers' claims at a small size, for docs/results.md.
 
-    python benchmarks/claims.py play FOLDER [--stories FILE --model FOLDER] [--minutes 4]
-    python benchmarks/claims.py gather FOLDER          writes benchmarks/results/claims.json
+    python benchmarks/claims.py play FOLDER [--stories FILE --model FOLDER] [--smollm2 FOLDER] [--minutes 4]
+    python benchmarks/claims.py gather FOLDER          adds to benchmarks/results/claims.json
 
-`play` plays missing trials until the time is up, and resumes when it is run again. Several processes may share a
-folder. The stories are TinyStories as JSON lines with the field `text`; the model is the 260,000-parameter Llama of
-llama2.c in the Hugging Face layout. Without them only the demo's problems are played.
+`play` plays the trials that neither FOLDER nor claims.json has, until the time is up, and resumes when it is run again.
+Several processes may share a folder. The stories are TinyStories as JSON lines with the field `text`; the model is the
+260,000-parameter Llama of llama2.c in the Hugging Face layout; SmolLM2 is what `make real` leaves in
+runs/real/task/model. Without them only the demo's problems are played.
 
 Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
 lowest held-out NLL at the best iteration. Reported seeds (0 and up) are played at that rate. The best iteration is
@@ -23,7 +24,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from demo_seeds import cpu_name
 
 from sparring.commands.compare import copy_rows, reuse_stages
 from sparring.commands.demo import LARGEST, START, TRAIN, demo_recipe, problems, write_task
+from sparring.commands.real_demo import LARGEST as REAL_LARGEST
 from sparring.loop import begin, play, run_stage
 from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
@@ -99,6 +101,10 @@ class Task:
     swept: tuple[Arm, ...]
     further: tuple[Arm, ...] = ()
     only_swept: tuple[Arm, ...] = ()
+    train: Mapping[str, object] = field(default_factory=lambda: {**TRAIN, "epochs": 2})
+    max_new_tokens: int = 24
+    data: Mapping[str, object] = field(default_factory=dict)
+    checker: str | None = "number"
 
     def arms(self) -> tuple[Arm, ...]:
         return (*self.swept, *self.further)
@@ -107,14 +113,28 @@ class Task:
 PROBLEMS = Task(
     "problems", (3e-5, 1e-4, 3e-4, 1e-3), 3, 5, 3, MAIN, (TSPIN_NO_HISTORY, SPACE_3, SPACE_7), (SPIN_1, TSPIN_SMALL)
 )
-STORIES = Task("stories", (1e-5, 3e-5, 1e-4, 3e-4), 3, 5, 2, MAIN, (TSPIN_NO_HISTORY, SPACE_3))
-FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
-TASKS = (PROBLEMS, STORIES, FRESH)
-"""problems: the demo, on the 1,000 rows that the start was trained on for 40 epochs. fresh rows: the same models on
-1,000 other rows, or on a quarter of them."""
-
 STORY_ROWS, STORY_HELD_OUT = 192, 192
-STORY_TRAIN = {"optimizer": "adamw", "batch_size": 32, "max_length": 256, "dtype": "float32", "epochs": 1}
+STORIES = Task(
+    "stories",
+    (1e-5, 3e-5, 1e-4, 3e-4),
+    3,
+    5,
+    2,
+    MAIN,
+    (TSPIN_NO_HISTORY, SPACE_3),
+    train={**TRAIN, "max_length": 256, "epochs": 1},
+    max_new_tokens=48,
+    data={"split_on": "sentence", "end_token": "<s>"},
+    checker=None,
+)
+FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
+REAL_ROWS, REAL_HELD_OUT = 256, 256
+REAL_TRAIN = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "warmup_ratio": 0.05, "epochs": 1}
+REAL = Task("SmolLM2", (3e-6, 1e-5, 3e-5, 1e-4), 3, 3, 2, MAIN, (SPACE_3,), train=REAL_TRAIN, max_new_tokens=40)
+REAL_START = {**REAL_TRAIN, "learning_rate": 1e-4, "schedule": "constant", "epochs": 2}
+TASKS = (PROBLEMS, STORIES, FRESH, REAL)
+"""problems: the demo, on the 1,000 rows that the start was trained on for 40 epochs. fresh rows: the same models on
+1,000 other rows, or on a quarter of them. SmolLM2: the problems of `make real` in words, after two epochs of SFT."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +164,24 @@ class Place:
     root: Path
     stories: Path | None
     model: Path | None
+    smollm2: Path | None
 
     @cached_property
     def tasks(self) -> list[Task]:
-        return [task for task in TASKS if task.name != "stories" or (self.stories and self.model)]
+        there = {"stories": self.stories and self.model, "SmolLM2": self.smollm2}
+        return [task for task in TASKS if there.get(task.name, True)]
+
+    @cached_property
+    def gathered(self) -> dict[tuple[object, ...], dict[str, object]]:
+        """What an earlier folder had: (task, arm, rate, seed) -> result."""
+        plays = json.loads(TARGET.read_text(encoding="utf-8"))["plays"]
+        return {(p["task"], p["arm"], p["rate"], p["seed"]): p for p in plays}
 
     def result(self, one: Trial) -> dict[str, object] | None:
         path = one.folder(self.root) / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        return self.gathered.get((one.task.name, one.arm.label, one.rate, one.seed))
 
 
 def sweep_trials(task: Task) -> list[Trial]:
@@ -175,8 +205,8 @@ def to_play(place: Place) -> Iterator[Trial]:
     """Trials that can be played now: sweeps, then reported seeds, most important first."""
     for task in place.tasks:
         yield from (one for one in sweep_trials(task) if one.arm in task.swept)
-    wanted = ((PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
-    for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
+    wanted = ((REAL, MAIN), (PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
+    for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further), (REAL, REAL.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
             for arm in arms:
                 rate = chosen_rate(place, task, arm)
@@ -216,6 +246,13 @@ def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
             write_rows(rows / "held_out.jsonl", every[:STORY_HELD_OUT])
             write_rows(rows / "train.jsonl", every[STORY_HELD_OUT : STORY_HELD_OUT + STORY_ROWS])
         return place.model, rows
+    if task.name == "SmolLM2":
+        assert place.smollm2
+        if not rows.is_dir():
+            every = problems(REAL_HELD_OUT + REAL_ROWS, seed, REAL_LARGEST, in_words=True)
+            write_rows(rows / "held_out.jsonl", every[:REAL_HELD_OUT])
+            write_rows(rows / "train.jsonl", every[REAL_HELD_OUT:])
+        return play(recipe_of(place.smollm2, rows, task, SFT, seed, 1, REAL_START), root / "start").model(0), rows
     shared = place.root / "problems" / f"seed-{seed}"  # one start for both tasks
     write_task(shared / "task", seed)
     start = play(
@@ -229,11 +266,9 @@ def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
 
 
 def recipe_of(
-    model: Path, rows: Path, arm: Arm, seed: int, iterations: int, train: Mapping[str, object], *, stories: bool = False
+    model: Path, rows: Path, task: Task, arm: Arm, seed: int, iterations: int, train: Mapping[str, object]
 ) -> Recipe:
-    data: dict[str, object] = {"train": str(rows / "train.jsonl"), "held_out": str(rows / "held_out.jsonl")}
-    if stories:
-        data |= {"split_on": "sentence", "end_token": "<s>"}
+    data = {"train": str(rows / "train.jsonl"), "held_out": str(rows / "held_out.jsonl"), **task.data}
     if arm.share < 1:
         data["limit"] = int(arm.share * len((rows / "train.jsonl").read_text(encoding="utf-8").splitlines()))
     return Recipe.model_validate(
@@ -242,9 +277,9 @@ def recipe_of(
             "method": dict(arm.method),
             "iterations": iterations,
             "data": data,
-            "generate": {"max_new_tokens": 48 if stories else 24, "batch_size": 256, "samples": arm.samples},
+            "generate": {"max_new_tokens": task.max_new_tokens, "batch_size": 256, "samples": arm.samples},
             "train": dict(train),
-            "evaluate": {"checker": None if stories else "number"},
+            "evaluate": {"checker": task.checker},
             "seed": seed,
             "threads": 1,
         }
@@ -254,13 +289,8 @@ def recipe_of(
 def play_one(place: Place, one: Trial) -> None:
     with only_one(place.root / f"start-{one.seed}.lock", patient=True):
         model, rows = start_of(place, one.task, one.seed)
-    is_story = one.task.name == "stories"
-    train = {
-        **(STORY_TRAIN if is_story else {**TRAIN, "epochs": 2}),
-        "learning_rate": one.rate,
-        "schedule": "linear",
-    }
-    recipe = recipe_of(model, rows, one.arm, one.seed, one.iterations, train, stories=is_story)
+    train = {**one.task.train, "learning_rate": one.rate, "schedule": "linear"}
+    recipe = recipe_of(model, rows, one.task, one.arm, one.seed, one.iterations, train)
     run = RunDir(one.folder(place.root) / "run")
     run.root.mkdir(parents=True, exist_ok=True)
     donors = [
@@ -284,6 +314,7 @@ def play_one(place: Place, one: Trial) -> None:
         "rate": one.rate,
         "seed": one.seed,
         "data": [one.arm.share, one.arm.samples],
+        "dtype": recipe.train.dtype,
         **measure(run),
         "recipe": recipe.model_dump(by_alias=True, mode="json"),
     }
@@ -318,9 +349,10 @@ def measure(run: RunDir) -> dict[str, object]:
 
 
 def gather(place: Place) -> None:
-    """Writes benchmarks/results/claims.json: one line per play."""
+    """Adds to benchmarks/results/claims.json: one line per play."""
+    earlier = json.loads(TARGET.read_text(encoding="utf-8"))
     plays: list[dict[str, object]] = []
-    tasks: dict[str, object] = {}
+    tasks: dict[str, object] = earlier["tasks"]
     for task in TASKS:
         wanted = sweep_trials(task) + [
             Trial(task, arm, rate, seed)
@@ -329,10 +361,12 @@ def gather(place: Place) -> None:
             if (rate := chosen_rate(place, task, arm)) is not None
         ]
         found = [result for one in wanted if (result := place.result(one)) is not None]
-        if not found:
+        plays += found
+        new = [result for result in found if "recipe" in result]
+        if not new:
             continue
-        recipe: dict[str, object] = found[0]["recipe"]  # type: ignore[assignment]
-        for result in found:
+        recipe: dict[str, object] = new[0]["recipe"]  # type: ignore[assignment]
+        for result in new:
             del result["recipe"]
             result["budget"].pop("seconds", None)  # type: ignore[attr-defined]
         for section, keys in (("data", ("train", "held_out", "limit")), ("train", ("learning_rate",))):
@@ -346,13 +380,15 @@ def gather(place: Place) -> None:
             "arms": [asdict(arm) | {"chosen_rate": chosen_rate(place, task, arm)} for arm in task.arms()],
             "only_swept": [asdict(arm) for arm in task.only_swept],
             "recipe": {key: recipe[key] for key in ("data", "generate", "train", "evaluate", "threads")},
+            "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread per play",
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "numpy")},
         }
-        plays += found
     head = {
         "what": __doc__.split("\n")[0] if __doc__ else "",
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, one thread per play",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: version(name) for name in ("sparring", "torch", "transformers", "numpy")},
+        "machine": earlier["machine"],
+        "date": earlier["date"],
+        "versions": earlier["versions"],
         "sweep_seed": SWEEP_SEED,
         "tasks": tasks,
     }
@@ -366,9 +402,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stories", type=Path)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--minutes", type=float, default=1e9)
     arguments = parser.parse_args()
-    place = Place(arguments.folder.resolve(), arguments.stories, arguments.model)
+    place = Place(arguments.folder.resolve(), arguments.stories, arguments.model, arguments.smollm2)
     if arguments.what == "gather":
         gather(place)
         return

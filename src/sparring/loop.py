@@ -13,6 +13,7 @@ import torch
 
 from sparring.errors import UserError
 from sparring.logging import info, log_event
+from sparring.objectives import Dft
 from sparring.parallel import interrupt, num_usable_cpus
 from sparring.recipe.load import load_recipe
 from sparring.recipe.schema import Recipe
@@ -192,7 +193,13 @@ def report_settings(run: RunDir, recipe: Recipe) -> None:
         )
     if data.max_length < recipe.train.max_length:
         info(f"note: train.max_length is {data.max_length}, the model's context (with LongRoPE, its original context)")
-    if recipe.method.needs.rounds and (recipe.generate.temperature != 1 or recipe.generate.top_p != 1):
+    if isinstance(recipe.method, Dft) and recipe.evaluate.save_best_by == "held_out_nll":
+        info(
+            "note: dft raises the held-out NLL by design, so the best iteration by it is the first. Set "
+            "evaluate.checker, and evaluate.save_best_by: greedy_accuracy"
+        )
+    needs = recipe.method.needs
+    if needs.rounds and not needs.accepted and (recipe.generate.temperature != 1 or recipe.generate.top_p != 1):
         info(
             "note: the methods are defined on true samples of the opponent (temperature 1, top_p 1). With temperature "
             f"{recipe.generate.temperature:g} and top_p {recipe.generate.top_p:g} their fixed points move"

@@ -29,7 +29,8 @@ TokenIds = Int[np.ndarray, " _"]
 
 Scores = Mapping[Role, Float[Tensor, "..."]]
 """log p(response | prompt) in nats, summed over response tokens.
-`generated`: shape [batch, samples]; the others: shape [batch]."""
+`generated`: shape [batch, samples]; the others: shape [batch]. Of a role in `Needs.per_token`: not summed, with a last
+dimension for tokens, padded with 0."""
 
 Lengths = Mapping[Role, Int[Tensor, "..."]]
 """Number of response tokens, in the shapes of `Scores`."""
@@ -128,6 +129,8 @@ class Needs(NamedTuple):
     opponent: bool  # the opponent's log-probs
     rounds: int  # how many iterations' generated responses it trains on (SPIN: those of t and t-1)
     first_round: Mapping[str, float] = {}  # coefficients in the objective's own first iteration
+    per_token: tuple[Role, ...] = ()  # roles whose policy log-probs the objective reads token by token
+    accepted: bool = False  # the opponent's responses that evaluate.checker accepts take the place of the real ones
 
 
 @runtime_checkable

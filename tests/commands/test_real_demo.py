@@ -133,7 +133,7 @@ def test_the_real_demo_end_to_end(
     monkeypatch.setattr(real_demo, "real_recipe", tiny_recipe)
     run = real_demo.play_real(root)
     results = Results(run)
-    assert [results.recipe.at(index).method.name for index in range(3)] == ["sft", "space", "space"]
+    assert [results.recipe.at(index).method.name for index in range(2)] == ["sft", "space"]
     printed = capsys.readouterr().out
     question = problems(32, 0, real_demo.LARGEST, in_words=True)[24]["question"]
     for words in ("start", "after SFT", "after space 1", "greedy accuracy", question.split(" and ")[0][:12]):
@@ -147,7 +147,7 @@ def test_the_real_demo_end_to_end(
     real_demo.play_real(root)
     after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path in before}
     changed = [path for path in before if before[path] != after.get(path)]
-    assert not [path for path in changed if "task" in path.parts or "model" in path.parts or "iter-1" in str(path)]
+    assert not [path for path in changed if "task" in path.parts or "model" in path.parts or "iter-01" in str(path)]
 
 
 def test_the_problems_in_words_are_correct() -> None:

@@ -124,9 +124,26 @@ def test_equal_answers_are_computed_once() -> None:
 
 def test_values_go_back_to_their_roles() -> None:
     groups = [group("a", 2, 3, [1, 4]), group("b", 1, 1, [2, 2])]
-    scores = pack_padded(groups).scores(torch.arange(6.0))
-    assert scores["real"].tolist() == [0, 3]
-    assert scores["generated"].tolist() == [[1, 2], [4, 5]]
+    batch = pack_padded(groups)
+    lengths = batch.distinct_lengths
+    token_logprobs = torch.cat([torch.full((n,), float(i)) for i, n in enumerate(lengths)])
+    expected = batch.by_role(torch.arange(6.0))
+    assert expected["real"].tolist() == [0, 3] and expected["generated"].tolist() == [[1, 2], [4, 5]]
+    for role, sums in batch.scores(token_logprobs).items():
+        torch.testing.assert_close(sums, expected[role] * batch.lengths()[role])
+        by_token = batch.token_scores(token_logprobs, ["real", "generated"])[role]
+        assert by_token.shape == (*sums.shape, max(lengths))
+        torch.testing.assert_close(by_token.sum(dim=-1), sums)
+
+
+def test_tokens_of_equal_responses_are_those_of_the_one_that_was_computed() -> None:
+    prompt, same, other = (np.array(ids, dtype=np.int32) for ids in ([1, 2], [3, 4], [5]))
+    batch = pack_shared([Group("a", prompt, {"real": (same,), "generated": (other, same)})])
+    token_logprobs = torch.tensor([-1.0, -2.0, -3.0])
+    by_token = batch.token_scores(token_logprobs, ["real", "generated"])
+    assert by_token["real"].tolist() == [[-1.0, -2.0]]
+    assert by_token["generated"].tolist() == [[[-3.0, 0.0], [-1.0, -2.0]]]
+    assert batch.token_scores(token_logprobs, []) == {}
 
 
 @pytest.mark.parametrize("rows", [pack_padded, pack_shared])
@@ -170,7 +187,7 @@ def values_and_gradients(scorer: Scorer, groups: list[Group], batches: list[list
     scorer.zero_grad()
     values: list[torch.Tensor] = [torch.empty(0)] * len(groups)
     for batch in batches:
-        logprobs = scorer(pack(scorer.packing, [groups[i] for i in batch])).reshape(len(batch), -1)
+        logprobs = scorer.logprobs(pack(scorer.packing, [groups[i] for i in batch])).reshape(len(batch), -1)
         (logprobs * torch.tensor([1.0, -0.5, 0.25, -2.0])[: logprobs.shape[1]]).sum().backward()
         for i, row in zip(batch, logprobs.detach(), strict=True):
             values[i] = row

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparring.objectives import OBJECTIVES, Dpo, Sft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
+from sparring.objectives import OBJECTIVES, Dft, Dpo, Rft, Sft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
 from sparring.types import Lengths, Objective, Scores
 
 GAMES: list[Objective] = [
@@ -29,7 +29,7 @@ GAMES: list[Objective] = [
     TspinRef(),
     TspinRef(beta=0.0, loss="exponential"),
 ]
-EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False), Dpo()]
+EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False), Dft(), Rft(), Dpo()]
 
 
 def scores(real: float, generated: float | list[float], proto: float | None = None) -> Scores:
@@ -45,8 +45,13 @@ def ones(policy: Scores) -> Lengths:
     return {role: torch.ones_like(value, dtype=torch.long) for role, value in policy.items()}
 
 
+def by_token(objective: Objective, policy: Scores) -> Scores:
+    """Responses of one token, in the shapes that the objective reads."""
+    return {role: value[..., None] if role in objective.needs.per_token else value for role, value in policy.items()}
+
+
 def loss(objective: Objective, policy: Scores, opponent: Scores | None = None) -> float:
-    return objective(policy, opponent or {}, ones(policy)).per_example.item()
+    return objective(by_token(objective, policy), opponent or {}, ones(policy)).per_example.item()
 
 
 # methods as published, single samples computed by hand
@@ -63,6 +68,8 @@ def loss(objective: Objective, policy: Scores, opponent: Scores | None = None) -
         (Space(), scores(2, -1), scores(0, 0), 0.440190),
         (Space(mu=3.0), scores(2, -1), scores(0, 0), 0.687766),
         (Sft(), scores(-9, -10), None, 9.0),
+        (Dft(), scores(-0.5, -10), None, 0.5 * math.exp(-0.5)),
+        (Rft(), scores(-9, -10), None, 9.0),
         (Sipo(tau=0.25), scores(-9, -10), scores(-11, -10), 0.0),  # a gap of 2 nats is its target
         (Sipo(tau=0.5), scores(-9, -10), scores(-11, -10), 1.0),
         (Ssimpo(beta=2.0, gamma=0.5), scores(-9, -10), None, math.log1p(math.exp(-1.5))),
@@ -114,11 +121,12 @@ def test_rows_do_not_mix(objective: Objective) -> None:
     generated = torch.randn(4, 3, generator=generator)
     policy = {"real": real, "generated": generated, "proto": proto, "rejected": proto - 1}
     opponent = {role: value + 0.1 for role, value in policy.items()}
-    together = objective(policy, opponent, ones(policy)).per_example
+    together = objective(by_token(objective, policy), opponent, ones(policy)).per_example
     for row in range(4):
         alone = {role: value[row : row + 1] for role, value in policy.items()}
         against = {role: value[row : row + 1] for role, value in opponent.items()}
-        assert objective(alone, against, ones(alone)).per_example.item() == pytest.approx(together[row].item())
+        one = objective(by_token(objective, alone), against, ones(alone)).per_example
+        assert one.item() == pytest.approx(together[row].item())
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=repr)
@@ -126,6 +134,8 @@ def test_rows_do_not_mix(objective: Objective) -> None:
 def test_finite_at_the_extremes(objective: Objective, size: float) -> None:
     if getattr(objective, "loss", "") == "exponential":
         pytest.skip("exp(-z) overflows by definition; the training loop stops before the update")
+    if objective.needs.per_token and size > 0:
+        pytest.skip("a token has no positive log-prob")
     policy = {
         "real": torch.tensor([size], requires_grad=True),
         "generated": torch.tensor([[-size]], requires_grad=True),
@@ -133,7 +143,7 @@ def test_finite_at_the_extremes(objective: Objective, size: float) -> None:
         "rejected": torch.tensor([-size], requires_grad=True),
     }
     opponent = {role: torch.zeros_like(value) for role, value in policy.items()}
-    value = objective(policy, opponent, ones(policy)).per_example
+    value = objective(by_token(objective, policy), opponent, ones(policy)).per_example
     value.sum().backward()
     assert value.isfinite().all()
     assert all(tensor.grad is None or tensor.grad.isfinite().all() for tensor in policy.values())
@@ -211,6 +221,18 @@ def test_the_family_s_relations() -> None:
     pair = {"real": torch.tensor([-9.0]), "rejected": torch.tensor([-10.0])}
     reference = {"real": torch.tensor([-11.0]), "rejected": torch.tensor([-10.0])}
     assert loss(Dpo(), pair, reference) == pytest.approx(0.598139, abs=1e-6)
+
+
+def test_dft_weights_each_token_by_its_probability() -> None:
+    """Its gradient is SFT's, token by token, times the probability; padding, which has log-prob 0, adds nothing."""
+    tokens = torch.tensor([[-0.1, -2.0, -7.0], [-1.0, 0.0, 0.0]], requires_grad=True)
+    lengths = {"real": torch.tensor([3, 1])}
+    value = Dft()({"real": tokens}, {}, lengths).per_example
+    value.sum().backward()
+    expected = [sum(-x * math.exp(x) for x in (-0.1, -2.0, -7.0)) / 3, math.exp(-1.0)]
+    assert value.tolist() == pytest.approx(expected)
+    assert tokens.grad is not None
+    assert tokens.grad[0].tolist() == pytest.approx([-math.exp(x) / 3 for x in (-0.1, -2.0, -7.0)])
 
 
 def test_unread_responses_are_not_asked_for() -> None:

@@ -21,7 +21,7 @@ from sparring.commands.demo import make_model, problems
 from sparring.model.load import load_tokenizer
 from sparring.model.logprobs import Scorer
 from sparring.model.packing import pack
-from sparring.objectives import Dpo, Sipo, Space, Spin, Ssimpo, Tspin
+from sparring.objectives import Dft, Dpo, Sft, Sipo, Space, Spin, Ssimpo, Tspin
 from sparring.types import Group, Objective, Role, TokenIds
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -144,7 +144,9 @@ def ours(
     with torch.no_grad():
         against = layout.scores(Scorer(opponent)(layout))
     policy.zero_grad()
-    loss = objective(layout.scores(scorer(layout)), against, layout.lengths()).per_example.mean()
+    token_logprobs = scorer(layout)
+    read = {**layout.scores(token_logprobs), **layout.token_scores(token_logprobs, objective.needs.per_token)}
+    loss = objective(read, against, layout.lengths()).per_example.mean()
     loss.backward()
     return loss.item(), gradients(policy)
 
@@ -189,6 +191,45 @@ def test_against_dpo_trainer(
     loss, gradient, tokens = theirs(trainer)
     worse: Role = "rejected" if isinstance(objective, Dpo) else "generated"
     assert_same(ours(objective, pair_groups(tokens, worse), *models), loss, gradient)
+
+
+@pytest.mark.parametrize(("objective", "loss_type"), [(Sft(), "nll"), (Dft(), "dft")])
+def test_against_sft_trainer(
+    objective: Objective,
+    loss_type: str,
+    texts: dict[str, list[str]],
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tiny: Path,
+    tmp_path: Path,
+) -> None:
+    """Row by row: TRL averages over the tokens of a batch, and we over the examples."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = {"prompt": texts["prompt"], "completion": texts["real"]}
+    settings = {"output_dir": str(tmp_path / "trl"), "report_to": [], "use_cpu": True, "bf16": False}
+    trainer = SFTTrainer(
+        model=models[0],
+        args=SFTConfig(
+            **settings,
+            loss_type=loss_type,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=1,
+            dataloader_pin_memory=False,
+            completion_only_loss=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=load_tokenizer(tiny / "model"),
+    )
+    for batch in trainer.get_train_dataloader():
+        models[0].zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        gradient = gradients(models[0])
+        ids = batch["input_ids"][0].numpy().astype(np.int32)
+        is_answer = batch["labels"][0].numpy() != -100
+        group = Group("0", ids[~is_answer], {"real": (ids[is_answer],)})
+        assert_same(ours(objective, [group], *models), loss.item(), gradient)
 
 
 def test_s_simpo_is_cpo_simpo(

@@ -77,7 +77,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_examples(examples: list[Trainin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", [name for name in OBJECTIVES if name != "rft"])  # of whose answers none is right
 def test_step_zero_is_the_published_constant_in_every_iteration(played: Callable[[str], Any], method: str) -> None:
     recipe, run = played(method)
     for t in range(recipe.iterations):

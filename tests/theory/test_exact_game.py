@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.objectives import Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
+from sparring.objectives import Dft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
 from sparring.types import Loss, Objective, Scores
 
 P_DATA = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05], dtype=torch.float64)
@@ -102,6 +102,19 @@ def test_golden_optima(objective: Objective, noise: Tensor | None, golden: list[
 def test_golden_minima(objective: Objective, minimum: float) -> None:
     at_best = solve(objective, P_OPPONENT).log()
     assert expected_loss(objective, at_best, P_OPPONENT, P_OPPONENT, P_FIRST).item() == pytest.approx(minimum, abs=1e-6)
+
+
+def test_dft_goes_to_the_mode() -> None:
+    """Its flow is the replicator equation with p_data as fitness: it ends at the likeliest outcome, not at p_data."""
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    optimizer = torch.optim.SGD([logits], lr=2.0)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        tokens = logits.log_softmax(0)[:, None]
+        loss = Dft()({"real": tokens}, {}, {"real": torch.ones(5, dtype=torch.long)}).per_example
+        (P_DATA * loss).sum().backward()
+        optimizer.step()
+    assert logits.softmax(0).argmax() == P_DATA.argmax() and logits.softmax(0).max() > 0.99
 
 
 def gradient(objective: Objective, p: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ def examine_rows(recipe: Recipe, reader: DataReader, rows: Sequence[Keyed]) -> I
             f"The longest row has {longest} tokens, more than train.micro_batch_tokens ({micro_batch_tokens}). It gets "
             "a micro-batch of its own",
         )
-    generate = recipe.generate
-    if recipe.method.needs.rounds and (generate.temperature != 1 or generate.top_p != 1):
+    generate, read = recipe.generate, recipe.method.needs
+    if read.rounds and not read.accepted and (generate.temperature != 1 or generate.top_p != 1):
         yield Finding("note", "The methods are defined for true samples: set temperature: 1 and top_p: 1")
 
 

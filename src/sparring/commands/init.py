@@ -20,6 +20,8 @@ NUM_ROWS = 50
 
 COEFFICIENTS = {
     "sft": "sft                # the control: no self-play",
+    "dft": "dft                # SFT weighted by probability; needs a checker to judge it",
+    "rft": "rft                # SFT on the model's own answers that evaluate.checker accepts",
     "spin": "{name: spin, lambda: 0.1}",
     "tspin": "{name: tspin, alpha: 1.0, beta: 0.1}",
     "space": "{name: space, mu: 1.0}",

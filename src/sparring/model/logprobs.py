@@ -52,7 +52,7 @@ def sequence_logprobs(
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from a packed batch to log-probs: [responses], nats, float32.
+    """A causal language model as a function from a packed batch to log-probs of its targets: [tokens], nats, float32.
 
     Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through the output
     head: their hidden states are selected before the matrix product. A module, so that DDP and FSDP2 can wrap it.
@@ -97,17 +97,22 @@ class Scorer(nn.Module):
         states to a bfloat16 head."""
         return nullcontext() if self.head.weight.dtype == torch.float32 else self.precision()
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
+    def forward(self, batch: PackedBatch) -> Float[Tensor, " tokens"]:
+        """log p of each of the batch's targets; `batch.scores` adds them up."""
         with self.precision():
-            return self.logprobs(batch)
+            return self.token_logprobs(batch)
 
     def logprobs(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
+        """As `forward`, in the caller's precision and added up."""
+        return batch.sums(self.token_logprobs(batch))
+
+    def token_logprobs(self, batch: PackedBatch) -> Float[Tensor, " tokens"]:
         if self.is_flex and batch.shared_prompts is not None:
             batch = replace(batch, shared_prompts=replace(batch.shared_prompts, is_flex=True))
         hidden = self.model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, batch.positions)
         head = self.head
-        token_logprobs = linear_logprob(
+        return linear_logprob(
             states,
             head.weight,
             head.bias,
@@ -116,9 +121,6 @@ class Scorer(nn.Module):
             softcap=self.softcap,
             is_kept=not self.model.is_gradient_checkpointing,  # checkpointing trades time for memory
         )
-        # segment by segment instead of a scatter: the same order of additions on every run and device
-        sums = torch.stack([segment.sum() for segment in token_logprobs.split(batch.distinct_lengths)])
-        return sums.index_select(0, batch.response_index)
 
     @torch.no_grad()
     def check_head(self) -> None:

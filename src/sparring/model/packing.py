@@ -15,8 +15,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparring.model.attention import SharedPrompts
 from sparring.types import Group, Lengths, Role, Scores, TokenIds
@@ -60,8 +61,23 @@ class PackedBatch:
             for (role, _), column in zip(self.counts, columns, strict=True)
         }
 
-    def scores(self, logprobs: Tensor) -> Scores:
-        return self.by_role(logprobs)
+    def sums(self, token_logprobs: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
+        """log p of each response, from the log-probs of `targets`."""
+        # segment by segment instead of a scatter: the same order of additions on every run and device
+        sums = torch.stack([segment.sum() for segment in token_logprobs.split(self.distinct_lengths)])
+        return sums.index_select(0, self.response_index)
+
+    def scores(self, token_logprobs: Float[Tensor, " tokens"]) -> Scores:
+        return self.by_role(self.sums(token_logprobs))
+
+    def token_scores(self, token_logprobs: Float[Tensor, " tokens"], roles: Sequence[Role]) -> Scores:
+        """The log-probs of single tokens in the shapes of `Scores` with a last dimension for tokens, padded with 0."""
+        if not roles:
+            return {}
+        padded = pad_sequence(list(token_logprobs.split(self.distinct_lengths)), batch_first=True)
+        of_responses = padded.index_select(0, self.response_index)
+        by_role = self.by_role(torch.arange(len(of_responses), device=of_responses.device))
+        return {role: of_responses[by_role[role]] for role in roles}
 
     def lengths(self) -> Lengths:
         return self.by_role(self.num_tokens)

@@ -1,6 +1,8 @@
 """The objectives. To add one: a file like these, its class here, a page in docs/objectives/."""
 
+from sparring.objectives.dft import Dft
 from sparring.objectives.dpo import Dpo
+from sparring.objectives.rft import Rft
 from sparring.objectives.sft import Sft
 from sparring.objectives.sipo import Sipo
 from sparring.objectives.space import Space
@@ -9,6 +11,8 @@ from sparring.objectives.ssimpo import Ssimpo
 from sparring.objectives.tspin import Tspin
 from sparring.objectives.tspin_ref import TspinRef
 
-OBJECTIVES = {objective.name: objective for objective in (Sft, Spin, Tspin, Space, Sipo, Ssimpo, TspinRef, Dpo)}
+OBJECTIVES = {
+    objective.name: objective for objective in (Sft, Dft, Rft, Spin, Tspin, Space, Sipo, Ssimpo, TspinRef, Dpo)
+}
 
-__all__ = ["OBJECTIVES", "Dpo", "Sft", "Sipo", "Space", "Spin", "Ssimpo", "Tspin", "TspinRef"]
+__all__ = ["OBJECTIVES", "Dft", "Dpo", "Rft", "Sft", "Sipo", "Space", "Spin", "Ssimpo", "Tspin", "TspinRef"]

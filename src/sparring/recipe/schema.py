@@ -334,6 +334,8 @@ class Recipe(Strict):
                     f"per_iteration.{index}: {name} would be {new[name]}, but {old[name]} in other iterations. Rows "
                     f"are truncated there once, for all iterations. Use one {name}, or another run."
                 )
+        if self.evaluate.checker is None and (named := [m.name for m in self.methods() if m.needs.accepted]):
+            raise ValueError(f"method {named[0]} trains on responses that evaluate.checker accepts. Set it.")
         return self
 
     @property

@@ -7,12 +7,16 @@ could not answer is left out in the same way everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from sparring.data.tables import read_generations, read_scores
+from sparring.data.checkers import make_check
+from sparring.data.tables import read_generations, read_scores, read_table
+from sparring.errors import RunError
+from sparring.recipe.schema import Regex
 from sparring.run.iteration import Iteration
 from sparring.types import Generation, Group, Rendered, Role, TokenIds, TrainingExample
 
@@ -60,10 +64,40 @@ def join(
 
 def read_joined(iteration: Iteration) -> list[JoinedRow]:
     """The training rows of an iteration with every response that its objective reads."""
+    if iteration.recipe.method.needs.accepted:
+        return [JoinedRow(row, {}) for row in accepted_rows(iteration)]
     roles = iteration.recipe.method.needs.roles
     iterations = iteration.rounds() if "generated" in roles else []
     proto = read_iteration(iteration, iteration.proto_round) if "proto" in roles else None
     return join(iteration.train_rows(), {t: read_iteration(iteration, t) for t in iterations}, proto)
+
+
+def accepted_rows(iteration: Iteration) -> list[Rendered]:
+    """The training rows with an accepted response of the opponent in place of the real one, once for each of them.
+
+    Accepted is what has its end token and passes evaluate.checker. Raises `RunError` if nothing does.
+    """
+    check = make_check(cast(str | Regex, iteration.recipe.evaluate.checker))
+    paths = sorted(iteration.stage("generate").glob("part-*.parquet"))
+    texts = [text for path in paths for text in read_table(path)["text"].to_pylist()]
+    by_row: dict[str, list[tuple[Generation, str]]] = {}
+    for generation, text in zip(read_generations(paths), texts, strict=True):
+        by_row.setdefault(generation.id, []).append((generation, text))
+    rows: list[Rendered] = []
+    for row in iteration.train_rows():
+        accepted = {
+            tuple(one.token_ids): replace(row, real_ids=one.token_ids, real=text, real_finish=one.finish)
+            for one, text in by_row.get(row.id, ())
+            if one.finish == "stop" and check(text, row.real)
+        }
+        rows += accepted.values()
+    if not rows:
+        raise RunError(
+            f"evaluate.checker accepts none of the opponent's {len(texts):,} responses, so "
+            f"{iteration.recipe.method.name} has nothing to train on. Start from a model that answers some of the "
+            "prompts, or raise generate.samples."
+        )
+    return rows
 
 
 def read_iteration(iteration: Iteration, index: int) -> list[Generation]:

@@ -11,7 +11,7 @@ from sparring.recipe.yaml import dump
 from sparring.report.summary import describe_headline
 from sparring.run.results import SUMMARY_METRICS, Results, phases
 
-PAPERS = {"spin": "2401.01335", "tspin": "2601.08198", "space": "2512.07175"}
+PAPERS = {"dft": "2508.05629", "rft": "2308.01825", "spin": "2401.01335", "tspin": "2601.08198", "space": "2512.07175"}
 
 TEXT = """---
 {metadata}
@@ -113,12 +113,14 @@ def describe_training(recipe: Recipe, index: int) -> str:
     played = phases(recipe, index + 1)
     texts = []
     for method, iterations in played:
-        if method.needs.rounds:
+        if method.needs.accepted:
+            text = "rejection fine-tuning on the model's own accepted responses"
+        elif method.needs.rounds:
             text = f"self-play fine-tuning with {method.name}"
         elif "rejected" in method.needs.roles:
             text = f"preference optimization with {method.name}"
         else:
-            text = "supervised fine-tuning"
+            text = "supervised fine-tuning" + (f" with {method.name}" if method.name != "sft" else "")
         if paper := PAPERS.get(method.name):
             text += f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
         if len(played) > 1:

@@ -50,9 +50,11 @@ def forward_backward(
         chosen = [batch[i] for i in indices or smallest]
         packed = pack(scorer.packing, [example.group for example in chosen]).to(scorer.device)
         with parallel.accumulate(policy.forward, is_last=number == len(mine) - 1):
-            scores, lengths = packed.scores(policy.forward(packed)), packed.lengths()
+            token_logprobs = policy.forward(packed)
+            scores, lengths = packed.scores(token_logprobs), packed.lengths()
             opponent = stack_opponent(chosen, scorer.device)
-            loss = objective(scores, opponent, lengths)
+            by_token = packed.token_scores(token_logprobs, objective.needs.per_token)
+            loss = objective({**scores, **by_token}, opponent, lengths)
             total = loss.per_example
             if sft_weight:
                 total = total - sft_weight * scores["real"] / lengths["real"]
