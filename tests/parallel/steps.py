@@ -99,10 +99,10 @@ def after_nan(folder: Path, parallel: Parallel) -> tuple[list[float], list[bool]
     poisoned = [replace(examples[0], opponent=nan)]
     norms, unchanged = [], []
     for batch in (examples[:BATCH], poisoned + examples[1:BATCH], examples[:BATCH]):
-        before = [parallel.gather_full(parameter).clone() for parameter in policy.model.parameters()]
+        before = [parallel.local_rows(parameter).values.clone() for parameter in policy.model.parameters()]
         forward_backward(policy, Spin(lambda_=0.1), batch, 10**6, 0.0, parallel)
         norms.append(parallel.optimizer_step(policy.forward, policy.optimizer, 1.0))
-        after = [parallel.gather_full(parameter) for parameter in policy.model.parameters()]
+        after = [parallel.local_rows(parameter).values for parameter in policy.model.parameters()]
         unchanged.append(all(torch.equal(one, other) for one, other in zip(before, after, strict=True)))
     return norms, unchanged
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from sparring.parallel.protocol import LocalRows
 from sparring.parallel.rendezvous import Rendezvous
 
 
@@ -84,15 +86,29 @@ class Ddp:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def gather_full(self, tensor: Tensor) -> Tensor:
+    def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         tensor = tensor.detach()
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.cpu().contiguous() if self.is_main else None
 
-    def shard_like(self, full: Tensor, tensor: Tensor) -> Tensor:
-        on_device = full.to(tensor.device)
+    def local_rows(self, tensor: Tensor) -> LocalRows:
+        tensor = tensor.detach()
         if not isinstance(tensor, DTensor):
-            return on_device
-        return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            return LocalRows(torch.atleast_1d(tensor), 0, self.rank, self.num_ranks)
+        mesh = tensor.device_mesh
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+        # one dimension of the mesh shards; if there is another, it replicates
+        copy, num_copies = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+        return LocalRows(tensor.to_local(), offsets[0], copy, num_copies)
+
+    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        on_device = rows.to(tensor.device)
+        if not isinstance(tensor, DTensor):
+            return on_device.view_as(tensor)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(
+            on_device, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         if self.num_ranks == 1:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparring.parallel.protocol import LocalRows
+
 
 def local_device() -> torch.device:
     """The accelerator of this machine that torch uses, or its CPU."""
@@ -53,11 +55,14 @@ class SingleProcess:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def gather_full(self, tensor: Tensor) -> Tensor:
+    def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         return tensor.detach().cpu().contiguous()
 
-    def shard_like(self, full: Tensor, tensor: Tensor) -> Tensor:
-        return full.to(tensor.device)
+    def local_rows(self, tensor: Tensor) -> LocalRows:
+        return LocalRows(torch.atleast_1d(tensor.detach()), 0, 0, 1)
+
+    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        return rows.to(tensor.device).view_as(tensor)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values

@@ -172,8 +172,8 @@ class Train(Strict):
     sft_weight: NonNegative = 0.0
     """Weight of the real response's NLL, in nats per token, added to the loss of any method."""
     gradient_checkpointing: bool = False
-    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=MAY_CHANGE)
-    """Optimizer steps between checkpoints."""
+    checkpoint_minutes: NonNegative = Field(default=5.0, json_schema_extra=MAY_CHANGE)
+    """Minutes of training between checkpoints. 0: one after every step."""
 
     @validator(mode="before")
     @classmethod
