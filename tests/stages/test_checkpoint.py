@@ -138,7 +138,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     restored = trained(1)
     assert Checkpointer(tmp_path, *restored, tmp_path / "metrics.jsonl", SingleProcess()).load() == 1
     assert all(torch.equal(old, new) for old, new in zip(before, state_of(*restored), strict=True))
-    assert len([name for name in hashed if "rank-00000.safetensors" in name]) == 3, "two when written, one when read"
+    assert hashed.count("rank-00000.safetensors") == 3, "when the two were written, and when one was read"
 
 
 def test_a_checkpoint_is_committed_when_every_rank_has_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from sparring.parallel.protocol import LocalRows
 from sparring.parallel.rendezvous import Rendezvous
+
+START_TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits until the first step is done: ranks connect and compile at different speeds."""
 
 
 class Ddp:
@@ -31,7 +36,7 @@ class Ddp:
             mixed_precision="no",  # autocast is the scorer's, so that scoring and training share one code path
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=rendezvous.timeout),
+                InitProcessGroupKwargs(timeout=max(START_TIMEOUT, rendezvous.timeout)),
                 # otherwise torch reorders its buckets after the first step of each start, and a resumed run of three
                 # or more ranks would sum gradients in another order than one that was never stopped
                 DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -64,6 +69,7 @@ class Ddp:
         return f"{self.num_ranks} x {self.name}" if self.num_ranks > 1 else "1"
 
     def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        self.barrier()  # without a deadline: one rank may have loaded the model minutes after another
         self.accelerator.free_memory()  # of what was prepared before
         wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
         return wrapped, wrapped_optimizer
@@ -86,10 +92,19 @@ class Ddp:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def limit_waits(self) -> None:
+        mesh = self.accelerator.torch_device_mesh
+        for group in (dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())):
+            _set_pg_timeout(self.rendezvous.timeout, group)
+
     def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         tensor = tensor.detach()
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.cpu().contiguous() if self.is_main else None
+        if self.is_main:
+            return whole.cpu().contiguous()
+        if self.device.type != "cpu":  # not tensors ahead: the main rank's copies would count as a collective's wait
+            torch.accelerator.synchronize()
+        return None
 
     def local_rows(self, tensor: Tensor) -> LocalRows:
         tensor = tensor.detach()

@@ -80,6 +80,10 @@ class Parallel(Protocol):
         """
         ...
 
+    def limit_waits(self) -> None:
+        """After the first step: from here on a rank that does not reach a collective within seconds is lost."""
+        ...
+
     def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         """Collective. The whole tensor in the main rank's CPU memory, assembled where ranks hold shards; else None."""
         ...

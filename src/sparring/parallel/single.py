@@ -55,6 +55,9 @@ class SingleProcess:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def limit_waits(self) -> None:
+        pass
+
     def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         return tensor.detach().cpu().contiguous()
 

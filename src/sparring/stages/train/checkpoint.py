@@ -2,7 +2,7 @@
 
 There is no random state and no data-loader state: both are functions of the step. No pickle.
 
-Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread, while training continues.
+Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while training goes on.
 The main rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the
 rows that it holds then, whichever file has them.
 """
@@ -30,7 +30,7 @@ from sparring.logging import info
 from sparring.model.optimizers import restore_state, state_tensors
 from sparring.parallel import Parallel
 from sparring.run.disk import writing
-from sparring.run.manifest import commit_folder, commit_part, failpoint, hash_beside, verify, write_json
+from sparring.run.manifest import commit_folder, commit_part, failpoint, hash_beside, make_folder, verify, write_json
 
 NUM_KEPT = 2
 POLL_SECONDS = 0.1
@@ -115,7 +115,7 @@ class Checkpointer:
         folder = self.work / f".{final.name}.tmp-{uuid.uuid4().hex}"
         try:
             with writing(final, num_bytes):
-                folder.mkdir()
+                make_folder(folder)
                 shutil.copyfile(self.metrics, folder / "metrics.jsonl")
                 failpoint("checkpoint-metrics")
                 write_json(folder / "state.json", {"step": step, "topology": self.parallel.topology})

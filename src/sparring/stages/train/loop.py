@@ -78,6 +78,8 @@ def take_steps(
         advance(done, 0)
         for step in range(done, schedule.num_steps):
             line = take_step(iteration, policy, schedule, schedule.batch(examples, step), step, parallel)
+            if step == done:
+                parallel.limit_waits()
             with writing(checkpoints.metrics):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
