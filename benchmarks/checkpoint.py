@@ -1,6 +1,6 @@
-"""Measures for how long training waits for a checkpoint: python benchmarks/checkpoint.py [--ranks 2] [--layers 30].
+"""Measures for how long training waits for a checkpoint: python benchmarks/checkpoint.py [--out FILE].
 
-A model of SmolLM2-135M's shapes with AdamW's moments, 1.6 GB, on one process or sharded by FSDP2. Two arms in one run:
+A model of SmolLM2-135M's shapes with AdamW's moments, 1.6 GB, on one process and sharded on two. Two arms in one run:
 `gathered`, as up to November 2026 (every rank gathers whole tensors, the main rank writes, all wait), and `sharded`, as
 it is now. Seconds, median of three: what training waits, and until the checkpoint is committed.
 """
@@ -33,9 +33,9 @@ from sparring.stages.train.checkpoint import Checkpointer, trained_parameters
 REPEATS = 3
 
 
-def trained_model(layers: int, parallel: Parallel) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+def trained_model(parallel: Parallel) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=49152, num_hidden_layers=layers, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **sizes)
     model = LlamaForCausalLM(config)
     _, optimizer = parallel.prepare(Scorer(model, torch.float32), ["LlamaDecoderLayer"], AdamW(model.parameters()))
     for parameter in model.parameters():
@@ -59,8 +59,8 @@ def save_gathered(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.
     parallel.barrier()
 
 
-def measure(layers: int, parallel: Parallel, work: Path) -> dict[str, dict[str, float]]:
-    model, optimizer = trained_model(layers, parallel)
+def measure(parallel: Parallel, work: Path) -> dict[str, dict[str, float]]:
+    model, optimizer = trained_model(parallel)
     (work / "metrics.jsonl").touch()
     waited: dict[str, list[float]] = {"gathered": [], "sharded": []}
     committed: dict[str, list[float]] = {"gathered": [], "sharded": []}
@@ -90,27 +90,29 @@ def measure(layers: int, parallel: Parallel, work: Path) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--work", type=Path, help="set for ranks: a folder that all of them see")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rank-in", type=Path, help="for ranks: the folder that all of them see")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    if wanted.ranks > 1 and wanted.work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            words = [str(Path(__file__).resolve()), f"--ranks={wanted.ranks}", f"--layers={wanted.layers}"]
-            launcher = [sys.executable, "-m", "sparring.parallel.torchrun", str(wanted.ranks), "1", f"{folder}/note"]
-            subprocess.run([*launcher, *words, f"--work={folder}"], check=True)
-        return
-    if wanted.ranks > 1:
+    if wanted.rank_in is not None:
         parallel = Fsdp2(Rendezvous(600.0))
-        found = measure(wanted.layers, parallel, wanted.work)
+        found = measure(parallel, wanted.rank_in)
         if parallel.is_main:
-            print(json.dumps({"ranks": wanted.ranks, **found}), flush=True)
+            (wanted.rank_in / "found.json").write_text(json.dumps(found))
         parallel.barrier()
         os._exit(0)
+    results: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 1)}
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({"ranks": 1, **measure(wanted.layers, SingleProcess(), Path(folder))}))
+        results["1"] = measure(SingleProcess(), Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = [sys.executable, "-m", "sparring.parallel.torchrun", "2", "1", f"{folder}/note"]
+        subprocess.run([*launcher, str(Path(__file__).resolve()), f"--rank-in={folder}"], check=True)
+        results["2"] = json.loads(Path(folder, "found.json").read_text())
+    text = json.dumps(results, indent=1) + "\n"
+    print(text, end="")
+    if wanted.out:
+        wanted.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def on_two_nodes(folder: Path, steps: int, work: Path) -> dict[str, Any]:
         checkpoints.wait()
         parallel.barrier()
     whole = [parallel.gather_on_main(parameter) for parameter in policy.model.parameters()]
+    assert all((tensor is not None) == parallel.is_main for tensor in whole), "nobody else copies them to CPU memory"
     found["num_parameters"] = sum(tensor.numel() for tensor in whole if tensor is not None)
     return found
 
