@@ -130,7 +130,7 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
             "batch_size": BATCH,
             "micro_batch_tokens": "auto",
             "dtype": wanted.dtype,
-            "checkpoint_every": max(1, wanted.limit // BATCH // 2),
+            "checkpoint_minutes": 0,
         },
         "threads": 1,
     }
@@ -194,7 +194,7 @@ def by_trl(iteration: Iteration, folder: Path, pairs: int) -> Iterator[list[floa
             "train_sampling_strategy": "sequential",
             "precompute_ref_log_probs": True,
             "logging_steps": 1,
-            "save_steps": settings.checkpoint_every,
+            "save_steps": 1,
             "save_total_limit": 2,
             "max_steps": steps,
         }
@@ -275,7 +275,7 @@ def loop(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-        if (step + 1) % settings.checkpoint_every == 0 and (step + 1) * BATCH < len(plays):
+        if (step + 1) * BATCH < len(plays):
             folder.mkdir(exist_ok=True)
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
     model.save_pretrained(folder)

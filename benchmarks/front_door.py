@@ -78,6 +78,7 @@ def make_commands(folder: Path, stories: Path | None, story_model: Path | None) 
     recipe = {"model": str(model), "method": "tspin", "data": {"train": str(rows)}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     adapter = [str(ROOT / "recipes" / "tspin-lora-7b.yaml"), f"model={large}", f"data.train={folder / 'chats.jsonl'}"]
+    adapter += ["generate.backend=hf"]  # vLLM need not be installed
     found = {
         "--help": ["--help"],
         "run --help": ["run", "--help"],

@@ -432,12 +432,27 @@ def gain(task: str) -> Table:
     return against(task, "sft", [arm for arm in arms_of(task) if "25 %" not in arm and arm not in LARGER_MU])
 
 
+# Checkpoints: docs/devices.md.
+
+
+def checkpoint() -> Table:
+    rows = [["", "training waits, s", "on disk after, s"]]
+    labels = {"gathered": "whole tensors, written by the main rank while all wait", "sharded": "as it is"}
+    for ranks, where in (("1", "one process"), ("2", "two ranks, FSDP2")):
+        for arm, label in labels.items():
+            found = results("checkpoint")[ranks][arm]
+            seconds = (found[key] for key in ("training_waits_seconds", "committed_after_seconds"))
+            rows.append([f"{where}: {label}", *(f"{value:.1f}" for value in seconds)])
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "six seeds": six_seeds,
     **{f"step, {name}": partial(step, name) for name in STEP_CASES},
     "step, memory": step_memory,
     "epoch": epoch,
+    "checkpoint": checkpoint,
     "engines": engines,
     "scale": scale,
     "first commands": first_commands,

@@ -42,7 +42,7 @@ def main() -> None:
 def compare(folder: Path) -> dict[str, object]:
     """Hours of iteration 0 for sparring and for the published program, at the same assumed rates."""
     lengths, gpu = RowTokens(ROWS, PROMPT, ANSWER, ANSWER), GPUS["a100"]
-    recipe = load_recipe(ROOT / "recipes" / "spin-zephyr-7b.yaml", [f"model={folder}"])
+    recipe = load_recipe(ROOT / "recipes" / "spin-zephyr-7b.yaml", [f"model={folder}", "generate.backend=hf"])
     size = ModelSize.of(folder, "bfloat16")
 
     def hours(batch_size: int) -> dict[str, float]:

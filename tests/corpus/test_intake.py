@@ -134,7 +134,7 @@ def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPa
     if child == 0:
         os.environ["SPARRING_FAIL_AT"] = "train-step:2"
         try:
-            play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_every=1"])
+            play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"])
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
@@ -143,7 +143,7 @@ def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPa
     for folder in (work, checkpoint):
         for name in names:
             (folder / name).write_bytes(bomb)
-    run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_every=1"])
+    run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"])
     assert not marker.exists()
     assert not [p for p in run.root.rglob("*") if p.name in names], "and none is copied"
     pickle.loads(bomb)

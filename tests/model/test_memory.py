@@ -26,6 +26,7 @@ from sparring.model.packing import PackedBatch
 from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.stages.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
 
@@ -107,22 +108,22 @@ def test_a_resumed_run_keeps_the_micro_batch_size_it_found(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in its third step and resumed with more memory: the same bytes."""
-    train = {"micro_batch_tokens": "auto", "checkpoint_every": 1}
+    train = {"micro_batch_tokens": "auto", "checkpoint_minutes": 0}
     recipe = make_recipe("space", iterations=1, train=train)
     monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
     clean = play(recipe, tmp_path / "clean")
-    real, calls = sparring.stages.train.loop.save_checkpoint, []
+    real, calls = Checkpointer.save, []
 
-    def stops(*arguments: object) -> None:
-        real(*arguments)  # type: ignore[arg-type]
+    def stops(checkpoints: Checkpointer, step: int) -> None:
+        real(checkpoints, step)
         calls.append(1)
         if len(calls) == 2:
             raise RunError("here")
 
-    monkeypatch.setattr(sparring.stages.train.loop, "save_checkpoint", stops)
+    monkeypatch.setattr(Checkpointer, "save", stops)
     with pytest.raises(RunError, match="here"):
         play(recipe, tmp_path / "run")
-    monkeypatch.setattr(sparring.stages.train.loop, "save_checkpoint", real)
+    monkeypatch.setattr(Checkpointer, "save", real)
     monkeypatch.setattr(SmallMemory, "tokens", 10**6)
     run = play(recipe, tmp_path / "run")
     assert micro_batch_tokens_of(run, 0) == micro_batch_tokens_of(clean, 0) == 256

@@ -26,9 +26,14 @@ from sparring.model.lora import CONFIG, WEIGHTS, train_adapter
 from sparring.model.quantization import dequantize, import_bitsandbytes, quantized_layers, require_4bit
 from sparring.recipe.load import make_recipe as recipe_of
 from sparring.recipe.schema import Adapter, Recipe
+from sparring.run.iteration import Iteration
 from sparring.run.manifest import hash_path
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
+from sparring.run.session import check_settings
+from sparring.stages.generate import backend_factory, write_dequantized_base
+from sparring.stages.generate.vllm import VllmBackend
+from sparring.stages.prepare import prepare
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -80,6 +85,35 @@ def test_dequantized_is_the_same_function(wide: Path) -> None:
     dequantize(model)
     assert torch.equal(logits(model), expected)
     assert not quantized_layers(model) and not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_serves_what_is_trained(dtype: str, make_recipe: MakeRecipe, wide: Path, tmp_path: Path) -> None:
+    """A plain copy, in the compute dtype, of the numbers that the base in 4 bits computes with; written once."""
+    recipe = make_recipe("spin", model=str(wide), adapter=ADAPTER, generate={"backend": "vllm"}, train={"dtype": dtype})
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    check_settings(run, recipe)
+    prepare(run, recipe)
+    iteration = Iteration(run, recipe, 0)
+    write_dequantized_base(iteration)
+    copy, exact = run.root / "dequantized", getattr(torch, dtype)
+    expected = logits(load_model(wide, dtype=exact, device=CPU, in_4bit=True))
+    assert torch.equal(logits(load_model(copy, dtype=exact, device=CPU)), expected)
+    written = (copy / "MANIFEST.json").stat().st_mtime_ns
+    write_dequantized_base(iteration)
+    assert (copy / "MANIFEST.json").stat().st_mtime_ns == written
+    (copy / "model.safetensors").write_bytes(b"rotten")
+    write_dequantized_base(iteration)
+    assert torch.equal(logits(load_model(copy, dtype=exact, device=CPU)), expected)
+
+    adapted = load_model(wide, dtype=exact, device=CPU)
+    train_adapter(adapted, {"r": 4, "target_modules": "all-linear"}, seed=1)
+    save_successor(adapted, wide, tmp_path / "adapter")
+    for model, adapter in ((wide, None), (tmp_path / "adapter", str(tmp_path / "adapter"))):
+        with backend_factory(iteration)(model) as engine:
+            assert isinstance(engine, VllmBackend)
+            assert engine.hello["engine"]["model"] == str(copy) and engine.hello["adapter"] == adapter
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +206,8 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="Remove one of the two"):
         make_recipe(adapter={**ADAPTER, "merge": "each_iteration"})
-    with pytest.raises(ValueError, match="vllm would sample from other weights than are trained"):
-        make_recipe(adapter=ADAPTER, generate={"backend": "vllm"})
+    with pytest.raises(ValueError, match="a server would sample from other weights than are trained"):
+        make_recipe(adapter=ADAPTER, generate={"backend": "server", "url": "http://127.0.0.1:1"})
     recipe = make_recipe(adapter=ADAPTER)
     assert any(f"bitsandbytes {version('bitsandbytes')}" in finding.text for finding in examine(recipe))
     monkeypatch.setattr(sparring.model.quantization, "find_spec", lambda name: None)

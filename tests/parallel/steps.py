@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer
 from sparring.model.packing import Packing, group_tokens, pack_shared
 from sparring.objectives import Spin
-from sparring.parallel import Parallel
+from sparring.parallel import Parallel, ddp, rendezvous
 from sparring.parallel.ddp import Ddp
 from sparring.parallel.fsdp2 import Fsdp2
-from sparring.parallel.rendezvous import Rendezvous
+from sparring.parallel.rendezvous import Rendezvous, is_lost_rank
+from sparring.stages.train.checkpoint import Checkpointer
 from sparring.stages.train.policy import Policy
 from sparring.stages.train.step import forward_backward
 from sparring.types import Group, TrainingExample
@@ -99,10 +102,10 @@ def after_nan(folder: Path, parallel: Parallel) -> tuple[list[float], list[bool]
     poisoned = [replace(examples[0], opponent=nan)]
     norms, unchanged = [], []
     for batch in (examples[:BATCH], poisoned + examples[1:BATCH], examples[:BATCH]):
-        before = [parallel.gather_full(parameter).clone() for parameter in policy.model.parameters()]
+        before = [parallel.local_rows(parameter).values.clone() for parameter in policy.model.parameters()]
         forward_backward(policy, Spin(lambda_=0.1), batch, 10**6, 0.0, parallel)
         norms.append(parallel.optimizer_step(policy.forward, policy.optimizer, 1.0))
-        after = [parallel.gather_full(parameter) for parameter in policy.model.parameters()]
+        after = [parallel.local_rows(parameter).values for parameter in policy.model.parameters()]
         unchanged.append(all(torch.equal(one, other) for one, other in zip(before, after, strict=True)))
     return norms, unchanged
 
@@ -121,9 +124,61 @@ def with_local_mean(parallel: Ddp, run: Callable[[], list[tuple[float, float]]])
         parallel.backward = backward  # type: ignore[method-assign]
 
 
+def on_two_nodes(folder: Path, steps: int, work: Path) -> dict[str, Any]:
+    """Ranks that shard within their node only: steps, the mesh, and a checkpoint that all have written."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    parallel = Fsdp2(Rendezvous(40.0))
+    found: dict[str, Any] = {f"shared/{pieces}": run(folder, "shared", pieces, steps, parallel) for pieces in (1, 8)}
+    policy = make_policy(folder, "shared", parallel)
+    weight = next(policy.model.parameters())
+    assert isinstance(weight, DTensor)
+    found["mesh"] = weight.device_mesh.mesh.tolist()
+    found["topology"] = parallel.topology
+    parallel.limit_waits()
+    if parallel.is_main:
+        (work / "metrics.jsonl").touch()
+    with Checkpointer(work, policy.model, policy.optimizer, work / "metrics.jsonl", parallel) as checkpoints:
+        checkpoints.save(1)
+        checkpoints.wait()
+        parallel.barrier()
+    whole = [parallel.gather_on_main(parameter) for parameter in policy.model.parameters()]
+    assert all((tensor is not None) == parallel.is_main for tensor in whole), "nobody else copies them to CPU memory"
+    found["num_parameters"] = sum(tensor.numel() for tensor in whole if tensor is not None)
+    return found
+
+
+def late(folder: Path) -> list[bool]:
+    """Rank 1 comes late to `prepare`, to a collective of the first step, and to one of a later step: which were lost.
+
+    The start's timeout is 2 s, a step's 1 s.
+    """
+    rendezvous.HEARTBEAT_SECONDS, ddp.START_TIMEOUT = 0.2, timedelta(seconds=2)
+    parallel = Ddp(Rendezvous(1.0))
+    found = []
+
+    def is_lost(seconds: float, act: Callable[[], object]) -> bool:
+        time.sleep(seconds * parallel.rank)
+        try:
+            act()
+        except Exception as error:
+            return is_lost_rank(error, 2)
+        return False
+
+    found.append(is_lost(3, lambda: make_policy(folder, "shared", parallel)))
+    found.append(is_lost(1.5, lambda: parallel.any_rank(True)))
+    parallel.limit_waits()
+    found.append(is_lost(2, lambda: parallel.any_rank(True)))
+    return found
+
+
 def main() -> None:
     folder, name, steps, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    if name in ("two nodes", "late"):
+        result = late(folder) if name == "late" else on_two_nodes(folder, steps, out.parent)
+        if os.environ["RANK"] == "0":
+            out.write_text(json.dumps(result))
+        os._exit(0)
     parallel = {"ddp": Ddp, "fsdp2": Fsdp2}[name](Rendezvous(40.0))
     found: dict[str, Any] = {
         f"{packing}/{pieces}": run(folder, packing, pieces, steps, parallel) for packing, pieces in ARMS

@@ -9,6 +9,7 @@ import pytest
 
 from sparring.errors import RunError, UserError
 from sparring.loop import play
+from sparring.parallel.ray_cluster import order_by_node
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
@@ -23,6 +24,19 @@ pytestmark = pytest.mark.slow
 
 # 48 rows: 576 answers, two parts
 SETTINGS = {"samples": 12, "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "order", "ranks_per_node"),
+    [
+        (["a", "b", "a", "b"], [0, 2, 1, 3], 2),
+        (["b", "a", "a", "b", "b", "a"], [0, 3, 4, 1, 2, 5], 3),
+        (["a", "b", "c"], [0, 1, 2], 1),
+        (["a", "a", "b"], [0, 1, 2], 3),  # unequal: as if they were one node
+    ],
+)
+def test_ranks_on_ray_are_numbered_node_by_node(nodes: list[str], order: list[int], ranks_per_node: int) -> None:
+    assert order_by_node(nodes) == (order, ranks_per_node)
 
 
 def make_iteration(recipe: Recipe, folder: Path) -> Iteration:

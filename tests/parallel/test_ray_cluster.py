@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6  # 48 rows
 SETTINGS: dict[str, Any] = {
     "iterations": 1,
-    "train": {"epochs": 2, "batch_size": 16, "checkpoint_every": 2},
+    "train": {"epochs": 2, "batch_size": 16, "checkpoint_minutes": 0},
     "threads": 1,
     "num_processes": 2,
     "data": {"held_out": 0, "limit": 48},

@@ -35,7 +35,7 @@ from sparring.stages.train.loop import train
 pytestmark = pytest.mark.slow
 
 MakeRecipe = Callable[..., Recipe]
-TRAIN = {"checkpoint_every": 2}
+TRAIN = {"checkpoint_minutes": 0}
 SMALL = {"iterations": 1, "generate": {"max_new_tokens": 8}, "train": TRAIN, "threads": 1, "num_processes": 2}
 
 
@@ -114,7 +114,8 @@ def test_a_rank_that_dies_ends_the_stage_and_the_same_command_continues(
         run_on_ranks(killed, "train")
     fail_at(None)
     work = killed.run.work(killed.stage("train"))
-    assert sorted(path.name for path in work.glob("step-*"))[-1] == "step-00000004"
+    kept = max(int(path.name[5:]) for path in work.glob("step-*"))
+    assert kept in (3, 4), "the fourth is written while the fifth step runs"
     assert not killed.run.ranks.exists()
     shutil.copytree(killed.run.root, killed.run.root.with_name("other"))
     run_on_ranks(killed, "train")
@@ -125,7 +126,7 @@ def test_a_rank_that_dies_ends_the_stage_and_the_same_command_continues(
     train(other, SingleProcess())
     printed = " ".join(capsys.readouterr().err.split())
     assert f"was written by ranks 2 x {parallel}, and this start has 1" in printed
-    assert metrics(other)[:4] == metrics(clean)[:4] != metrics(alone)[:4]
+    assert metrics(other)[:kept] == metrics(clean)[:kept] != metrics(alone)[:kept]
     for ours, theirs in zip(metrics(other), metrics(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
@@ -152,7 +153,7 @@ def test_three_ranks(parallel: str, trainee: Callable[..., Iteration], fail_at: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_the_step_at_hand_is_kept(number: int, trainee: Callable[..., Iteration]) -> None:
-    asked = trainee("run", train={**TRAIN, "epochs": 60, "checkpoint_every": 1000})
+    asked = trainee("run", train={**TRAIN, "epochs": 60, "checkpoint_minutes": 1000})
     file = asked.run.work(asked.stage("train")) / "metrics.jsonl"
 
     def ask() -> None:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,47 @@ def run(*arguments: str) -> int:
     except typer.Exit as problem:
         return problem.exit_code
     return ended if isinstance(ended, int) else 0
+
+
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+AT_7B = [command for command in OURS.values() if re.search(r"recipes/\S+-7b\.yaml", str(command))]
+
+
+@pytest.mark.parametrize("command", AT_7B, ids=str)
+def test_what_is_proposed_for_7b_fits(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan` takes the recipe with its overrides. `run` names no GPUs: one of 80 GB, or eight if it starts ranks."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+    monkeypatch.chdir(ROOT)
+    parameters = parsed(command).params
+    recipe, overrides = str(parameters["recipe"]), [*(parameters.get("overrides") or ()), f"model={tmp_path}"]
+    options = list(dropwhile(lambda word: not word.startswith("--"), command.words))
+    if command.words[1] != "plan":
+        count = 1 if load_recipe(Path(recipe), overrides).launch == "inline" else 8
+        options = ["--gpus", str(count), "--gpu", "h100", "--tokens", "150,256"]
+    assert run("plan", recipe, *overrides, "--rows", "50000", *options) == 0
+    printed = capsys.readouterr().out
+    assert "Memory per device, training" in printed and "DOES NOT FIT" not in printed
+
+
+def test_a_7b_model_needs_sharding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The control of the test above."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+    words = [str(ROOT / "recipes" / "spin-zephyr-7b.yaml"), "parallel=ddp", f"model={tmp_path}", "--tokens", "150,256"]
+    assert run("plan", *words, "--gpus", "8", "--gpu", "h100") == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_commands_are_found_and_a_wrong_one_is_noticed() -> None:

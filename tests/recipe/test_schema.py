@@ -236,7 +236,7 @@ def test_differences_tell_what_changes_results(tmp_path: Path) -> None:
     assert differences(recipe, load(tmp_path, SMALLEST, "train.learning_rate=1e-6")) == [
         "train.learning_rate is 1e-06, but the run was started with 5e-07"
     ]
-    neutral = ("iterations=9", "train.checkpoint_every=5")
+    neutral = ("iterations=9", "train.checkpoint_minutes=5.5")
     assert differences(recipe, load(tmp_path, SMALLEST, *neutral)) == []
 
 

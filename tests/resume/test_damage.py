@@ -21,7 +21,7 @@ from sparring.recipe.schema import Recipe
 from sparring.report import write_report
 from sparring.run.manifest import commit_part, has_part
 from sparring.run.rundir import RunDir
-from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint
+from sparring.stages.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
 
@@ -174,21 +174,23 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(pattern: str, tmp_path: Pa
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(model.parameters())
     metrics = tmp_path / "metrics.jsonl"
+    checkpoints = Checkpointer(tmp_path, model, optimizer, metrics, SingleProcess())
     weights = {}
     for step in (1, 2):
         model(torch.ones(8)).sum().backward()
         optimizer.step()
         metrics.write_text(f'{{"step": {step}}}\n')
-        save_checkpoint(tmp_path, step, model, optimizer, metrics, SingleProcess())
+        checkpoints.save(step)
+        checkpoints.wait()
         weights[step] = model.weight.detach().clone()
     newest = tmp_path / "step-00000002"
     whole = shutil.copytree(newest, tmp_path / "whole")
-    assert load_checkpoint(tmp_path, model, optimizer, metrics, SingleProcess()) == 2
+    assert checkpoints.load() == 2
     found = 0
     for path, damaged in hundred(sorted(whole.glob(pattern)), seed=5):
         shutil.copytree(whole, newest, dirs_exist_ok=True)
         (newest / path.name).write_bytes(damaged)
-        assert load_checkpoint(tmp_path, model, optimizer, metrics, SingleProcess()) == 1
+        assert checkpoints.load() == 1
         assert torch.equal(model.weight, weights[1]) and metrics.read_text() == '{"step": 1}\n'
         found += 1
     assert found == 100

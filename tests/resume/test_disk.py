@@ -75,7 +75,7 @@ print(json.dumps({"outcomes": outcomes, "content": content}))
 
 @pytest.fixture
 def recipe(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
-    made = make_recipe("spin", iterations=1, generate={"max_new_tokens": 6}, train={"checkpoint_every": 2}, threads=1)
+    made = make_recipe("spin", iterations=1, generate={"max_new_tokens": 6}, train={"checkpoint_minutes": 0}, threads=1)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(made))
     return tmp_path / "recipe.yaml"
 

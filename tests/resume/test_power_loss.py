@@ -44,7 +44,7 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
         iterations=1,
         data={"held_out": 8, "limit": 40},
         generate={"max_new_tokens": 4, "batch_size": 8},
-        train={"epochs": 1, "batch_size": 4, "checkpoint_every": 2},
+        train={"epochs": 1, "batch_size": 4, "checkpoint_minutes": 0},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,7 @@ class Recorder:
     numbers: dict[int, int] = field(default_factory=dict)  # of the inodes that are there
     made: int = 0
     _fsync: Callable[[int], None] = os.fsync
+    _lock: threading.RLock = field(default_factory=threading.RLock)  # checkpoints are written in a thread
 
     def look(self) -> None:
         """Logs what has changed since the last look: names, then bytes."""
@@ -114,32 +116,35 @@ class Recorder:
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def looked_at(*arguments: Any, **options: Any) -> Any:
-            self.look()
-            try:
-                return function(*arguments, **options)
-            finally:
+            with self._lock:
                 self.look()
+                try:
+                    return function(*arguments, **options)
+                finally:
+                    self.look()
 
         return looked_at
 
     def fsync(self, descriptor: int) -> None:
-        self.look()
-        self._fsync(descriptor)
-        inode = os.fstat(descriptor).st_ino
-        if inode in self.numbers:
-            self.log.append(Synced(self.numbers[inode]))
+        with self._lock:
+            self.look()
+            self._fsync(descriptor)
+            inode = os.fstat(descriptor).st_ino
+            if inode in self.numbers:
+                self.log.append(Synced(self.numbers[inode]))
 
     def failpoint(self, name: str) -> None:
         """Where a commit says that it is done: what its last rename put into place is promised from here on."""
-        self.look()
-        if name.startswith("committed-") or name == "after-part":
-            *_, last = (change for change in self.log if isinstance(change, Changed) and len(change.names) > 1)
-            (folder, target, node) = last.names[-1]
-            assert node is not None
-            within = {node} if node > 0 else _reached(self.names, node)
-            if name == "after-part":  # the last rename was the hash's
-                within.add(self.names[folder][target.removesuffix(".xxh3")])
-            self.log.append(Promised(tuple(sorted(file for file in within if file > 0))))
+        with self._lock:
+            self.look()
+            if name.startswith("committed-") or name == "after-part":
+                *_, last = (change for change in self.log if isinstance(change, Changed) and len(change.names) > 1)
+                (folder, target, node) = last.names[-1]
+                assert node is not None
+                within = {node} if node > 0 else _reached(self.names, node)
+                if name == "after-part":  # the last rename was the hash's
+                    within.add(self.names[folder][target.removesuffix(".xxh3")])
+                self.log.append(Promised(tuple(sorted(file for file in within if file > 0))))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -118,6 +119,39 @@ class LLM:
     llm_engine = Engine()
     def __init__(self, **settings): tempfile.mkstemp(prefix="vllm_dist_")
 """
+
+
+NOTES_SETTINGS = """
+import json, pathlib
+__version__ = "0.32.0"
+class SamplingParams: ...
+class Engine:
+    def has_unfinished_requests(self): return False
+class LLM:
+    llm_engine = Engine()
+    def __init__(self, **settings): pathlib.Path(__file__).with_name("settings").write_text(json.dumps(settings))
+"""
+
+
+@pytest.mark.parametrize(
+    ("max_length", "batch_size", "tokens"), [(128, None, 4096), (9000, 64, 9000), (128, 5000, 5000)]
+)
+def test_on_a_cpu_prompts_are_not_computed_in_chunks(
+    max_length: int,
+    batch_size: int | None,
+    tokens: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chunk's sample is discarded, and generators on CPUs cannot be rewound: vLLM would die of any real batch."""
+    stand_in(tmp_path, NOTES_SETTINGS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = VllmBackend(folder, end_ids=[END], max_length=max_length, batch_size=batch_size)
+    EngineProcess(engine.command, engine.hello, folder).close()
+    settings = json.loads((tmp_path / "vllm" / "settings").read_text())
+    assert settings["enable_chunked_prefill"] is False and settings["enforce_eager"] is True
+    assert settings["max_num_batched_tokens"] == tokens, "a step takes the longest prompt, and a token of each response"
 
 
 @pytest.mark.parametrize("ends", ["it is closed", "it is killed", "sparring is killed"])

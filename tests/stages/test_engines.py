@@ -31,6 +31,7 @@ from sparring.model.logprobs import Scorer, score_groups
 from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration, seed_of
+from sparring.run.manifest import commit
 from sparring.stages.generate.hf import HfBackend
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.vllm import EngineProcess, VllmBackend
@@ -70,7 +71,8 @@ def vllm_backend(folder: Path) -> Iterator[VllmBackend]:
 
 SERVE = (
     f"{VLLM_PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --host 127.0.0.1 --port {{port}} "
-    "--api-key {token} --dtype {dtype} --max-model-len 128 --generation-config vllm --enforce-eager"
+    "--api-key {token} --dtype {dtype} --max-model-len 128 --generation-config vllm --enforce-eager "
+    "--no-enable-chunked-prefill --max-num-batched-tokens 4096"
 )
 
 
@@ -202,6 +204,22 @@ def test_reported_logprobs_are_those_of_the_scorer(backend: Backend, folder: Pat
     assert [a.logprob for a in answers] == pytest.approx(ours.tolist(), abs=1e-3)
 
 
+def test_a_real_load(backend: Backend, folder: Path) -> None:
+    """400 prompts of 64 tokens, 25,600 together, with responses of 1 to 60 tokens: more than a step takes."""
+    random, vocab = np.random.default_rng(0), len(load_tokenizer(folder))
+    wanted = [
+        replace(p, token_ids=random.integers(4, vocab, 64).astype(np.int32), max_new_tokens=1 + 59 * (i % 7 == 0))
+        for i, p in enumerate(prompts(folder, 400))
+    ]
+    answers = list(backend.generate(wanted))
+    assert [a.id for a in answers] == [p.id for p in wanted] and "failed" not in {a.finish for a in answers}
+    assert all(len(a.token_ids) <= p.max_new_tokens for a, p in zip(answers, wanted, strict=True))
+    assert max(len(a.token_ids) for a in answers) > 30
+    reported = [a.logprob for a in answers[:64] if a.logprob is not None]
+    expected = logprobs(folder, wanted[: len(reported)], answers[: len(reported)]) if reported else np.array([])
+    assert reported == pytest.approx(expected.tolist(), abs=1e-3), "what was sampled is what the prompt asks for"
+
+
 @needs_vllm
 def test_a_run_on_vllm_passes_the_proof_of_its_first_step(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     settings = {"backend": "vllm", "python": VLLM_PYTHON, "samples": 2, "max_new_tokens": 16}
@@ -213,6 +231,27 @@ def test_a_run_on_vllm_passes_the_proof_of_its_first_step(make_recipe: Callable[
     assert all([a.sample for a in drawn] == [0, 1] for drawn in answers.values())
     first = json.loads((run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()[0])
     assert first["log_ratio"] < 1e-5 and first["loss"] == pytest.approx(cast(float, recipe.method.start_loss), abs=1e-4)
+
+
+@needs_vllm
+@pytest.mark.parametrize("is_dequantized", [True, False], ids=["in 4 bits", "control"])
+def test_a_run_in_4_bits_samples_what_it_trains(
+    is_dequantized: bool, make_recipe: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM's log-probs agree with the score stage's in both iterations; with the original base they do not."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    recipe = make_recipe(
+        "spin",
+        iterations=2 if is_dequantized else 1,
+        generate={"backend": "vllm", "python": VLLM_PYTHON, "max_new_tokens": 16},
+        data={"held_out": 0, "limit": 48},
+        adapter={"r": 4, "lora_alpha": 8, "load_in_4bit": True},
+    )
+    if not is_dequantized:
+        with commit(tmp_path / "run" / "dequantized") as copy:
+            shutil.copytree(recipe.model, copy, dirs_exist_ok=True)
+    play(recipe, tmp_path / "run")
+    assert ("another model than the one that is scored" in capfd.readouterr().err) == (not is_dequantized)
 
 
 @needs_vllm

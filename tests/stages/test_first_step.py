@@ -50,7 +50,7 @@ def test_training_computes_what_was_scored(
     """
     if packing == "padded":
         monkeypatch.setattr("sparring.model.logprobs.why_not_shared", lambda model: "the test asks for it")
-    train = {"dtype": dtype, "learning_rate": 1e-30, "epochs": 2, "checkpoint_every": 2}
+    train = {"dtype": dtype, "learning_rate": 1e-30, "epochs": 2, "checkpoint_minutes": 0}
     recipe = make_recipe({"name": "spin", "lambda": 5.0}, data={"held_out": 0, "limit": 40}, train=train)
     run = play(recipe, tmp_path / "run")
     for t in range(2):

@@ -27,7 +27,7 @@ from sparring.model.optimizers import (
 )
 from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
-from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint
+from sparring.stages.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
 
@@ -105,12 +105,13 @@ def test_a_checkpoint_keeps_all_of_the_state(name: str, is_adapter: bool, wide: 
     (tmp_path / "metrics.jsonl").touch()
     model = fresh()
     optimizer = descend(name, model, 3)
-    save_checkpoint(tmp_path, 3, model, optimizer, tmp_path / "metrics.jsonl", SingleProcess())
+    with Checkpointer(tmp_path, model, optimizer, tmp_path / "metrics.jsonl", SingleProcess()) as checkpoints:
+        checkpoints.save(3)
     walk(optimizer, model, 3, seed=1)
 
     again = fresh()
     restored = make_optimizer(name, again, 1e-3, 0.0)
-    assert load_checkpoint(tmp_path, again, restored, tmp_path / "metrics.jsonl", SingleProcess()) == 3
+    assert Checkpointer(tmp_path, again, restored, tmp_path / "metrics.jsonl", SingleProcess()).load() == 3
     forgotten = fresh()
     for mine, saved in zip(forgotten.parameters(), again.parameters(), strict=True):
         mine.data.copy_(saved.data)
@@ -124,7 +125,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bytes(
     make_recipe: MakeRecipe, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two iterations, since bitsandbytes keeps state from model to model; stopped within the second's training."""
-    train = {"optimizer": "adamw_8bit", "checkpoint_every": 1, "epochs": 1}
+    train = {"optimizer": "adamw_8bit", "checkpoint_minutes": 0, "epochs": 1}
     rows = {"held_out": 0, "limit": 48}
     recipe = make_recipe("space", model=str(wide), iterations=2, train=train, data=rows)
     clean = play(recipe, tmp_path / "clean")

@@ -286,7 +286,7 @@ def test_a_non_finite_loss_stops_before_the_update(
         return {**metrics, "loss": math.nan} if len(calls) == 3 else metrics
 
     monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", poisoned)
-    recipe = make_recipe("space", iterations=1, train={"checkpoint_every": 1})
+    recipe = make_recipe("space", iterations=1, train={"checkpoint_minutes": 0})
     with pytest.raises(RunError, match=r"Iteration 0, step 3: the loss is nan.*Nothing was updated"):
         play(recipe, tmp_path / "run")
     work = tmp_path / "run" / "iter-00" / ".train.partial"

@@ -15,7 +15,7 @@ from sparring.model.load import declared_end_ids, load_model, load_tokenizer, re
 from sparring.model.logprobs import Scorer, score_groups
 from sparring.model.memory import inference_micro_batch_tokens
 from sparring.parallel import SingleProcess
-from sparring.recipe.schema import Recipe
+from sparring.recipe.schema import Generate, Recipe
 from sparring.run.iteration import seed_of
 from sparring.stages.generate import open_backend
 from sparring.stages.prepare import DataReader, make_renderer
@@ -49,7 +49,9 @@ def preview(recipe: Recipe, num_rows: int) -> None:
     max_tokens = min(recipe.generate.max_new_tokens, renderer.max_length - len(row.prompt_ids))
     prompt = Prompt(row.id, 0, row.prompt_ids, max_tokens, seed_of(recipe.seed, "preview", row.id))
     dtype, in_4bit = recipe.train.dtype, recipe.in_4bit
-    with open_backend(folder, recipe.generate, dtype, ends, renderer.max_length, in_4bit) as engine:
+    # one response needs no copy of a base in 4 bits for vLLM: hf samples from the same numbers
+    engine_settings = Generate(max_new_tokens=max_tokens) if in_4bit else recipe.generate
+    with open_backend(folder, engine_settings, dtype, ends, renderer.max_length, in_4bit) as engine:
         (generation,) = engine.generate([prompt])
     parallel, weights = SingleProcess(), getattr(torch, recipe.weights_dtype)
     model = load_model(folder, dtype=weights, device=parallel.device, in_4bit=in_4bit)

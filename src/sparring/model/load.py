@@ -274,6 +274,13 @@ def save_merged(
     save_successor(model, base, folder)
 
 
+def save_dequantized(base: Path, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Writes a plain model folder with exactly the numbers that the base, in 4 bits, computes with in `dtype`."""
+    model = load_model(base, dtype=dtype, device=device, in_4bit=True)
+    dequantize(model, dtype)
+    save_successor(model, base, folder)
+
+
 def declared_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The end tokens that the model's own files declare."""
     declared: set[int] = set()

@@ -87,10 +87,10 @@ def require_bitsandbytes(name: str, device: torch.device) -> None:
 
 
 def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor], parallel: Parallel) -> None:
-    """Puts what `state_tensors` gave back into the state of a parameter."""
+    """Puts what `state_tensors` gave back into the state of a parameter. `saved`: what this rank holds of it."""
     state = optimizer.state[parameter]
     if not hasattr(optimizer, "init_state"):  # torch's: moments beside their parameter, the step count on the CPU
-        state |= {key: v if key == "step" else parallel.shard_like(v, parameter) for key, v in saved.items()}
+        state |= {key: v.reshape(()) if key == "step" else parallel.from_rows(v, parameter) for key, v in saved.items()}
         return
     group = optimizer.param_groups[0]  # there is one
     place = next(i for i, other in enumerate(group["params"]) if other is parameter)
@@ -99,7 +99,7 @@ def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, T
         if key == "step":
             state[key] = int(value)
         else:
-            state[key].copy_(value)
+            state[key].copy_(value.view_as(state[key]))
 
 
 def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -89,8 +89,11 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-def dequantize(model: PreTrainedModel) -> None:
-    """Replaces quantized layers with float32 layers that hold exactly the numbers those compute with."""
+def dequantize(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    """Replaces quantized layers with layers in `dtype`, at least as wide as the compute dtype.
+
+    They hold exactly the numbers that the quantized layers compute with.
+    """
     set_verbosity_error()  # transformers would warn that the model is dequantized, which is intended
-    cast(Any, model).dequantize(dtype=torch.float32)
-    nn.Module.to(model, torch.float32)
+    cast(Any, model).dequantize(dtype=dtype)
+    nn.Module.to(model, dtype)

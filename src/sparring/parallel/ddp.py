@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,10 +13,16 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from sparring.parallel.protocol import LocalRows
 from sparring.parallel.rendezvous import Rendezvous
+
+START_TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits until the first step is done: ranks connect and compile at different speeds."""
 
 
 class Ddp:
@@ -29,7 +36,7 @@ class Ddp:
             mixed_precision="no",  # autocast is the scorer's, so that scoring and training share one code path
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=rendezvous.timeout),
+                InitProcessGroupKwargs(timeout=max(START_TIMEOUT, rendezvous.timeout)),
                 # otherwise torch reorders its buckets after the first step of each start, and a resumed run of three
                 # or more ranks would sum gradients in another order than one that was never stopped
                 DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -62,6 +69,7 @@ class Ddp:
         return f"{self.num_ranks} x {self.name}" if self.num_ranks > 1 else "1"
 
     def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        self.barrier()  # without a deadline: one rank may have loaded the model minutes after another
         self.accelerator.free_memory()  # of what was prepared before
         wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
         return wrapped, wrapped_optimizer
@@ -84,15 +92,38 @@ class Ddp:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def gather_full(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    def limit_waits(self) -> None:
+        mesh = self.accelerator.torch_device_mesh
+        for group in (dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())):
+            _set_pg_timeout(self.rendezvous.timeout, group)
 
-    def shard_like(self, full: Tensor, tensor: Tensor) -> Tensor:
-        on_device = full.to(tensor.device)
+    def gather_on_main(self, tensor: Tensor) -> Tensor | None:
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if self.is_main:
+            return whole.cpu().contiguous()
+        if self.device.type != "cpu":  # not tensors ahead: the main rank's copies would count as a collective's wait
+            torch.accelerator.synchronize()
+        return None
+
+    def local_rows(self, tensor: Tensor) -> LocalRows:
+        tensor = tensor.detach()
         if not isinstance(tensor, DTensor):
-            return on_device
-        return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            return LocalRows(torch.atleast_1d(tensor), 0, self.rank, self.num_ranks)
+        mesh = tensor.device_mesh
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+        # one dimension of the mesh shards; if there is another, it replicates
+        copy, num_copies = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+        return LocalRows(tensor.to_local(), offsets[0], copy, num_copies)
+
+    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        on_device = rows.to(tensor.device)
+        if not isinstance(tensor, DTensor):
+            return on_device.view_as(tensor)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(
+            on_device, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         if self.num_ranks == 1:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+class LocalRows(NamedTuple):
+    """What this rank holds of a tensor: rows of its first dimension. A number without dimensions counts as one row."""
+
+    values: Tensor
+    """The rows: shares memory with the tensor."""
+    first: int
+    """The number of the first of them in the whole tensor."""
+    copy: int
+    """Which of the ranks with the same rows this one is."""
+    num_copies: int
+    """How many ranks hold the same rows."""
+
+    def to_write(self) -> tuple[Tensor, int]:
+        """A part of the rows and the number of its first: ranks that hold the same rows have different parts."""
+        start, end = (len(self.values) * number // self.num_copies for number in (self.copy, self.copy + 1))
+        return self.values[start:end], self.first + start
 
 
 @runtime_checkable
@@ -62,12 +80,20 @@ class Parallel(Protocol):
         """
         ...
 
-    def gather_full(self, tensor: Tensor) -> Tensor:
-        """Collective. The whole tensor in CPU memory, assembled where ranks hold shards of it."""
+    def limit_waits(self) -> None:
+        """After the first step: from here on a rank that does not reach a collective within seconds is lost."""
         ...
 
-    def shard_like(self, full: Tensor, tensor: Tensor) -> Tensor:
-        """This rank's shard of `full`, placed as `tensor` is."""
+    def gather_on_main(self, tensor: Tensor) -> Tensor | None:
+        """Collective. The whole tensor in the main rank's CPU memory, assembled where ranks hold shards; else None."""
+        ...
+
+    def local_rows(self, tensor: Tensor) -> LocalRows:
+        """What this rank holds of `tensor`."""
+        ...
+
+    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor placed as `tensor` is, of which this rank holds `rows`."""
         ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:

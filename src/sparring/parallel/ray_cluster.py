@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,18 @@ def make_actor(ray: Any, actor: type, resources: Mapping[str, float], **options:
     return remote.remote()
 
 
+def order_by_node(nodes: Sequence[str]) -> tuple[list[int], int]:
+    """The actors, whose nodes these are, in the order of their ranks, and how many of them share a node.
+
+    Ranks of a node are neighbors, since FSDP2 shards within nodes. Actor 0 stays the main rank. If nodes have different
+    numbers of actors, all count as one node.
+    """
+    counts = Counter(nodes)
+    place = {node: number for number, node in enumerate(counts)}
+    order = sorted(range(len(nodes)), key=lambda index: place[nodes[index]])
+    return order, counts[nodes[0]] if len(set(counts.values())) == 1 else len(nodes)
+
+
 class RankActor:
     """An actor that reserves resources for one rank on some node. The rank's process dies with it."""
 
@@ -153,12 +166,14 @@ class RayRanks:
                 info(f"  Waiting for the cluster to have resources for {self.count} ranks; {len(ready)} are ready.")
             return
         reserved = self.ray.get(self.reservations)
-        self.nodes = [node for node, _, _ in reserved]
+        order, ranks_per_node = order_by_node([node for node, _, _ in reserved])
+        self.actors = [self.actors[index] for index in order]
+        self.nodes = [reserved[index][0] for index in order]
         _, address, port = reserved[0]
         common = {
             "WORLD_SIZE": str(self.count),
             "LOCAL_RANK": "0",  # Ray shows each actor its own device only
-            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(self.threads),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparring.parallel.protocol import LocalRows
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -66,11 +68,17 @@ class SingleProcess:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def gather_full(self, tensor: Tensor) -> Tensor:
+    def limit_waits(self) -> None:
+        pass
+
+    def gather_on_main(self, tensor: Tensor) -> Tensor | None:
         return tensor.detach().cpu().contiguous()
 
-    def shard_like(self, full: Tensor, tensor: Tensor) -> Tensor:
-        return full.to(tensor.device)
+    def local_rows(self, tensor: Tensor) -> LocalRows:
+        return LocalRows(torch.atleast_1d(tensor.detach()), 0, 0, 1)
+
+    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        return rows.to(tensor.device).view_as(tensor)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values

@@ -137,7 +137,7 @@ class Adapter(Strict):
     use_rslora: bool = False
     use_dora: bool = False
     load_in_4bit: bool = False
-    """QLoRA: the frozen base in 4 bits (NF4), for sampling, scoring and training."""
+    """QLoRA: the frozen base in 4 bits (NF4), for sampling, scoring and training; dequantized for vLLM."""
     merge: Literal["each_iteration"] | None = None
     """None: one adapter, trained further in each iteration. each_iteration: a new one each time, then merged."""
 
@@ -172,8 +172,8 @@ class Train(Strict):
     sft_weight: NonNegative = 0.0
     """Weight of the real response's NLL, in nats per token, added to the loss of any method."""
     gradient_checkpointing: bool = False
-    checkpoint_every: PositiveInt = Field(default=100, json_schema_extra=MAY_CHANGE)
-    """Optimizer steps between checkpoints."""
+    checkpoint_minutes: NonNegative = Field(default=5.0, json_schema_extra=MAY_CHANGE)
+    """Minutes of training between checkpoints. 0: one after every step."""
 
     @validator(mode="before")
     @classmethod
@@ -308,10 +308,10 @@ class Recipe(Strict):
             raise ValueError(f"evaluate.save_best_by is {self.evaluate.save_best_by}, which needs evaluate.checker")
         if self.in_4bit and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(f"adapter.load_in_4bit: {self.parallel} cannot shard 4-bit weights. Set parallel: ddp.")
-        if self.in_4bit and self.generate.backend != "hf":
+        if self.in_4bit and self.generate.backend == "server":
             raise ValueError(
-                f"adapter.load_in_4bit: {self.generate.backend} would sample from other weights than are trained. Set "
-                "generate.backend: hf, which samples from the same 4-bit weights."
+                "adapter.load_in_4bit: a server would sample from other weights than are trained. Set "
+                "generate.backend: hf, which samples from the same 4-bit weights, or vllm, for a dequantized copy."
             )
         if self.train.optimizer == "adamw_8bit" and self.launch != "inline" and self.parallel != "ddp":
             raise ValueError(

@@ -165,7 +165,9 @@ def commit_folder(
         files: dict[str, Json] = {}
         for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name != READS):
             sync(path)
-            files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+            beside = hash_beside(path)  # of a part: it was hashed when it was written, perhaps by another machine
+            digest = beside.read_text(encoding="utf-8") if beside.is_file() else hash_file(path)
+            files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "xxh3": digest}
         for folder in sorted(p for p in work.rglob("*") if p.is_dir()):
             sync(folder)
         failpoint(f"before-manifest-{final.name}")
@@ -254,17 +256,18 @@ def commit_part(path: Path, write: Callable[[Path], None]) -> None:
         raise
     failpoint("before-part")
     temporary.rename(path)
-    replace_file(_hash_beside(path), hash_file(path))
+    replace_file(hash_beside(path), hash_file(path))
     failpoint("after-part")
 
 
 def has_part(path: Path) -> bool:
     """Whether a file that `commit_part` wrote exists and matches its hash."""
-    beside = _hash_beside(path)
+    beside = hash_beside(path)
     return path.is_file() and beside.is_file() and beside.read_bytes() == hash_file(path).encode()
 
 
-def _hash_beside(path: Path) -> Path:
+def hash_beside(path: Path) -> Path:
+    """The file that `commit_part` writes last."""
     return path.with_name(path.name + ".xxh3")
 
 

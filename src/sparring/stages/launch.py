@@ -27,7 +27,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.rundir import BENCHMARKS
 from sparring.run.tracking import NO_TRACKER, Tracker, steps_before
 from sparring.stages.evaluate import answer_questions, benchmark, evaluate
-from sparring.stages.generate import backend_factory, generate, prepare_parts
+from sparring.stages.generate import backend_factory, generate, prepare_parts, write_dequantized_base
 from sparring.stages.generate.ray_pool import generate_on_ray
 from sparring.stages.score import score
 from sparring.stages.train import train
@@ -52,6 +52,8 @@ def launch_stage(iteration: Iteration, stage: str, tracker: Tracker = NO_TRACKER
 
 def _launch(iteration: Iteration, stage: str, tracker: Tracker) -> None:
     launch = iteration.recipe.launch
+    if stage not in ("score", "train"):
+        write_dequantized_base(iteration)
     match stage:
         case "generate":
             if launch == "torchrun":

@@ -27,7 +27,7 @@ from sparring.stages.generate import backend_factory, generate_parts
 from sparring.stages.launch import run_here
 
 TIMEOUT_SECONDS = 40.0
-"""How long a rank waits in a collective, or for a heartbeat; SPARRING_RANK_TIMEOUT overrides it."""
+"""How long a rank waits in a step's collective, or for a heartbeat; SPARRING_RANK_TIMEOUT overrides it."""
 
 
 def main() -> None:

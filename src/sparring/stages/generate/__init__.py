@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
@@ -10,26 +11,46 @@ from pathlib import Path
 
 import torch
 
-from sparring.model.load import load_model
+from sparring.errors import RunError
+from sparring.logging import info
+from sparring.model.load import load_model, num_parameters, save_dequantized
+from sparring.model.lora import base_of
+from sparring.model.memory import release_memory
 from sparring.parallel import local_device
 from sparring.recipe.schema import Generate
 from sparring.run.iteration import Iteration
+from sparring.run.manifest import commit, is_committed, verify
 from sparring.stages.generate.hf import BATCH_SIZE, HfBackend
 from sparring.stages.generate.server import ServerBackend, started_server
 from sparring.stages.generate.stage import draw_parts, generate, generate_parts, plan_parts, prepare_parts
 from sparring.stages.generate.vllm import VllmBackend
 from sparring.types import Backend, OpenBackend
 
-__all__ = ["backend_factory", "draw_parts", "generate", "generate_parts", "open_backend", "plan_parts", "prepare_parts"]
+__all__ = [
+    "backend_factory",
+    "draw_parts",
+    "generate",
+    "generate_parts",
+    "open_backend",
+    "plan_parts",
+    "prepare_parts",
+    "write_dequantized_base",
+]
 
 
 @contextmanager
 def open_backend(
-    model: Path, settings: Generate, dtype: str, end_ids: Sequence[int], max_length: int, in_4bit: bool = False
+    model: Path,
+    settings: Generate,
+    dtype: str,
+    end_ids: Sequence[int],
+    max_length: int,
+    in_4bit: bool = False,
+    dequantized: Path | None = None,
 ) -> Iterator[Backend]:
     """The engine of a recipe, serving `model`. Leaving the context frees its memory.
 
-    `in_4bit`: with the base quantized as in training, which only `hf` supports.
+    `in_4bit`: with the base quantized as in training; for vLLM, with `dequantized` in its place.
     """
     match settings.backend:
         case "hf":
@@ -54,6 +75,7 @@ def open_backend(
                 python=settings.python,
                 tensor_parallel_size=settings.tensor_parallel_size,
                 gpu_memory_utilization=settings.gpu_memory_utilization,
+                base=dequantized,
             )
             with closing(engine):
                 yield engine
@@ -79,7 +101,36 @@ def backend_factory(iteration: Iteration) -> OpenBackend:
         end_ids=iteration.data.end_ids,
         max_length=iteration.data.max_length,
         in_4bit=iteration.recipe.in_4bit,
+        dequantized=dequantized_base(iteration),
     )
+
+
+def dequantized_base(iteration: Iteration) -> Path | None:
+    """Where vLLM's copy of a base in 4 bits is. One copy serves all iterations: the base never changes."""
+    recipe = iteration.recipe
+    return iteration.run.root / "dequantized" if recipe.in_4bit and recipe.generate.backend == "vllm" else None
+
+
+def write_dequantized_base(iteration: Iteration) -> None:
+    """Writes vLLM's copy of a base in 4 bits, if it needs one that is not there. For the process that owns the run.
+
+    vLLM's kernels for NF4 compute other numbers than bitsandbytes' do in training. The copy holds exactly the numbers
+    that training computes with, in the compute dtype.
+    """
+    folder = dequantized_base(iteration)
+    if folder is None:
+        return
+    if is_committed(folder):
+        try:
+            verify(folder)
+            return
+        except RunError as problem:
+            info(f"  Writing the dequantized base again: {problem}")
+            shutil.rmtree(folder)
+    base, dtype = base_of(iteration.opponent), getattr(torch, iteration.recipe.train.dtype)
+    with commit(folder, required_bytes=num_parameters(base) * dtype.itemsize) as temporary:
+        save_dequantized(base, temporary, dtype=dtype, device=local_device())
+    release_memory()
 
 
 def server(model: Path, settings: Generate, dtype: str) -> AbstractContextManager[tuple[str, str | None]]:

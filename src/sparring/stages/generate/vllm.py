@@ -62,13 +62,15 @@ class VllmBackend:
         python: str | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
+        base: Path | None = None,
     ) -> None:
+        """`base`: served in place of an adapter's base, or of the model if that is none."""
         self.end_ids = list(end_ids)
         self.temperature = temperature
         self.command = [python or sys.executable, "-P", str(ENGINE)]  # -P: this folder's vllm.py must not shadow vllm
         self.model = model
         engine: dict[str, Any] = {
-            "model": str(model),
+            "model": str(base or model),
             "dtype": dtype,
             "max_model_len": max_length,
             "tensor_parallel_size": tensor_parallel_size,
@@ -84,7 +86,8 @@ class VllmBackend:
         if is_adapter:
             config = json.loads(adapter.read_text(encoding="utf-8"))
             rank = next((r for r in LORA_RANKS if r >= config["r"]), config["r"])
-            engine |= {"model": config["base_model_name_or_path"], "enable_lora": True, "max_lora_rank": rank}
+            engine["model"] = str(base or config["base_model_name_or_path"])
+            engine |= {"enable_lora": True, "max_lora_rank": rank}
         self.hello = {
             "engine": engine,
             "adapter": str(model) if is_adapter else None,

@@ -29,6 +29,8 @@ Requests = queue.SimpleQueue[dict[str, Any] | None]
 
 ALIVE_EVERY_SECONDS = 10.0
 FLOOR = (0, 14)
+BATCHED_TOKENS_ON_CPU = 4096
+"""Tokens of prompts that a step computes at most, if none is longer."""
 
 
 def main() -> None:
@@ -62,9 +64,8 @@ def main() -> None:
         send(out, {"refused": f"{why} whatever its settings (CVE-2026-22807)"})
         return
     try:
-        # compilation pays on a GPU; on a CPU it costs a minute at every start
-        eager = current_platform.is_cpu()
-        engine = vllm.LLM(**hello["engine"], enforce_eager=eager).llm_engine
+        settings = hello["engine"] | (settings_on_cpu(hello["engine"]) if current_platform.is_cpu() else {})
+        engine = vllm.LLM(**settings).llm_engine
     except Exception as error:  # whatever it is, the user must see it
         send(out, {"refused": f"{type(error).__name__}: {error}"})
         raise
@@ -79,6 +80,17 @@ def main() -> None:
     if hello["engine"]["tensor_parallel_size"] == 1:
         tidy(hello["folder"])
         os._exit(0)  # there are no workers to stop, and a regular exit takes seconds
+
+
+def settings_on_cpu(engine: dict[str, Any]) -> dict[str, Any]:
+    """Compilation pays on a GPU; on a CPU it costs a minute at every start.
+
+    Chunked prefill discards the token sampled after an unfinished prompt and rewinds the request's random generator,
+    which torch's generators on CPUs cannot do: the engine would die of any batch above `max_num_batched_tokens`.
+    Without it a step takes whole prompts, so the longest must fit.
+    """
+    tokens = max(BATCHED_TOKENS_ON_CPU, engine["max_model_len"], engine.get("max_num_seqs", 0))
+    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
 
 
 def tidy(folder: str) -> None:

@@ -20,7 +20,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.manifest import begin_work, commit, failpoint, hash_path, write_json
 from sparring.run.schedule import Schedule
 from sparring.run.tracking import NO_TRACKER, Tracker, steps_before
-from sparring.stages.train.checkpoint import load_checkpoint, save_checkpoint, trained_state
+from sparring.stages.train.checkpoint import Checkpointer, trained_state
 from sparring.stages.train.micro_batches import choose_micro_batch_tokens, run_step_within_memory
 from sparring.stages.train.policy import Policy, load_policy
 from sparring.stages.train.step import (
@@ -42,30 +42,13 @@ def train(iteration: Iteration, parallel: Parallel, tracker: Tracker = NO_TRACKE
     schedule = Schedule(settings, len(examples), iteration.seed)
     work = iteration.run.work(iteration.stage("train"))
     metrics_file = work / "metrics.jsonl"
-    done = load_checkpoint(work, policy.model, policy.optimizer, metrics_file, parallel)
-    parallel.barrier()
-    policy.micro_batch_tokens = choose_micro_batch_tokens(iteration, policy, examples, parallel)
-    parallel.barrier()
-    earlier_steps = steps_before(iteration.run, iteration.index)
-    log_to = metrics_file if parallel.is_main else Path(os.devnull)
-    with track(f"train {iteration.index}", schedule.num_steps) as advance, log_to.open("a", encoding="utf-8") as log:
-        advance(done, 0)
-        for step in range(done, schedule.num_steps):
-            line = take_step(iteration, policy, schedule, schedule.batch(examples, step), step, parallel)
-            with writing(metrics_file):
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            tracker.step(iteration, line, earlier_steps)
-            advance(1, int(line["num_tokens"]))
-            failpoint("train-step")
-            failpoint(f"train-step-of-rank-{parallel.rank}")
-            is_asked = parallel.any_rank(interrupt.is_asked())
-            is_due = (step + 1) % settings.checkpoint_every == 0 or is_asked
-            if is_due and step + 1 < schedule.num_steps:
-                save_checkpoint(work, step + 1, policy.model, policy.optimizer, metrics_file, parallel)
-                failpoint("checkpoint")
-                if is_asked:
-                    interrupt.stop()
+    with Checkpointer(work, policy.model, policy.optimizer, metrics_file, parallel) as checkpoints:
+        done = checkpoints.load()
+        parallel.barrier()
+        policy.micro_batch_tokens = choose_micro_batch_tokens(iteration, policy, examples, parallel)
+        parallel.barrier()
+        take_steps(iteration, policy, schedule, examples, done, checkpoints, tracker, parallel)
+    parallel.barrier()  # no rank writes to the work folder any more
     summary = {
         "seconds": time.monotonic() - start,
         "steps": schedule.num_steps,
@@ -75,6 +58,46 @@ def train(iteration: Iteration, parallel: Parallel, tracker: Tracker = NO_TRACKE
         "peak_memory_mib": peak_memory_mib(parallel.device),
     }
     finish(iteration, policy, input_digests, summary, parallel)
+
+
+def take_steps(
+    iteration: Iteration,
+    policy: Policy,
+    schedule: Schedule,
+    examples: Sequence[TrainingExample],
+    done: int,
+    checkpoints: Checkpointer,
+    tracker: Tracker,
+    parallel: Parallel,
+) -> None:
+    """The steps after the first `done`, with a line of metrics for each, and checkpoints on the way."""
+    earlier_steps = steps_before(iteration.run, iteration.index)
+    log_to = checkpoints.metrics if parallel.is_main else Path(os.devnull)
+    seconds, saved_at = 60 * iteration.recipe.train.checkpoint_minutes, time.monotonic()
+    with track(f"train {iteration.index}", schedule.num_steps) as advance, log_to.open("a", encoding="utf-8") as log:
+        advance(done, 0)
+        for step in range(done, schedule.num_steps):
+            line = take_step(iteration, policy, schedule, schedule.batch(examples, step), step, parallel)
+            if step == done:
+                parallel.limit_waits()
+            with writing(checkpoints.metrics):
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            tracker.step(iteration, line, earlier_steps)
+            advance(1, int(line["num_tokens"]))
+            failpoint("train-step")
+            failpoint(f"train-step-of-rank-{parallel.rank}")
+            checkpoints.check()
+            is_asked = parallel.any_rank(interrupt.is_asked())
+            is_due = is_asked or parallel.any_rank(time.monotonic() - saved_at >= seconds)
+            if is_due and step + 1 < schedule.num_steps:
+                checkpoints.save(step + 1)
+                saved_at = time.monotonic()
+                failpoint("checkpoint")
+                if is_asked:
+                    checkpoints.wait()
+                    parallel.barrier()
+                    interrupt.stop()
 
 
 def begin(iteration: Iteration, parallel: Parallel) -> dict[str, str]:
