@@ -206,17 +206,6 @@ def test_long_responses_are_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows"])
-def test_flex_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU gets. Its forward pass alone: there is no backward pass on CPU."""
-    shared, padded = twins(family)
-    groups = [group("a", 5, 41, [3, 50]), group("b", 2, 4, [11, 1]), group("c", 37, 1, [36, 8])]
-    monkeypatch.setattr(shared, "is_flex", True)
-    monkeypatch.setattr(attention, "by_pieces", None)
-    with torch.no_grad():
-        torch.testing.assert_close(shared(pack_shared(groups)), padded(pack_padded(groups)), atol=1e-4, rtol=1e-5)
-
-
 def test_gradient_checkpointing_recomputes_the_shared_row() -> None:
     groups = [group("a", 5, 7, [3, 4]), group("b", 2, 3, [9, 1])]
     layout = pack_shared(groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -68,7 +67,6 @@ class Scorer(nn.Module):
         self.scale, self.softcap = head_settings(model)
         self.packing: Packing = "padded"
         self.why_padded: str | None = None
-        self.is_flex = self.device.type == "cuda" and find_spec("triton") is not None
         self.check_head()
         if packing == "shared":
             self.why_padded = why_not_shared(model) or self.share_prompts()
@@ -102,8 +100,6 @@ class Scorer(nn.Module):
             return self.logprobs(batch)
 
     def logprobs(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
-        if self.is_flex and batch.shared_prompts is not None:
-            batch = replace(batch, shared_prompts=replace(batch.shared_prompts, is_flex=True))
         hidden = self.model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, batch.positions)
         head = self.head
@@ -162,6 +158,8 @@ class Scorer(nn.Module):
             Group(str(i), ids[i : i + 3], {"real": (ids[i + 3 :],), "generated": (ids[1:3], ids[:i])}) for i in (2, 3)
         ]
         padded, shared = pack_padded(groups).to(self.device), pack_shared(groups).to(self.device)
+        assert shared.shared_prompts is not None
+        shared = replace(shared, shared_prompts=replace(shared.shared_prompts, in_pieces=True))  # in any dtype
         tolerance = PROBE_TOLERANCE[self.head.weight.dtype]
 
         def logprobs(batch: PackedBatch, window: int | None) -> Tensor:
@@ -175,11 +173,6 @@ class Scorer(nn.Module):
         def difference(window: int | None) -> float:
             return float((logprobs(shared, window) - expected[window]).abs().max())
 
-        if self.is_flex:
-            try:
-                self.is_flex = all(difference(window) <= tolerance for window in expected)
-            except Exception:  # whatever the compiler raises for this model's sizes: fall back to by_pieces
-                self.is_flex = False
         try:
             if (found := difference(None)) > tolerance:
                 problem = f"log-probs of shared rows differ from those of padded rows by {found:.2g}"
