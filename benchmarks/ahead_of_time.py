@@ -14,6 +14,7 @@ import copy
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ SIZES = ((150, 250, 250), (100, 300))
 """A row of two prompts, the second with one response."""
 HEADS, KV_HEADS = 8, 2
 
+TILES = ("torch's", "small")
 INDUCTOR = {"force_disable_caches": True, "compile_threads": 1, "use_static_triton_launcher": False}
 
 Graph = tuple[torch.fx.GraphModule, Sequence[Any], bool]
@@ -60,28 +62,44 @@ Graph = tuple[torch.fx.GraphModule, Sequence[Any], bool]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in (64, 96, 128, 256):
-            remaining = set(SHARED)
-            for tiles, options in zip(("torch's", "small"), flex.kernel_options(width, dtype), strict=True):
-                graphs = attention_graphs(dtype, width, options) if remaining else []
-                for capability in sorted(remaining):
-                    kernels = list(attention_kernels(graphs, capability))
-                    rows += [{"dtype": str(dtype)[6:], "width": width, "tiles": tiles, **row} for row in kernels]
-                    print(json.dumps(rows[-2:]), flush=True)
-                    if all(row["fits"] for row in kernels):
-                        remaining.remove(capability)
-        for capability in SHARED:
-            rows += [{"dtype": str(dtype)[6:], **row} for row in head_kernels(dtype, capability)]
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--widths", nargs="*", type=int, default=[64, 96, 128, 256], help="of attention heads")
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=SHARED, default=list(SHARED))
+    parser.add_argument("--tiles", nargs="+", choices=TILES, default=list(TILES), help="small ones where others fail")
+    wanted = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for dtype in wanted.dtypes:
+        for width in wanted.widths:
+            rows += attention_rows(getattr(torch, dtype), width, wanted.capabilities, wanted.tiles)
+        for capability in wanted.capabilities:
+            rows += [{"dtype": dtype, **row} for row in head_kernels(getattr(torch, dtype), capability)]
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "triton")},
         "kernels": rows,
     }
-    if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    print(text, end="")
+    if wanted.out:
+        wanted.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def attention_rows(
+    dtype: torch.dtype, width: int, capabilities: Sequence[int], tiles: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Both kernels for each GPU, with small tiles only where torch's own do not fit."""
+    rows, remaining = [], list(capabilities)
+    for name, options in zip(TILES, flex.kernel_options(width, dtype), strict=True):
+        if name not in tiles or not remaining:
+            continue
+        graphs = attention_graphs(dtype, width, options)
+        for capability in tuple(remaining):
+            kernels = list(attention_kernels(graphs, capability))
+            rows += [{"dtype": str(dtype)[6:], "width": width, "tiles": name, **row} for row in kernels]
+            print(json.dumps(rows[-2:]), file=sys.stderr, flush=True)
+            if all(row["fits"] for row in kernels):
+                remaining.remove(capability)
+    return rows
 
 
 def attention_kernels(graphs: Sequence[Graph], capability: int) -> Iterator[dict[str, Any]]:
