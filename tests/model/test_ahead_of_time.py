@@ -26,4 +26,4 @@ def test_kernels_fit_the_cards() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     kinds = ["attention forward", "attention backward", *["head forward"] * 2, *["head backward"] * 2]
     assert [row["kernel"] for row in rows] == kinds
-    assert all(row["fits"] and row["spilled_bytes"] <= 128 for row in rows), rows
+    assert all(row["fits"] and row["spilled_bytes"] < 512 for row in rows), rows

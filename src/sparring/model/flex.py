@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128
 """Queries and keys per block of the mask: FlexAttention's default."""
 
-TILE_BYTES = 2**14
-"""Of each operand in shared memory with `small tiles`: four of them fit into the 99 KiB of a consumer card."""
+SMALL_TILE = 2**14
+"""Bytes of a small tile in bfloat16: the four of the backward pass fit into the 99 KiB of a consumer card."""
 
 
 def kernel_options(width: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,7 +29,9 @@ def kernel_options(width: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict
     Always of the kernel that has a backward pass: rows below 128 tokens would get one for decoding. What each needs:
     benchmarks/ahead_of_time.py.
     """
-    side = min(64, max(16, TILE_BYTES // (dtype.itemsize * 2 ** (width - 1).bit_length())))
+    # half as many bytes in float32, which fills registers too
+    row_bytes = dtype.itemsize * (dtype.itemsize // 2) * 2 ** (width - 1).bit_length()
+    side = min(64, max(16, SMALL_TILE // row_bytes))
     small: dict[str, Any] = {"BACKEND": "TRITON", "num_stages": 1, "num_warps": 4}
     tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
     return {"BACKEND": "TRITON"}, small | dict.fromkeys(tiles, side)
