@@ -1,13 +1,15 @@
 #!/bin/sh
-# Measures everything that needs a GPU, in at most 8 minutes, and prints one line of JSON:
+# Shows everything that needs a GPU in one call of at most 9 minutes. Prints one line of JSON per part as it goes:
 #
-#     benchmarks/on_gpu.sh > benchmarks/results/on_gpu.json
-#     benchmarks/on_gpu.sh --tiny                               small sizes on a CPU, in seconds, to test the script
+#     benchmarks/on_gpu.sh > benchmarks/results/on_gpu.jsonl
+#     benchmarks/on_gpu.sh --tiny                               small sizes on a CPU, to test the script
+#     benchmarks/on_gpu.sh --part layouts                       one part, without a time limit
 #
-# Compares the kernels with their specification and with installed libraries, and packed rows with padded ones. Measures
-# throughput, share of the matrix peak and memory of training steps at 1, 3 and 8 billion parameters.
-# Needs torch 2.11, transformers 5.17, accelerate, jaxtyping, annotated-types, rich, xxhash and, for the fast paths,
-# Triton; no network. Missing packages may be in a folder next to this script: pip install --no-deps --target carried NAME.
+# In this order: play() of a 0.6B-shaped model, in full and with LoRA; FSDP2 on one rank; kernels and layouts against
+# float32; steps of 0.6B and 3B against the matrix peak and TRL; the head against Liger, cut-cross-entropy and torch; a
+# run that is killed and continued. Each part is a process with its own time limit, so that none costs the others.
+# Needs sparring's dependencies and, for the fast paths, Triton and a C compiler; no network. Missing packages may be in
+# a folder next to this script: pip install --no-deps --target carried NAME.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/../src:$here/carried${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1

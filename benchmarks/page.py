@@ -22,6 +22,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FIGURE = ROOT / "docs" / "claims.svg"
 MARK = re.compile(r"(<!-- results: ([^>]+?) -->)\n.*?<!-- end -->", re.DOTALL)
 
+CAPABILITIES = (80, 86, 89, 90, 100)
+
 Table = list[list[str]]
 """Rows of cells, the header first."""
 
@@ -203,6 +205,21 @@ def scale() -> Table:
             generate, score, train = (f"{value:.2f}" for value in hours)
             busy, large = f"{row['engines_busy']:.0%}", f"{row['train_hours_batch_1024']:.1f}"
             rows.append([f"{row['nodes']:.0f}", generate, busy, score, train, large])
+    return rows
+
+
+def attention_kernels() -> Table:
+    """FlexAttention's kernels: KB of shared memory, forward and backward, and which tiles need it."""
+    rows = [["heads of", "dtype", *(f"sm_{capability}" for capability in CAPABILITIES)]]
+    cells: dict[tuple[int, str, int], dict[str, list[int]]] = {}
+    for row in results("ahead_of_time")["kernels"]:
+        if "width" in row and row["fits"]:
+            tiles = cells.setdefault((row["width"], row["dtype"], row["capability"]), {})
+            tiles.setdefault(row["tiles"], []).append(round(row["shared"] / 1024))
+    for width, dtype in sorted({key[:2] for key in cells}):
+        found = [next(t for t in cells[width, dtype, c].items() if len(t[1]) == 2) for c in CAPABILITIES]
+        shown = [" / ".join(map(str, kib)) + (" (small)" if tiles == "small" else "") for tiles, kib in found]
+        rows.append([str(width), dtype, *shown])
     return rows
 
 
@@ -457,6 +474,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "scale": scale,
     "first commands": first_commands,
     "adapter memory": adapter_memory,
+    "attention kernels": attention_kernels,
     "quarter, fresh rows": lambda: against("fresh rows", "sft", arms_of("fresh rows")),
     "quarter against quarter, fresh rows": lambda: against("fresh rows", "sft, 25 %", arms_of("fresh rows")[1:]),
     **{f"sweep, {task}": partial(sweep, task) for task in ("problems", "stories", "fresh rows")},

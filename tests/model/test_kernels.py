@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparring.model.kernels import chunked, reference, rows
 
@@ -146,6 +148,48 @@ def test_triton_equals_torch(
     rows.slopes_(torchs, targets, expected[1], outer, scale, softcap)
     exact = 1e-2 if dtype == torch.bfloat16 else exact  # rounded to bfloat16, perhaps to its other side
     torch.testing.assert_close(slopes, torchs, atol=exact, rtol=exact)
+
+
+class WithoutCompiler:
+    """A kernel that Triton cannot compile, as in an image without gcc."""
+
+    def __getitem__(self, grid: object) -> object:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+
+@pytest.fixture
+def cuda() -> Iterator[torch.device]:
+    """A device that holds no values, for what is decided without them."""
+    chunked.rows_for.cache_clear()
+    with FakeTensorMode():
+        yield torch.device("cuda")
+    chunked.rows_for.cache_clear()
+
+
+def test_without_a_c_compiler_torch_s_rows_are_used(
+    interpreted: ModuleType, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interpreted, "_logprobs", WithoutCompiler())
+    assert [chunked.rows_for(cuda), chunked.rows_for(cuda)] == [rows, rows]
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("do not compile here: Failed to find C compiler.") == 1
+    assert said.endswith("Triton needs a C compiler and Python's headers (gcc, python3-dev).")
+
+
+def test_triton_s_rows_are_used_where_they_compile(
+    interpreted: ModuleType, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreted, "_logprobs", defaultdict(lambda: lambda *of, **settings: None))
+    assert chunked.rows_for(cuda) is interpreted
+
+
+def test_blocks_on_a_gpu_are_by_bytes() -> None:
+    """16 thousand tokens of a vocabulary of 128 thousand: 9 products, not 64, each added to 1 GB of gradient."""
+    row_bytes = 2 * 128_256
+    sizes = chunked._blocks(16_384, chunked.KEPT // row_bytes, chunked.block_tokens("cuda", row_bytes))
+    assert sum(sizes) == 16_384 and len(sizes) == 9
+    assert 2**28 < max(sizes) * row_bytes <= 2**29
+    assert chunked.block_tokens("cpu", row_bytes) == chunked.BLOCK
 
 
 def test_the_head_with_triton_in_its_place(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

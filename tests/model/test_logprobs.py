@@ -193,9 +193,9 @@ def test_no_logits_are_kept_where_memory_was_asked_for(llama: PreTrainedModel, m
     kept: list[int] = []
     blocks = chunked._blocks
 
-    def seen(tokens: int, first: int) -> list[int]:
+    def seen(tokens: int, first: int, block: int) -> list[int]:
         kept.append(first)
-        return blocks(tokens, first)
+        return blocks(tokens, first, block)
 
     monkeypatch.setattr(chunked, "_blocks", seen)
 

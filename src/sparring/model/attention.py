@@ -1,27 +1,31 @@
 """Attention over shared prompts: each response attends to its prompt and itself, and to nothing else in the row.
 
 A packed row holds prompt, response, response, ..., prompt, response, ... Each prompt attends to itself once, and each
-response to its prompt and itself, in separate calls of torch's attention, so nothing masked is computed. On a GPU with
-Triton one call of FlexAttention covers the row and skips masked blocks. FlexAttention has no backward pass on CPU:
-tests compare its forward pass there, and it has not run on a GPU yet.
+response to its prompt and itself, in separate calls of torch's attention, so nothing masked is computed. On a GPU one
+call of FlexAttention covers the row (`flex.py`), and the pieces are its fallback and its readable twin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sparring.logging import info
+from sparring.model import flex
 
 
 class CannotSharePrompts(Exception):
@@ -44,7 +48,7 @@ class SharedPrompts:
     """The groups of a packed row: in order, the number of tokens of each prompt and of its responses."""
 
     sizes: tuple[tuple[int, ...], ...]
-    is_flex: bool = False  # use FlexAttention
+    in_pieces: bool = False  # without FlexAttention, on a GPU too
     masks: dict[tuple[int, int, int], Bool[Tensor, "queries keys"]] = field(default_factory=dict)  # built once per row
     block_masks: dict[int, BlockMask] = field(default_factory=dict)  # built once per row and window
 
@@ -60,25 +64,7 @@ class SharedPrompts:
     def block_mask(self, window: int, device: torch.device) -> BlockMask:
         """Which positions of the whole row each position attends to, in blocks."""
         if window not in self.block_masks:
-            # for each position: its group, its response (0 is the prompt), and its offset from the start of the prompt
-            rows = [
-                (group, response, place)
-                for group, (prompt, *sizes) in enumerate(self.sizes)
-                for response, (before, size) in enumerate([(0, prompt), *((prompt, size) for size in sizes)])
-                for place in range(before, before + size)
-            ]
-            group, response, place = torch.tensor(rows, device=device).unbind(1)
-
-            self.block_masks[window] = create_block_mask(
-                lambda _, __, q, k: (
-                    (group[q] == group[k])
-                    & ((response[k] == 0) | (response[q] == response[k]))
-                    & (place[k] <= place[q])
-                    & (place[q] - place[k] < window)
-                ),
-                *(None, None, len(rows), len(rows)),
-                device=device.type,
-            )
+            self.block_masks[window] = flex.block_mask(self.sizes, window, device)
         return self.block_masks[window]
 
 
@@ -108,18 +94,79 @@ def attention(
         raise CannotSharePrompts("it computes an attention mask of its own")
     window = sliding_window or query.shape[2]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if shared_prompts.is_flex:
-        dtype = _dtype(query)
-        states = (x.to(dtype) for x in (query, key, value))
-        mask = shared_prompts.block_mask(window, query.device)
-        return flex(query.device)(*states, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2), None
-    return by_pieces(query, key, value, shared_prompts, window, scale), None
+    dtype, device = _dtype(query), query.device
+    shape = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    options = None if shared_prompts.in_pieces else flex_options(*shape, scale, dtype, device)
+    if options is None:
+        return by_pieces(query, key, value, shared_prompts, window, scale), None
+    states = (x.to(dtype) for x in (query, key, value))
+    mask = shared_prompts.block_mask(window, device)
+    settings = {"scale": scale, "enable_gqa": True, "kernel_options": options}
+    return flex.compiled(device)(*states, block_mask=mask, **settings).transpose(1, 2), None
+
+
+PROBE = ((150, 90, 40), (60, 45))
+"""Groups of the row that FlexAttention is tried on: more than one block, and some blocks that are masked in part."""
+PROBE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Norm of the error over the norm, far above rounding and far below that of any wrong mask."""
 
 
 @cache
-def flex(device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on a GPU for dynamic lengths: compiling for each length would cost more than it saves."""
-    return torch.compile(flex_attention, dynamic=True) if device.type == "cuda" else flex_attention  # type: ignore[return-value]
+def flex_options(
+    heads: int, kv_heads: int, width: int, value_width: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any] | None:
+    """The options with which FlexAttention computes heads of this shape, or None if `by_pieces` does.
+
+    Tried out once, forward and backward, with the first row: only then is the model sharded and on its device, and
+    only compiling shows what a device's shared memory holds.
+    """
+    if not flex.is_compiled(device):
+        return None
+    reason = "Triton is not installed" if find_spec("triton") is None else ""
+    for options in () if reason else flex.kernel_options(max(width, value_width), dtype):
+        try:
+            error = _probe(heads, kv_heads, width, value_width, scale, dtype, device, options)
+            if error <= PROBE_ERROR[dtype]:
+                return options
+            reason = f"it differs from plain attention by {error:.2g}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    info(
+        f"note: FlexAttention is off for {heads} heads of {width} in {str(dtype)[6:]}: {reason}. Attention runs in "
+        "pieces, which is slower."
+    )
+    return None
+
+
+def _probe(
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+) -> float:
+    """The largest relative error of FlexAttention's values and gradients against `by_pieces` in float32."""
+    row = SharedPrompts(PROBE)
+    time = sum(map(sum, PROBE))
+    random = torch.Generator().manual_seed(0)
+    sizes = ((heads, width), (kv_heads, width), (kv_heads, value_width), (heads, value_width))
+    states = [torch.randn(1, count, time, size, generator=random).to(device, dtype) for count, size in sizes]
+    # a checkpoint around the caller must neither keep nor recompute what is saved here
+    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        *inputs, outer = (x.detach().requires_grad_() for x in states)
+        settings = {"scale": scale, "enable_gqa": True, "kernel_options": options}
+        found = flex.compiled(device)(*inputs, block_mask=row.block_mask(time, device), **settings)
+        with torch.autocast(device.type, enabled=False):
+            ours = [found.detach(), *torch.autograd.grad(found, inputs, outer)]
+            exact = [x.detach().float().requires_grad_() for x in inputs]
+            expected = by_pieces(*exact, row, time, scale).transpose(1, 2)
+            theirs = [expected.detach(), *torch.autograd.grad(expected, exact, outer.float())]
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
 def by_pieces(

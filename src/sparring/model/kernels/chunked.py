@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparring.logging import info
 from sparring.model.kernels import rows
 
 BLOCK = 256
-"""Tokens per chunk beyond those whose logits are kept. In smaller chunks, adding up the head's gradient would cost more
-than computing it."""
+"""The fewest tokens per chunk beyond those whose logits are kept. In smaller chunks, adding up the head's gradient
+would cost more than computing it."""
+
+GPU_BLOCK = 2**29
+"""Bytes of logits per chunk on a GPU, which 256 tokens cannot fill: with a vocabulary of 128 thousand in bfloat16, an
+eighth of the products, and of the additions to a gradient of 1 to 2 GB."""
 
 KEPT = 2**27
 """Bytes of logits that the forward pass keeps for the backward pass. The rest is recomputed, at a third more matrix
@@ -57,8 +63,9 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        kept = KEPT // (dtype.itemsize * len(weight)) if is_kept and any(ctx.needs_input_grad) else 0
-        ctx.sizes = _blocks(len(hidden), kept)
+        row_bytes = dtype.itemsize * len(weight)
+        kept = KEPT // row_bytes if is_kept and any(ctx.needs_input_grad) else 0
+        ctx.sizes = _blocks(len(hidden), kept, block_tokens(hidden.device.type, row_bytes))
         ctx.kept, ctx.scale, ctx.softcap = None, scale, softcap
         logprobs, normalizers = [], []
         work = rows_for(hidden.device)
@@ -105,16 +112,33 @@ class _LinearLogprob(torch.autograd.Function):
         )
 
 
+@cache
 def rows_for(device: torch.device) -> ModuleType:
-    """The row kernels for a device: Triton's on a GPU that has it, otherwise torch's."""
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from sparring.model.kernels import triton
+    """The row kernels for a device: Triton's on a GPU where they compile, otherwise torch's."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return rows
+    from sparring.model.kernels import triton
 
-        return triton
-    return rows
+    try:
+        triton.logprobs_of(torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device), 1.0, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler raises: slim images lack the C compiler that Triton starts
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        info(
+            f"note: The head's Triton kernels do not compile here: {reason}. Torch's own are used, which are slower. "
+            "Triton needs a C compiler and Python's headers (gcc, python3-dev)."
+        )
+        return rows
+    return triton
 
 
-def _blocks(tokens: int, kept: int) -> list[int]:
+def block_tokens(device: str, row_bytes: int) -> int:
+    """Tokens per chunk whose logits have so many bytes each."""
+    return max(BLOCK, GPU_BLOCK // row_bytes) if device == "cuda" else BLOCK
+
+
+def _blocks(tokens: int, kept: int, block: int) -> list[int]:
     """Tokens of each chunk: the first one holds all kept logits, so that its products are large."""
     sizes = [min(tokens, kept)] if kept else []
-    return sizes + [min(BLOCK, tokens - start) for start in range(sum(sizes), tokens, BLOCK)]
+    return sizes + [min(block, tokens - start) for start in range(sum(sizes), tokens, block)]
