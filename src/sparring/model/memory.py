@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -15,6 +17,9 @@ from sparring.errors import RunError, UserError
 from sparring.logging import info
 
 T = TypeVar("T")
+
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 2**17
+"""glibc's number of the setting, and its first value, which stays once it is set."""
 
 START = {"cpu": 4096, "cuda": 16_384}
 """Tokens per micro-batch without gradients, and where the search for training starts."""
@@ -119,6 +124,16 @@ def halve_micro_batch_tokens(error: RuntimeError, micro_batch_tokens: int, large
 def release_memory() -> None:
     """Gives memory that no tensor holds back to the device, for other processes too."""
     clear_device_cache(garbage_collection=True)
+
+
+def return_freed_memory() -> None:
+    """Makes the C library give large freed blocks back to the system, in this process from now on.
+
+    glibc raises the size above which it does so whenever a larger block is freed, up to 32 MiB. Activations then share
+    its heap with what stays, and the heap keeps its largest size.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def peak_memory_mib(device: torch.device) -> float:

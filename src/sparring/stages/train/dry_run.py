@@ -35,7 +35,7 @@ from sparring.parallel.fake_ranks import fake_fsdp2
 from sparring.recipe.schema import Recipe
 from sparring.stages.train.policy import Policy, make_policy
 from sparring.stages.train.step import backward_micro_batch, stack_opponent
-from sparring.types import Group, TrainingExample
+from sparring.types import Group, Role, TrainingExample
 
 Phase = Literal["forward", "backward", "update"]
 """Parts of a step whose peaks grow by different amounts per layer. "forward" ends where the backward pass reaches the
@@ -49,8 +49,8 @@ def peak_bytes(recipe: Recipe, config: PreTrainedConfig, tokens: int, device: st
     and torch raise for an architecture that fake tensors cannot follow.
     """
     layers, period = config.get_text_config().num_hidden_layers, layer_period(config)
-    # the last layers of the backward pass differ: the first has nothing before it, and with shards the one after it still
-    # waits for the gradients of another
+    # the layers at both ends of the backward pass differ: the first has none before it to gather, and with shards the
+    # gradients of one are still being reduced while the next computes
     few = period + (1 if ranks == 1 else 2)
     if layers <= few + period:
         return max(phase_peaks(recipe, config, tokens, device, ranks).values())
@@ -79,7 +79,7 @@ def phase_peaks(recipe: Recipe, config: PreTrainedConfig, tokens: int, device: s
                 parameter.grad = torch.empty_like(parameter)
             _update(policy, recipe)
             memory.restart()
-            with _on_reaching_first_layer(policy.model, lambda: peaks.update(forward=memory.restart())):
+            with _on_reaching_first_layer(policy.model, lambda: peaks.update({"forward": memory.restart()})):
                 backward_micro_batch(policy, recipe.method, packed, opponent, recipe.train.sft_weight, 1.0, parallel)
             peaks["backward"] = memory.restart()
             _update(policy, recipe)
@@ -159,15 +159,17 @@ def _parallel(ranks: int, dtype: torch.dtype) -> AbstractContextManager[Parallel
 def _example(recipe: Recipe, tokens: int, packing: Packing) -> TrainingExample:
     """A group that fills a micro-batch, three quarters of it responses."""
     roles, samples = recipe.method.needs.roles, recipe.generate.samples
-    counts = {role: samples if role == "generated" else 1 for role in roles}
+    counts: dict[Role, int] = {role: samples if role == "generated" else 1 for role in roles}
     number = sum(counts.values())
     of_response = max(1, 3 * tokens // (4 * number))
     of_prompt = max(1, (tokens // number if packing == "padded" else tokens - (number - 1) * of_response) - of_response)
     ids = iter(range(1, number + 1))  # equal responses would be computed once
-    responses = {
+    responses: dict[Role, tuple[np.ndarray, ...]] = {
         role: tuple(np.full(of_response, next(ids), dtype=np.int32) for _ in range(n)) for role, n in counts.items()
     }
-    opponent = {role: np.zeros(n if role == "generated" else (), dtype=np.float32) for role, n in counts.items()}
+    opponent: dict[Role, np.ndarray] = {
+        role: np.zeros(n if role == "generated" else (), dtype=np.float32) for role, n in counts.items()
+    }
     group = Group("", np.zeros(of_prompt, dtype=np.int32), responses)
     return TrainingExample(group, opponent if recipe.method.needs.opponent else {})
 
@@ -197,9 +199,10 @@ def _on_reaching_first_layer(model: PreTrainedModel, call: Callable[[], object])
 
 
 def _update(policy: Policy, recipe: Recipe) -> None:
-    """One update. bitsandbytes' kernels, which make no temporaries, do not know fake tensors: its state is put there."""
+    """One update. bitsandbytes' kernels make no temporaries, but take no fake tensors: only their state is made."""
     if recipe.train.optimizer != "adamw_8bit":
         policy.optimizer.step()
     elif not policy.optimizer.state:
         size = optimizer_state_bytes(recipe.train.optimizer, *trained_sizes(policy.model))
-        policy.optimizer.state["all"] = {"moments": torch.empty(size, dtype=torch.uint8)}
+        moments = torch.empty(size, dtype=torch.uint8)
+        policy.optimizer.state[moments] = {"moments": moments}
