@@ -133,6 +133,8 @@ def main() -> None:
     if name == "fsdp2":
         AcceleratorState._reset_state()
         found["in_bfloat16"] = in_bfloat16(folder, Fsdp2(parallel.rendezvous, torch.bfloat16))
+        AcceleratorState._reset_state()
+        found["offloaded"] = run(folder, "shared", 1, 3, Fsdp2(parallel.rendezvous, offload=True))
     found["wrong"] = with_local_mean(parallel, lambda: run(folder, "shared", 1, 3, parallel))
     if parallel.is_main:
         out.write_text(json.dumps(found))

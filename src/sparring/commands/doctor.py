@@ -177,7 +177,7 @@ def examine_memory(recipe: Recipe, folder: Path, state_bytes: int) -> Finding:
     except UNKNOWN_ARCHITECTURE as error:
         return Finding("note", f"Memory cannot be forecast for this architecture: {error}")
     available = device_memory(ranks)
-    state = state_bytes / (ranks if recipe.parallel == "fsdp2" else 1)
+    state = state_bytes / (ranks if recipe.is_sharded else 1)
     text = (
         f"Memory: training needs about {format_bytes(required)}{f' on each of {ranks} devices' if ranks > 1 else ''} "
         f"({format_bytes(state)} of it weights, gradients and optimizer state), {format_bytes(available)} available"

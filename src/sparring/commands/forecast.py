@@ -92,7 +92,7 @@ def training_bytes(recipe: Recipe, folder: Path, device: str, num_ranks: int, to
     elif tokens is None:
         per_token = activation_bytes(config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
         tokens = search_range(torch.device("cpu"), per_token)[0] if device == "cpu" else train.max_length
-    is_sharded = recipe.parallel == "fsdp2" and num_ranks > 1
+    is_sharded = recipe.is_sharded and num_ranks > 1
     total = peak_bytes(recipe, config, tokens, device, num_ranks if is_sharded else 1)
     if recipe.in_4bit:
         model, each = empty_model(folder), BYTES[recipe.weights_dtype]
@@ -141,10 +141,11 @@ def device_memory(ranks: int) -> float:
 def memory_remedies(recipe: Recipe, ranks: int) -> str:
     """What would make training take less memory, in the recipe's words."""
     train, adapter = recipe.train, recipe.adapter
-    is_sharded = recipe.parallel == "fsdp2" and recipe.launch != "inline"
+    is_sharded = recipe.is_sharded and recipe.launch != "inline"
     remedies = [
         "set train.gradient_checkpointing: true" if not train.gradient_checkpointing else "",
         "set launch: torchrun and parallel: fsdp2 on several devices" if not is_sharded and not recipe.in_4bit else "",
+        "set parallel: fsdp2_offload" if is_sharded and recipe.parallel != "fsdp2_offload" else "",
         "train an adapter" if adapter is None else "",
         "set adapter.load_in_4bit: true" if adapter is not None and not recipe.in_4bit and not is_sharded else "",
         "set train.optimizer: adamw_8bit" if train.optimizer == "adamw" and not is_sharded else "",

@@ -6,7 +6,8 @@ import ctypes
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -119,6 +120,20 @@ def halve_micro_batch_tokens(error: RuntimeError, micro_batch_tokens: int, large
     smaller = max(largest, micro_batch_tokens // 2)
     info(f"  Out of memory at {micro_batch_tokens:,} tokens per micro-batch; retrying with {smaller:,}.")
     return smaller
+
+
+@contextmanager
+def explain_out_of_memory(what: str) -> Iterator[None]:
+    """For what smaller micro-batches would not help: says what did not fit, and what would."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunError(
+            f"Out of memory while {what}, which smaller micro-batches would not change. Set parallel: fsdp2 on several "
+            "devices, train an adapter, or set train.optimizer: adamw_8bit, in another run directory."
+        ) from error
 
 
 def release_memory() -> None:

@@ -79,11 +79,14 @@ def phase_peaks(recipe: Recipe, config: PreTrainedConfig, tokens: int, device: s
                 parameter.grad = torch.empty_like(parameter)
             _update(policy, recipe)
             memory.restart()
+            in_cpu_memory = memory.live if recipe.parallel == "fsdp2_offload" and parallel.is_sharded else 0
             with _on_reaching_first_layer(policy.model, lambda: peaks.update({"forward": memory.restart()})):
                 backward_micro_batch(policy, recipe.method, packed, opponent, recipe.train.sft_weight, 1.0, parallel)
             peaks["backward"] = memory.restart()
             _update(policy, recipe)
             peaks["update"] = memory.restart()
+    if in_cpu_memory:  # shards, their gradients and their state; and the update is computed there
+        peaks = {phase: peak - in_cpu_memory for phase, peak in peaks.items() if phase != "update"}
     return peaks
 
 
