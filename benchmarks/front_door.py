@@ -115,7 +115,7 @@ def measure(arguments: Sequence[str], rounds: int, folder: Path) -> dict[str, fl
 
 def forecast_7b(folder: Path) -> list[dict[str, float]]:
     """Forecast of training memory for an adapter on 7B, in GiB, by tokens per micro-batch."""
-    from sparring.commands.forecast import forecast
+    from sparring.commands.forecast import forecast, training_bytes
     from sparring.recipe.load import load_recipe
 
     found = []
@@ -135,7 +135,7 @@ def forecast_7b(folder: Path) -> list[dict[str, float]]:
                     "parameters": needs.num_parameters,
                     "trained": needs.num_trained,
                     "state_gib": needs.state_bytes / 2**30,
-                    "work_gib": needs.work_bytes / 2**30,
+                    "peak_gib": training_bytes(recipe, folder / "large", "cuda", 1) / 2**30,
                     "disk_gib": needs.disk_bytes / 2**30,
                 }
             )

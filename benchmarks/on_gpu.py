@@ -356,7 +356,7 @@ def layouts(device: torch.device, is_tiny: bool) -> Result:
     pieces = replace(shared, shared_prompts=replace(shared.shared_prompts, in_pieces=True))
     for name, batch in {"padded": padded, "pieces": pieces, "shared": shared}.items():
         model.zero_grad()
-        logprobs = scorer(batch)
+        logprobs = batch.sums(scorer(batch))
         (logprobs * torch.linspace(-1, 2, len(logprobs), device=device)).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         values[name] = [logprobs.detach(), gradient]

@@ -49,7 +49,7 @@ def compare(folder: Path) -> dict[str, object]:
         engine = recipe.generate.model_copy(update={"batch_size": batch_size})
         wanted = recipe.model_copy(update={"generate": engine})
         speed = gpu_speed(gpu, wanted, size, lengths)
-        first = plan(wanted, folder, lengths, GPUS_USED, speed, gpu, parallel="fsdp2").iterations[0]
+        first = plan(wanted, folder, lengths, GPUS_USED, speed, gpu).iterations[0]
         return {name: getattr(first, name) / 3600 for name in ("generate", "score", "train")}
 
     ours = hours(64)

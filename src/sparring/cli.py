@@ -50,8 +50,9 @@ def run(
     from sparring.loop import play, run_one_stage
 
     if stage is None:
-        from sparring.commands.forecast import check_disk
+        from sparring.commands.forecast import check_disk, check_memory
 
+        check_memory(settings)
         check_disk(settings, run_dir)
         play(settings, run_dir)
     elif not run_one_stage(settings, run_dir, stage, iteration):

@@ -23,6 +23,7 @@ from sparring.model.memory import (
     search_range,
 )
 from sparring.model.packing import PackedBatch
+from sparring.parallel import SingleProcess
 from sparring.recipe.schema import Recipe
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
@@ -67,6 +68,27 @@ def test_a_single_group_that_does_not_fit_stops_with_a_remedy(
     monkeypatch.setattr(SmallMemory, "tokens", 10)
     with pytest.raises(RunError, match=r"single prompt with its responses .* train.max_length"):
         play(make_recipe("tspin", iterations=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "what"),
+    [
+        (sparring.stages.train.loop, "load_policy", "loading the model"),
+        (SingleProcess, "optimizer_step", "updating the weights"),
+        (sparring.stages.train.micro_batches, "forward_backward", "making gradients and the optimizer's state"),
+    ],
+)
+@pytest.mark.usefixtures("searches_from_128")
+def test_what_smaller_micro_batches_would_not_change_is_explained(
+    target: object, name: str, what: str, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 GiB.")
+
+    monkeypatch.setattr(target, name, fails)
+    recipe = make_recipe("tspin", iterations=1, train={"micro_batch_tokens": "auto"}, data={"held_out": 0, "limit": 16})
+    with pytest.raises(RunError, match=f"Out of memory while {what}.*parallel: fsdp2"):
+        play(recipe, tmp_path / "run")
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:

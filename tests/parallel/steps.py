@@ -90,7 +90,7 @@ def in_bfloat16(folder: Path, parallel: Parallel) -> tuple[float, list[list[str]
         seen.append([str(next(layer.parameters()).dtype), str(inputs[0].dtype)])
 
     half.model.base_model.layers[-1].register_forward_pre_hook(note)
-    difference = half.forward(batch).detach() - single(batch).detach()
+    difference = batch.sums(half.forward(batch).detach() - single(batch).detach())
     return float(difference.abs().sum() / sum(batch.distinct_lengths)), seen
 
 
@@ -188,6 +188,8 @@ def main() -> None:
     if name == "fsdp2":
         AcceleratorState._reset_state()
         found["in_bfloat16"] = in_bfloat16(folder, Fsdp2(parallel.rendezvous, torch.bfloat16))
+        AcceleratorState._reset_state()
+        found["offloaded"] = run(folder, "shared", 1, 3, Fsdp2(parallel.rendezvous, offload=True))
     found["wrong"] = with_local_mean(parallel, lambda: run(folder, "shared", 1, 3, parallel))
     if parallel.is_main:
         out.write_text(json.dumps(found))

@@ -49,6 +49,7 @@ def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone
         difference, dtypes = found.pop("in_bfloat16")
         assert 0 < difference < 0.01
         assert dtypes == [["torch.bfloat16", "torch.float32"]], "weights are gathered in it, the residual stream is not"
+        assert np.array(found.pop("offloaded")) == pytest.approx(alone["shared/1"][:3], rel=1e-6)
     found = {arm: np.array(values) for arm, values in found.items()}
     for arm, one in alone.items():
         residual = found[arm] / one - 1

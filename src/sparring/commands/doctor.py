@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,11 +14,20 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from sparring.commands.forecast import UNKNOWN_ARCHITECTURE, forecast, num_training
+from sparring.commands.forecast import (
+    FITS,
+    UNKNOWN_ARCHITECTURE,
+    device_memory,
+    forecast,
+    local_ranks,
+    memory_remedies,
+    num_training,
+    training_bytes,
+)
 from sparring.errors import UserError
 from sparring.model.load import context_length, declared_end_ids, load_tokenizer, resolve_model
 from sparring.model.memory import inference_micro_batch_tokens
-from sparring.parallel import local_device, num_local_devices
+from sparring.parallel import local_device
 from sparring.recipe.schema import Recipe
 from sparring.run.disk import format_bytes, free_bytes
 from sparring.stages.prepare import (
@@ -156,35 +164,32 @@ def examine_resources(recipe: Recipe, folder: Path, num_rows: int) -> Iterator[F
         f"{needs.num_parameters:,} parameters{trained}; {at_least}{needs.steps_per_iteration:,} optimizer steps per "
         f"iteration, {recipe.iterations} iterations",
     )
-    ranks = num_local_devices() if recipe.num_processes == "auto" else recipe.num_processes
-    ranks = ranks if recipe.launch == "torchrun" else 1
-    state = needs.state_bytes_per_device(recipe.parallel, ranks)
-    memory = available_memory() / (1 if local_device().type == "cuda" else ranks)  # ranks share a CPU's memory
-    fits = state + needs.work_bytes < 0.95 * memory
-    text = (
-        f"Memory: training needs about {format_bytes(state + needs.work_bytes)}"
-        f"{f' on each of {ranks} devices' if ranks > 1 else ''} ({format_bytes(state)} for weights, gradients and "
-        f"optimizer state, about {format_bytes(needs.work_bytes)} for activations), {format_bytes(memory)} available"
-    )
-    if not fits:
-        tokens = "max_length" if recipe.train.micro_batch_tokens == "auto" else "micro_batch_tokens"
-        shard = ", set parallel: fsdp2" if ranks > 1 and recipe.parallel == "ddp" else ""
-        text += f". Lower train.{tokens}, set train.gradient_checkpointing: true{shard}, or train an adapter"
-    yield Finding("good" if fits else "bad", text)
+    yield examine_memory(recipe, folder, needs.state_bytes)
     free = free_bytes(Path.cwd())
     text = f"Disk: models and checkpoints need {format_bytes(needs.disk_bytes)}, {format_bytes(free)} free here"
     yield Finding("good" if needs.disk_bytes < free else "bad", text)
 
 
+def examine_memory(recipe: Recipe, folder: Path, state_bytes: int) -> Finding:
+    device, ranks = local_device().type, local_ranks(recipe)
+    try:
+        required = training_bytes(recipe, folder, device, ranks)
+    except UNKNOWN_ARCHITECTURE as error:
+        return Finding("note", f"Memory cannot be forecast for this architecture: {error}")
+    available = device_memory(ranks)
+    state = state_bytes / (ranks if recipe.is_sharded else 1)
+    text = (
+        f"Memory: training needs about {format_bytes(required)}{f' on each of {ranks} devices' if ranks > 1 else ''} "
+        f"({format_bytes(state)} of it weights, gradients and optimizer state), {format_bytes(available)} available"
+    )
+    if required < FITS * available:
+        return Finding("good", text)
+    tokens = "max_length" if recipe.train.micro_batch_tokens == "auto" else "micro_batch_tokens"
+    return Finding("bad", f"{text}. Lower train.{tokens}, or {memory_remedies(recipe, ranks)}")
+
+
 def quantiles(lengths: np.ndarray) -> str:
     return f"{np.median(lengths):.0f} (median), {np.quantile(lengths, 0.95):.0f} (95%), {lengths.max()} (max)"
-
-
-def available_memory() -> float:
-    """Bytes of memory of one training device."""
-    if local_device().type == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def print_findings(recipe: Recipe) -> bool:

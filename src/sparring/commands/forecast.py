@@ -1,8 +1,12 @@
-"""Forecasts parameters, memory, disk and steps from the model's config. Loads no weights."""
+"""Forecasts parameters, memory, disk and steps from the model's config. Loads no weights.
+
+`plan`, `doctor` and `run` have their memory from `training_bytes`, which measures a step on fake tensors.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +18,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparring.errors import UserError
 from sparring.logging import info
-from sparring.model.kernels.chunked import BLOCK, KEPT
 from sparring.model.load import load_config, num_parameters, resolve_model
-from sparring.model.memory import activation_bytes
+from sparring.model.memory import MINIMUM, activation_bytes, peak_memory_mib, search_range
 from sparring.model.optimizers import optimizer_state_bytes, trained_sizes
 from sparring.model.quantization import BYTES_PER_WEIGHT
+from sparring.parallel import local_device, num_local_devices
 from sparring.recipe.schema import Adapter, Recipe
 from sparring.run.disk import format_bytes, free_bytes
 from sparring.run.manifest import is_committed
 from sparring.run.rundir import RunDir
 from sparring.stages.train.checkpoint import NUM_KEPT
+from sparring.stages.train.dry_run import peak_bytes
 
 BYTES = {"float32": 4, "bfloat16": 2}
-UNKNOWN_ARCHITECTURE = (ValueError, KeyError, AttributeError, ImportError)
-"""What transformers raises for a config from which it cannot build a model."""
+UNKNOWN_ARCHITECTURE = (ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+"""What transformers raises for a config from which it cannot build a model, and torch for one that depends on numbers,
+which fake tensors do not have."""
+
+
+FITS = 0.95
+"""Fraction of a device's memory that a step may need, by the forecast: libraries and fragmentation take some."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,9 @@ class TrainedTensors:
 class Forecast:
     num_parameters: int
     num_trained: int
-    state_bytes: int  # weights, gradients and optimizer state: exact
-    work_bytes: int  # activations and one block of logits of a micro-batch: an estimate
+    state_bytes: int  # weights, gradients and optimizer state, of all devices that share them
     disk_bytes: int  # the peak, at the end of the last training
     steps_per_iteration: int
-
-    def state_bytes_per_device(self, parallel: str, devices: int) -> float:
-        return self.state_bytes / devices if parallel == "fsdp2" else self.state_bytes
 
 
 def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
@@ -63,20 +69,88 @@ def forecast(recipe: Recipe, folder: Path, num_rows: int) -> Forecast:
     trained = trained_tensors(model, adapter)
     frozen = 0 if adapter is None else frozen_bytes(model, BYTES[recipe.weights_dtype], recipe.in_4bit)
     moments = optimizer_state_bytes(train.optimizer, trained.sizes, trained.embedding)
-    config = model.config.get_text_config()
-    per_token = activation_bytes(model.config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
-    # with "auto" training takes the memory that is there, and at least one row of the maximum length must fit
-    tokens = train.max_length if train.micro_batch_tokens == "auto" else train.micro_batch_tokens
-    logits = 0 if train.gradient_checkpointing else KEPT
     rows = num_rows * (min(2, recipe.method.needs.rounds) if recipe.iterations > 1 else 1)
     return Forecast(
         num_parameters=num_weights,
         num_trained=trained.total,
         state_bytes=frozen + trained.total * 4 * 2 + moments,
-        work_bytes=tokens * per_token + logits + BLOCK * config.vocab_size * BYTES[train.dtype],
         disk_bytes=disk_bytes(recipe, num_weights, trained, recipe.iterations),
         steps_per_iteration=train.epochs * math.ceil(max(rows, num_rows) / train.batch_size),
     )
+
+
+def training_bytes(recipe: Recipe, folder: Path, device: str, num_ranks: int, tokens: int | None = None) -> int:
+    """Bytes on each device at the peak of an optimizer step.
+
+    `device`: the type of the devices. `tokens`: of a micro-batch; None for what the recipe leads to. With "auto" a GPU
+    takes the memory that is there, and at least a group of train.max_length must fit. Raises `UNKNOWN_ARCHITECTURE`.
+    """
+    config, train = load_config(folder), recipe.train
+    if tokens is None and train.micro_batch_tokens != "auto":
+        num_responses = len(recipe.method.needs.roles) - 1 + recipe.generate.samples
+        tokens = min(train.micro_batch_tokens, train.batch_size * num_responses * train.max_length)
+    elif tokens is None:
+        per_token = activation_bytes(config, BYTES[train.dtype], checkpointing=train.gradient_checkpointing)
+        tokens = search_range(torch.device("cpu"), per_token)[0] if device == "cpu" else train.max_length
+    is_sharded = recipe.is_sharded and num_ranks > 1
+    total = peak_bytes(recipe, config, tokens, device, num_ranks if is_sharded else 1)
+    if recipe.in_4bit:
+        model, each = empty_model(folder), BYTES[recipe.weights_dtype]
+        total += frozen_bytes(model, each, in_4bit=True) - frozen_bytes(model, each, in_4bit=False)
+        # one layer at a time is dequantized
+        total += each * max(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if num_ranks > 1 and not is_sharded:
+        total += 4 * trained_tensors(empty_model(folder), recipe.adapter).total  # DDP's buckets
+    if device == "cpu":
+        total += round(peak_memory_mib(torch.device("cpu")) * 2**20)  # this process has loaded the same libraries
+    return total
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raises `UserError` if training cannot fit into a device's memory, however small its micro-batches become."""
+    ranks = local_ranks(recipe)
+    if recipe.launch == "ray":
+        return  # the devices are elsewhere
+    folder, device = resolve_model(recipe.model), local_device().type
+    try:
+        required = training_bytes(recipe, folder, device, ranks, min(MINIMUM, recipe.train.max_length))
+    except UNKNOWN_ARCHITECTURE:
+        return  # the data stage reports what is wrong with the model
+    available = device_memory(ranks)
+    if required > available:
+        raise UserError(
+            f"train: a step needs at least {format_bytes(required)} on each device, and {format_bytes(available)} are "
+            f"there. To make it fit, {memory_remedies(recipe, ranks)}."
+        )
+
+
+def local_ranks(recipe: Recipe) -> int:
+    """How many ranks share this machine's devices."""
+    if recipe.launch != "torchrun":
+        return 1
+    return num_local_devices() if recipe.num_processes == "auto" else recipe.num_processes
+
+
+def device_memory(ranks: int) -> float:
+    """Bytes of memory for each of the ranks on this machine."""
+    if local_device().type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+
+def memory_remedies(recipe: Recipe, ranks: int) -> str:
+    """What would make training take less memory, in the recipe's words."""
+    train, adapter = recipe.train, recipe.adapter
+    is_sharded = recipe.is_sharded and recipe.launch != "inline"
+    remedies = [
+        "set train.gradient_checkpointing: true" if not train.gradient_checkpointing else "",
+        "set launch: torchrun and parallel: fsdp2 on several devices" if not is_sharded and not recipe.in_4bit else "",
+        "set parallel: fsdp2_offload" if is_sharded and recipe.parallel != "fsdp2_offload" else "",
+        "train an adapter" if adapter is None else "",
+        "set adapter.load_in_4bit: true" if adapter is not None and not recipe.in_4bit and not is_sharded else "",
+        "set train.optimizer: adamw_8bit" if train.optimizer == "adamw" and not is_sharded else "",
+    ]
+    return ", or ".join(filter(None, remedies)) or "choose a smaller model"
 
 
 def check_disk(recipe: Recipe, run_dir: Path) -> None:

@@ -15,9 +15,18 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from sparring.commands.forecast import BYTES, Forecast, empty_model, forecast, num_training
+from sparring.commands.forecast import (
+    BYTES,
+    UNKNOWN_ARCHITECTURE,
+    Forecast,
+    empty_model,
+    forecast,
+    num_training,
+    training_bytes,
+)
 from sparring.errors import UserError
 from sparring.model.load import load_tokenizer, resolve_model
+from sparring.parallel import local_device
 from sparring.recipe.schema import Recipe
 from sparring.report.bars import format_duration
 from sparring.run.disk import format_bytes
@@ -125,7 +134,6 @@ class StageSeconds:
 @dataclass(frozen=True)
 class Plan:
     forecast: Forecast
-    train_bytes: float  # memory per device
     generate_bytes: float  # memory per device: weights and the KV cache
     iterations: tuple[StageSeconds, ...]
     disk_bytes: float
@@ -188,10 +196,7 @@ def measured_speed(run_dir: Path, size: ModelSize) -> Speed:
     )
 
 
-def plan(
-    recipe: Recipe, folder: Path, tokens: RowTokens, gpus: int, speed: Speed, gpu: Gpu | None, *, parallel: str
-) -> Plan:
-    """`parallel`: the recipe's setting for devices that train together, however their processes are started."""
+def plan(recipe: Recipe, folder: Path, tokens: RowTokens, gpus: int, speed: Speed, gpu: Gpu | None) -> Plan:
     size = ModelSize.of(folder, recipe.train.dtype)
     needs = forecast(recipe, folder, tokens.rows)
     iterations = []
@@ -212,7 +217,6 @@ def plan(
     kv_cache = batch_size * (tokens.prompt + recipe.generate.max_new_tokens) * size.kv_bytes
     return Plan(
         forecast=needs,
-        train_bytes=needs.state_bytes_per_device(parallel, gpus) + needs.work_bytes,
         generate_bytes=(size.weight_bytes + kv_cache) / recipe.generate.tensor_parallel_size,
         iterations=tuple(iterations),
         disk_bytes=needs.disk_bytes + recipe.iterations * tokens.rows * recipe.generate.samples * per_response,
@@ -297,12 +301,21 @@ def find_config(name: str) -> Path:
 
 
 def format_plan(
-    result: Plan, tokens: RowTokens, speed: Speed, name: str, gpu: Gpu | None, price: float | None
+    result: Plan,
+    train_bytes: float | None,
+    tokens: RowTokens,
+    speed: Speed,
+    name: str,
+    gpu: Gpu | None,
+    price: float | None,
 ) -> Iterator[str]:
-    """The plan and its assumptions, as lines of text."""
+    """The plan and its assumptions, as lines of text. `train_bytes`: memory per device; None if it is unknown."""
     needs = result.forecast
     yield f"{needs.num_parameters:,} parameters, {needs.num_trained:,} trained; {tokens.rows:,} training rows"
-    for purpose, size in (("training", result.train_bytes), ("generation", result.generate_bytes)):
+    for purpose, size in (("training", train_bytes), ("generation", result.generate_bytes)):
+        if size is None:
+            yield f"Memory per device, {purpose}: cannot be forecast for this architecture"
+            continue
         limit = "" if gpu is None else f" of {format_bytes(gpu.memory_bytes)}"
         fits = "" if gpu is None or size < 0.95 * gpu.memory_bytes else "  DOES NOT FIT"
         yield f"Memory per device, {purpose}: {format_bytes(size)}{limit}{fits}"
@@ -354,6 +367,10 @@ def print_plan(
         speed = measured_speed(measured, size)
     else:
         speed = gpu_speed(GPUS[str(name)], recipe, size, row_tokens)
-    result = plan(recipe, folder, row_tokens, gpus, speed, gpu, parallel=recipe.parallel)
-    for line in format_plan(result, row_tokens, speed, name or f"device of {measured}", gpu, price):
+    result = plan(recipe, folder, row_tokens, gpus, speed, gpu)
+    try:
+        train_bytes = training_bytes(recipe, folder, local_device().type if gpu is None else "cuda", gpus)
+    except UNKNOWN_ARCHITECTURE:
+        train_bytes = None
+    for line in format_plan(result, train_bytes, row_tokens, speed, name or f"device of {measured}", gpu, price):
         print(line)

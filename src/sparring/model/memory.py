@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -15,6 +18,9 @@ from sparring.errors import RunError, UserError
 from sparring.logging import info
 
 T = TypeVar("T")
+
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 2**17
+"""glibc's number of the setting, and its first value, which stays once it is set."""
 
 START = {"cpu": 4096, "cuda": 16_384}
 """Tokens per micro-batch without gradients, and where the search for training starts."""
@@ -116,9 +122,33 @@ def halve_micro_batch_tokens(error: RuntimeError, micro_batch_tokens: int, large
     return smaller
 
 
+@contextmanager
+def explain_out_of_memory(what: str) -> Iterator[None]:
+    """For what smaller micro-batches would not help: says what did not fit, and what would."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunError(
+            f"Out of memory while {what}, which smaller micro-batches would not change. Set parallel: fsdp2 on several "
+            "devices, train an adapter, or set train.optimizer: adamw_8bit, in another run directory."
+        ) from error
+
+
 def release_memory() -> None:
     """Gives memory that no tensor holds back to the device, for other processes too."""
     clear_device_cache(garbage_collection=True)
+
+
+def return_freed_memory() -> None:
+    """Makes the C library give large freed blocks back to the system, in this process from now on.
+
+    glibc raises the size above which it does so whenever a larger block is freed, up to 32 MiB. Activations then share
+    its heap with what stays, and the heap keeps its largest size.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -33,7 +33,8 @@ def make_optimizer(name: str, model: nn.Module, learning_rate: float, weight_dec
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name != "adamw_8bit":
         optimizer = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
-        return optimizer(trainable, lr=learning_rate, weight_decay=weight_decay)
+        # foreach, torch's default on GPUs, makes temporaries as large as all parameters
+        return optimizer(trainable, lr=learning_rate, weight_decay=weight_decay, foreach=False)
     import_bitsandbytes()
     from bitsandbytes import optim
 

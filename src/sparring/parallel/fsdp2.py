@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from sparring.parallel.ddp import Ddp
@@ -33,12 +33,13 @@ class Fsdp2(Ddp):
     """`Parallel` for ranks that each hold a shard of the model; on several nodes, each node holds all of it.
 
     With `dtype` bfloat16 weights are gathered in it, at half the traffic and memory. Shards, gradients' sums and the
-    residual stream stay float32, so that a step is what it is with DDP but for the rounding of norms' weights.
+    residual stream stay float32, so that a step is what it is with DDP but for the rounding of norms' weights. With
+    `offload` shards, gradients and optimizer state are in CPU memory, which updates them too.
     """
 
     name = "fsdp2"
 
-    def __init__(self, rendezvous: Rendezvous, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, rendezvous: Rendezvous, dtype: torch.dtype = torch.float32, *, offload: bool = False) -> None:
         self.dtype = dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.plugin = FullyShardedDataParallelPlugin(
@@ -46,8 +47,12 @@ class Fsdp2(Ddp):
             auto_wrap_policy="transformer_based_wrap",
             cpu_ram_efficient_loading=False,
             mixed_precision_policy=None if dtype == torch.float32 else policy,
+            cpu_offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else None,
         )
-        super().__init__(rendezvous, fsdp_plugin=self.plugin)
+        # with these accelerate also starts gloo, for collectives of what is in CPU memory
+        settings = {"accelerate_use_fsdp": "true", "fsdp_offload_params": "true"} if offload else {}
+        with patch_environment(**settings):
+            super().__init__(rendezvous, fsdp_plugin=self.plugin)
         if self.device.type == "cpu":  # accelerate shards on accelerators only; torch also shards on CPUs
             PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = self.plugin

@@ -275,10 +275,16 @@ class Recipe(Strict):
     """HOST:PORT of the Ray cluster. None: RAY_ADDRESS, a cluster on this machine, or a new one."""
     num_processes: PositiveInt | Literal["auto"] = Field(default="auto", json_schema_extra=MAY_CHANGE)
     """Number of ranks. auto: one per GPU, or per CPU core without GPUs."""
-    parallel: Literal["ddp", "fsdp2"] = Field(default="ddp", json_schema_extra=MAY_CHANGE)
-    """How ranks train. ddp: each holds the whole model. fsdp2: they shard weights, gradients and optimizer state."""
+    parallel: Literal["ddp", "fsdp2", "fsdp2_offload"] = Field(default="ddp", json_schema_extra=MAY_CHANGE)
+    """How ranks train. ddp: each holds the whole model. fsdp2: they shard weights, gradients and optimizer state.
+    fsdp2_offload: and keep the shards in CPU memory, where they are also updated."""
     threads: PositiveInt | None = None
     """CPU threads. None: as many as this process may use. Recorded, since rounding depends on it."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks, if there are several, hold parts of the model in training."""
+        return self.parallel != "ddp"
 
     @property
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:

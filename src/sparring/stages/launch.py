@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 from sparring.errors import RankLost, RunError, UserError
 from sparring.logging import info
-from sparring.model.memory import release_memory
+from sparring.model.memory import release_memory, return_freed_memory
 from sparring.parallel import Parallel, SingleProcess, interrupt, num_local_devices, num_usable_cpus
 from sparring.parallel.processes import guarded_process
 from sparring.parallel.ray_cluster import ranks_on_ray
@@ -76,6 +76,7 @@ def _launch(iteration: Iteration, stage: str, tracker: Tracker) -> None:
 
 def run_here(iteration: Iteration, stage: str, parallel: Parallel, tracker: Tracker = NO_TRACKER) -> None:
     """Runs a stage that can have several ranks in this process, which is one of them or alone."""
+    return_freed_memory()
     match stage:
         case "score":
             score(iteration, parallel)

@@ -74,7 +74,7 @@ def load_opponent(iteration: Iteration, parallel: Parallel) -> Scorer:
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     dtype = getattr(torch, recipe.train.dtype)
-    if recipe.launch != "inline" and recipe.parallel == "fsdp2":
+    if recipe.launch != "inline" and recipe.is_sharded:
         for parameter in model.parameters():  # as shards are gathered: norms' weights too, which autocast leaves
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
     return Scorer(model, dtype)

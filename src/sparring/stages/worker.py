@@ -40,9 +40,12 @@ def main() -> None:
     interrupt.follow(run.ranks / "stop")
     try:
         rendezvous = Rendezvous(timeout)
-        is_fsdp2 = stage == "train" and iteration.recipe.parallel == "fsdp2"
-        dtype = getattr(torch, iteration.recipe.train.dtype)
-        parallel = Fsdp2(rendezvous, dtype) if is_fsdp2 else Ddp(rendezvous)
+        recipe = iteration.recipe
+        if stage == "train" and recipe.is_sharded:
+            offload = recipe.parallel == "fsdp2_offload"
+            parallel = Fsdp2(rendezvous, getattr(torch, recipe.train.dtype), offload=offload)
+        else:
+            parallel = Ddp(rendezvous)
         if stage == "generate":
             generate_parts(iteration, backend_factory(iteration), rank, parallel.num_ranks)
         else:

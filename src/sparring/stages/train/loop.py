@@ -12,7 +12,7 @@ from pathlib import Path
 from sparring.logging import track
 from sparring.model.load import save_merged, save_successor
 from sparring.model.lora import BASE, base_of
-from sparring.model.memory import peak_memory_mib
+from sparring.model.memory import explain_out_of_memory, peak_memory_mib
 from sparring.parallel import Parallel, interrupt
 from sparring.run.disk import writing
 from sparring.run.examples import generated_inputs, load_training_examples
@@ -38,7 +38,8 @@ def train(iteration: Iteration, parallel: Parallel, tracker: Tracker = NO_TRACKE
     start, settings = time.monotonic(), iteration.recipe.train
     input_digests = begin(iteration, parallel)
     examples = load_training_examples(iteration)
-    policy = load_policy(iteration, parallel)
+    with explain_out_of_memory("loading the model"):
+        policy = load_policy(iteration, parallel)
     schedule = Schedule(settings, len(examples), iteration.seed)
     work = iteration.run.work(iteration.stage("train"))
     metrics_file = work / "metrics.jsonl"
@@ -135,7 +136,8 @@ def take_step(
     rate = schedule.learning_rate(step)
     for parameters in policy.optimizer.param_groups:
         parameters["lr"] = rate
-    grad_norm = parallel.optimizer_step(policy.forward, policy.optimizer, settings.max_grad_norm)
+    with explain_out_of_memory("updating the weights"):
+        grad_norm = parallel.optimizer_step(policy.forward, policy.optimizer, settings.max_grad_norm)
     stop_if_not_finite(iteration, step, "gradient norm", grad_norm, batch)
     return {
         "step": step + 1,

@@ -11,7 +11,13 @@ import torch
 
 from sparring.errors import OutOfMemory
 from sparring.logging import info
-from sparring.model.memory import activation_bytes, find_micro_batch_tokens, run_within_memory, search_range
+from sparring.model.memory import (
+    activation_bytes,
+    explain_out_of_memory,
+    find_micro_batch_tokens,
+    run_within_memory,
+    search_range,
+)
 from sparring.model.optimizers import optimizer_state_bytes, trained_sizes
 from sparring.model.packing import group_tokens, micro_batches
 from sparring.parallel import Parallel
@@ -75,11 +81,12 @@ def fit_micro_batch_tokens(
             run_within_memory(compute, micro_batch_tokens, largest, _restart_ranks(note_file(iteration)))
 
     shortest = examples[int(np.argmin(tokens))]
-    forward_backward(policy, objective, [shortest] * ranks, start, settings.sft_weight, parallel)
     state_bytes = optimizer_state_bytes(settings.optimizer, *trained_sizes(scorer.model))
-    reserved = torch.empty(
-        state_bytes // (ranks if parallel.is_sharded else 1), dtype=torch.uint8, device=scorer.device
-    )
+    with explain_out_of_memory("making gradients and the optimizer's state"):
+        forward_backward(policy, objective, [shortest] * ranks, start, settings.sft_weight, parallel)
+        reserved = torch.empty(
+            state_bytes // (ranks if parallel.is_sharded else 1), dtype=torch.uint8, device=scorer.device
+        )
     most = largest * math.ceil(settings.batch_size / ranks)  # that one step can have
     fitting = find_micro_batch_tokens(attempt, start, min(ceiling, 2 * most), largest)
     del reserved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from sparring.model.lora import train_adapter
 from sparring.model.memory import checkpoint_activations
 from sparring.model.optimizers import make_optimizer, require_bitsandbytes
 from sparring.parallel import Parallel
+from sparring.recipe.schema import Recipe
 from sparring.run.iteration import Iteration
 
 
@@ -33,20 +35,32 @@ class Policy:
 def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
     """Loads the opponent's weights and prepares them, or a low-rank adapter on them, for training."""
     recipe = iteration.recipe
-    settings, adapter = recipe.train, recipe.adapter
     # sharded weights reach the device shard by shard
     device = torch.device("cpu") if parallel.is_sharded else parallel.device
     weights_dtype = getattr(torch, recipe.weights_dtype)
     model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
-    if adapter is not None:
-        train_adapter(model, adapter.for_peft(), iteration.seed("adapter"))
+    require_bitsandbytes(recipe.train.optimizer, parallel.device)
+    policy = make_policy(model, recipe, iteration.seed("adapter"), parallel)
+    if policy.scorer.why_padded:
+        info(f"  Prompt sharing is off for this model: {policy.scorer.why_padded}.")
+    return policy
+
+
+def make_policy(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    seed: int,
+    parallel: Parallel,
+    make_scorer: Callable[[PreTrainedModel, torch.dtype], Scorer] = Scorer,
+) -> Policy:
+    """Prepares loaded weights, or a low-rank adapter on them, for training. `seed`: of a new adapter."""
+    settings = recipe.train
+    if recipe.adapter is not None:
+        train_adapter(model, recipe.adapter.for_peft(), seed)
         model.eval()  # peft adds layers in training mode
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    scorer = Scorer(model, getattr(torch, settings.dtype))
-    if scorer.why_padded:
-        info(f"  Prompt sharing is off for this model: {scorer.why_padded}.")
-    require_bitsandbytes(settings.optimizer, scorer.device)
+    scorer = make_scorer(model, getattr(torch, settings.dtype))
     optimizer = make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay)
     blocks = sorted(model._no_split_modules or ())  # transformers' own list of the layers that shard as one unit
     forward, optimizer = parallel.prepare(scorer, blocks, optimizer)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparring.errors import RunError
-from sparring.model.packing import group_tokens, pack, rank_batches
+from sparring.model.packing import PackedBatch, group_tokens, pack, rank_batches
 from sparring.objectives.metrics import concatenate, log_ratio, self_play_metrics
 from sparring.parallel import Parallel
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.stages.train.policy import Policy
-from sparring.types import Objective, Role, Scores, TrainingExample
+from sparring.types import Loss, Objective, Role, Scores, TrainingExample
 
 # Mean |log-ratio| in nats per token that is allowed at the first step, where the policy still is the opponent. It is 0
 # where training cuts the micro-batches that were scored. Otherwise products have other shapes, and it is about what the
@@ -49,24 +49,18 @@ def forward_backward(
         smallest = [] if indices else [min(range(len(batch)), key=lambda i: group_tokens(scorer.packing, groups[i]))]
         chosen = [batch[i] for i in indices or smallest]
         packed = pack(scorer.packing, [example.group for example in chosen]).to(scorer.device)
+        opponent = stack_opponent(chosen, scorer.device)
         with parallel.accumulate(policy.forward, is_last=number == len(mine) - 1):
-            token_logprobs = policy.forward(packed)
-            scores, lengths = packed.scores(token_logprobs), packed.lengths()
-            opponent = stack_opponent(chosen, scorer.device)
-            by_token = packed.token_scores(token_logprobs, objective.needs.per_token)
-            loss = objective({**scores, **by_token}, opponent, lengths)
-            total = loss.per_example
-            if sft_weight:
-                total = total - sft_weight * scores["real"] / lengths["real"]
             # times the ranks, whose gradients are averaged
-            parallel.backward(total.sum() * (parallel.num_ranks if indices else 0) / len(batch))
+            weight = (parallel.num_ranks if indices else 0) / len(batch)
+            scores, loss = backward_micro_batch(policy, objective, packed, opponent, sft_weight, weight, parallel)
+        lengths = packed.lengths()
         num_tokens += packed.computed_tokens if indices else 0
-        detached: Scores = {role: logprob.detach() for role, logprob in scores.items()}
         metrics = {
-            "loss": loss.per_example.detach(),
-            **{name: value.detach() for name, value in loss.metrics.items()},
-            **self_play_metrics(objective, detached, opponent, lengths),
-            **({"log_ratio": log_ratio(detached, opponent, lengths)} if opponent else {}),
+            "loss": loss.per_example,
+            **loss.metrics,
+            **self_play_metrics(objective, scores, opponent, lengths),
+            **({"log_ratio": log_ratio(scores, opponent, lengths)} if opponent else {}),
         }
         parts.append({name: value[: len(indices)] for name, value in metrics.items()})
     sums = {name: value.double().sum() for name, value in concatenate(parts).items()}
@@ -75,6 +69,28 @@ def forward_backward(
     *totals, tokens = parallel.all_reduce_sum(values).tolist()
     means = {name: value / len(batch) for name, value in zip(sums, totals, strict=True)}
     return {**means, "num_tokens": int(tokens)}
+
+
+def backward_micro_batch(
+    policy: Policy,
+    objective: Objective,
+    packed: PackedBatch,
+    opponent: Scores,
+    sft_weight: float,
+    weight: float,
+    parallel: Parallel,
+) -> tuple[Scores, Loss]:
+    """Adds the gradient of `weight` times the examples' losses; returns the log-probs and the losses, detached."""
+    token_logprobs = policy.forward(packed)
+    scores, lengths = packed.scores(token_logprobs), packed.lengths()
+    by_token = packed.token_scores(token_logprobs, objective.needs.per_token)
+    loss = objective({**scores, **by_token}, opponent, lengths)
+    total = loss.per_example
+    if sft_weight:
+        total = total - sft_weight * scores["real"] / lengths["real"]
+    parallel.backward(total.sum() * weight)
+    metrics = {name: value.detach() for name, value in loss.metrics.items()}
+    return {role: logprob.detach() for role, logprob in scores.items()}, Loss(loss.per_example.detach(), metrics)
 
 
 def stack_opponent(examples: Sequence[TrainingExample], device: torch.device) -> Scores:
