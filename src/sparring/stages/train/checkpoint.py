@@ -128,8 +128,7 @@ class Checkpointer:
         """In the thread. On the main rank it also waits for the others and commits, so that training need not."""
         own = folder / _file_name(self.parallel.rank)
         metadata = {FIRST_ROWS: json.dumps(first_rows)}
-        with writing(self.work / f"step-{step:08d}"):
-            commit_part(own, lambda path: save_file(tensors, path, metadata))
+        commit_part(own, lambda path: save_file(tensors, path, metadata))
         tensors.clear()
         failpoint("checkpoint-rank")
         if not self.parallel.is_main:
