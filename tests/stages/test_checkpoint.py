@@ -44,11 +44,6 @@ class RowsOfRank(SingleProcess):
         first = min(self.rank * each, len(rows))
         return LocalRows(rows[first : first + each], first, 0, 1)
 
-    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
-        whole = torch.full_like(tensor, torch.nan)
-        self.local_rows(whole).values.copy_(rows)
-        return whole
-
     def broadcast_from_main(self, text: Callable[[], str]) -> str:
         if self.is_main:
             self.from_main.set_result(text())
