@@ -1,4 +1,4 @@
-"""Checkpoints: every rank writes its rows while training goes on, and any number of ranks reads them."""
+"""Checkpoints: every rank writes its rows while it trains, and any number of ranks reads them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_any_number_of_ranks_reads_what_another_wrote(
     assert len(files) == writers and sum(numbers) == sum(tensor.numel() for tensor in expected), "each row once"
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What changes meanwhile is not in it; the next one waits; it is hashed where it is written, once."""
     may_write, hashed = threading.Event(), []
 
