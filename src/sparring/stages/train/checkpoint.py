@@ -2,9 +2,9 @@
 
 There is no random state and no data-loader state: both are functions of the step. No pickle.
 
-Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while it trains. The main
-rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the rows that
-it holds then, whichever file has them.
+Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while it trains. The
+main rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the
+rows that it holds then, whichever file has them.
 """
 
 from __future__ import annotations
