@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from sparring.run.iteration import Iteration
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.run.schedule import learning_rate
+from sparring.stages.train.checkpoint import Checkpointer
 from sparring.stages.train.step import check_policy_equals_opponent, check_start_loss
 from sparring.types import Group, Objective, TrainingExample
 
@@ -295,6 +297,22 @@ def test_a_non_finite_loss_stops_before_the_update(
     clean = play(recipe, tmp_path / "clean")
     continued = play(recipe, tmp_path / "run")
     assert clean.digest(clean.model(0)) == continued.digest(continued.model(0))
+
+
+def test_checkpoints_come_by_minutes(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 25 seconds, a checkpoint after each whole minute, and none after the last step."""
+    real, steps, saved = sparring.stages.train.loop.forward_backward, [], []
+
+    def counted(*arguments: object) -> dict[str, float]:
+        steps.append(1)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sparring.stages.train.loop, "forward_backward", counted)
+    monkeypatch.setattr(sparring.stages.train.loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(steps)))
+    monkeypatch.setattr(Checkpointer, "save", lambda self, step: saved.append(step))
+    train = {"checkpoint_minutes": 1, "epochs": 3, "batch_size": 16}
+    play(make_recipe("sft", iterations=1, train=train, data={"held_out": 0, "limit": 48}), tmp_path / "run")
+    assert len(steps) == 9 and saved == [3, 6]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -91,7 +91,10 @@ def restore_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, T
     """Puts what `state_tensors` gave back into the state of a parameter. `saved`: what this rank holds of it."""
     state = optimizer.state[parameter]
     if not hasattr(optimizer, "init_state"):  # torch's: moments beside their parameter, the step count on the CPU
-        state |= {key: v.reshape(()) if key == "step" else parallel.from_rows(v, parameter) for key, v in saved.items()}
+        for key, value in saved.items():
+            state[key] = value.reshape(()) if key == "step" else torch.empty_like(parameter)
+            if key != "step":
+                parallel.local_rows(state[key]).values.copy_(value)
         return
     group = optimizer.param_groups[0]  # there is one
     place = next(i for i, other in enumerate(group["params"]) if other is parameter)

@@ -116,15 +116,6 @@ class Ddp:
         copy, num_copies = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
         return LocalRows(tensor.to_local(), offsets[0], copy, num_copies)
 
-    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
-        on_device = rows.to(tensor.device)
-        if not isinstance(tensor, DTensor):
-            return on_device.view_as(tensor)
-        mesh, placements = tensor.device_mesh, tensor.placements
-        return DTensor.from_local(
-            on_device, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         if self.num_ranks == 1:
             return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
@@ -59,7 +60,7 @@ class Fsdp2(Ddp):
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks))
         self.within_nodes = shard_within_nodes(self.num_ranks, ranks_per_node)
         if self.within_nodes is not None:
-            state = self.accelerator.state
+            state: Any = self.accelerator.state
             state.parallelism_config = self.within_nodes
             state.device_mesh = self.within_nodes.get_device_mesh(self.device.type)
 

@@ -92,10 +92,6 @@ class Parallel(Protocol):
         """What this rank holds of `tensor`."""
         ...
 
-    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor placed as `tensor` is, of which this rank holds `rows`."""
-        ...
-
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Collective. The sum over the ranks, on every rank."""
         ...

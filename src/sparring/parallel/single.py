@@ -77,9 +77,6 @@ class SingleProcess:
     def local_rows(self, tensor: Tensor) -> LocalRows:
         return LocalRows(torch.atleast_1d(tensor.detach()), 0, 0, 1)
 
-    def from_rows(self, rows: Tensor, tensor: Tensor) -> Tensor:
-        return rows.to(tensor.device).view_as(tensor)
-
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values
 

@@ -64,7 +64,7 @@ class VllmBackend:
         gpu_memory_utilization: float = 0.9,
         base: Path | None = None,
     ) -> None:
-        """`base`: served in place of an adapter's base, or of the model if that is none."""
+        """`base`: served in place of an adapter's base, or of a model without an adapter."""
         self.end_ids = list(end_ids)
         self.temperature = temperature
         self.command = [python or sys.executable, "-P", str(ENGINE)]  # -P: this folder's vllm.py must not shadow vllm

@@ -2,8 +2,8 @@
 
 There is no random state and no data-loader state: both are functions of the step. No pickle.
 
-Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while training goes on.
-The main rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the
+Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while it trains. The
+main rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the
 rows that it holds then, whichever file has them.
 """
 
@@ -128,8 +128,7 @@ class Checkpointer:
         """In the thread. On the main rank it also waits for the others and commits, so that training need not."""
         own = folder / _file_name(self.parallel.rank)
         metadata = {FIRST_ROWS: json.dumps(first_rows)}
-        with writing(self.work / f"step-{step:08d}"):
-            commit_part(own, lambda path: save_file(tensors, path, metadata))
+        commit_part(own, lambda path: save_file(tensors, path, metadata))
         tensors.clear()
         failpoint("checkpoint-rank")
         if not self.parallel.is_main:
