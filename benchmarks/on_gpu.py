@@ -32,15 +32,15 @@ from sparring.types import Group
 Result = dict[str, Any]
 
 LIMITS = {
-    "play full": 110,
-    "play LoRA": 80,
-    "fsdp2 on one rank": 70,
-    "kernels": 40,
-    "layouts": 60,
+    "play full": 100,
+    "play LoRA": 70,
+    "fsdp2 on one rank": 60,
+    "kernels": 30,
+    "layouts": 50,
     "training 0.6b": 60,
     "training 3b": 60,
-    "head": 45,
-    "kill and continue": 90,
+    "head": 40,
+    "kill and continue": 70,
 }
 """Seconds that each part may take, in the order in which they run; all together, at most SECONDS."""
 SECONDS = 540

@@ -143,7 +143,7 @@ def test_wrong_values_turn_it_off(
 ) -> None:
     gpu()
     monkeypatch.setattr(
-        attention.SharedPrompts, "block_mask", lambda self, window, device: flex.block_mask(((385,),), 385, CPU)
+        attention.SharedPrompts, "block_mask", lambda self, window, device: flex.block_mask(((800,),), 800, CPU)
     )
     assert attention.flex_options(*SHAPE) is None
     assert "differs from plain attention" in " ".join(capfd.readouterr().err.split())
@@ -195,8 +195,7 @@ def test_rows_of_any_length_and_window_are_compiled_once(monkeypatch: pytest.Mon
 
     torch._dynamo.reset()
     call = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend=count)
-    # a number of blocks that equals one of heads would count as the same dimension
-    for sizes, window in ((((300, 60, 40),), 400), (((700, 10), (5, 7)), 722), (((700, 10), (5, 7)), 16)):
+    for sizes, window in ((attention.PROBE, 800), (((700, 10), (5, 7)), 722), (((700, 10), (5, 7)), 16)):
         time = sum(map(sum, sizes))
         q, k = torch.randn(1, 4, time, 16), torch.randn(1, 2, time, 16)
         mask = flex.block_mask(sizes, window, CPU)

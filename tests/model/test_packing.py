@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparring.model import attention
@@ -271,15 +273,30 @@ def test_a_model_that_ignores_shared_prompts_is_found_out(monkeypatch: pytest.Mo
     assert model.config._attn_implementation == before
 
 
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 add up in another order for several rows than for one, as in models of real width; and
+    logits so large that this moves log-probs of a few tokens by more than 0.1 nats."""
+    linear = F.linear
+
+    def rounded(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if states.dtype != torch.bfloat16 or states.dim() != 3 or len(states) == 1:
+            return linear(states, weight, bias)
+        half = states.shape[-1] // 2
+        return linear(states[..., :half], weight[:, :half], bias) + linear(states[..., half:], weight[:, half:])
+
+    monkeypatch.setattr(F, "linear", rounded)
+
+
 def bfloat16_model(family: str) -> PreTrainedModel:
-    """With logits so large that bfloat16 moves log-probs of a few tokens by whole nats, as a real model's by 0.3."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.bfloat16).eval()
-    model.get_output_embeddings().weight.data.mul_(200)
+    model.get_output_embeddings().weight.data.mul_(100)
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("rounding")
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gpt-neox"])
 def test_the_rounding_of_bfloat16_costs_no_shared_prompts(family: str) -> None:
     """Comparisons at loading are in float32, whatever the weights are in; these stay as they are."""
     model = bfloat16_model(family)
@@ -288,6 +305,7 @@ def test_the_rounding_of_bfloat16_costs_no_shared_prompts(family: str) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("rounding")
 def test_in_bfloat16_too_a_model_that_ignores_shared_prompts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = bfloat16_model("llama")
     inner = model.model.forward
