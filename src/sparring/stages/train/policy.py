@@ -40,7 +40,7 @@ def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
     weights_dtype = getattr(torch, recipe.weights_dtype)
     model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
     require_bitsandbytes(recipe.train.optimizer, parallel.device)
-    policy = make_policy(model, recipe, iteration.seed("adapter"), parallel)
+    policy = make_policy(model, recipe, iteration.seed("adapter"), parallel, Scorer)
     if policy.scorer.why_padded:
         info(f"  Prompt sharing is off for this model: {policy.scorer.why_padded}.")
     return policy
@@ -51,7 +51,7 @@ def make_policy(
     recipe: Recipe,
     seed: int,
     parallel: Parallel,
-    make_scorer: Callable[[PreTrainedModel, torch.dtype], Scorer] = Scorer,
+    make_scorer: Callable[[PreTrainedModel, torch.dtype], Scorer],
 ) -> Policy:
     """Prepares loaded weights, or a low-rank adapter on them, for training. `seed`: of a new adapter."""
     settings = recipe.train
