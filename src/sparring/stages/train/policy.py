@@ -35,10 +35,12 @@ class Policy:
 def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
     """Loads the opponent's weights and prepares them, or a low-rank adapter on them, for training."""
     recipe = iteration.recipe
-    # sharded weights reach the device shard by shard
-    device = torch.device("cpu") if parallel.is_sharded else parallel.device
-    weights_dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
+    device, dtype = parallel.device, getattr(torch, recipe.weights_dtype)
+    if parallel.is_sharded:
+        # weights reach the device shard by shard. As they are stored, the ranks of a machine map them from one file; in
+        # another dtype each rank would hold the whole model in memory of its own
+        device, dtype = torch.device("cpu"), dtype if recipe.adapter is not None else "auto"
+    model = load_model(iteration.opponent, dtype=dtype, device=device, in_4bit=recipe.in_4bit)
     require_bitsandbytes(recipe.train.optimizer, parallel.device)
     policy = make_policy(model, recipe, iteration.seed("adapter"), parallel, Scorer)
     if policy.scorer.why_padded:
