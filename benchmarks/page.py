@@ -246,9 +246,27 @@ def adapter_memory() -> Table:
     rows = [["`micro_batch_tokens`", "with gradient checkpointing", "without"]]
     by_tokens: dict[int, list[str]] = {}
     for found in results("front_door")["adapter_7b"]:  # with checkpointing first
-        gib = f"{found['state_gib'] + found['work_gib']:.1f} GiB"
+        gib = f"{found['peak_gib']:.1f} GiB"
         by_tokens.setdefault(found["micro_batch_tokens"], []).append(gib)
     return [*rows, *([f"{tokens:,}", *gib] for tokens, gib in by_tokens.items())]
+
+
+# The forecast of memory: docs/performance.md.
+
+
+def forecast_of_memory() -> Table:
+    rows = [["", "forecast, GiB", "every layer traced", "rule of thumb before"]]
+    traced = results("forecast")["traced"]
+    keys = ("forecast_gib", "every_layer_gib", "rule_gib")
+    return rows + [[name, *(f"{found[key]:.2f}" for key in keys)] for name, found in traced.items()]
+
+
+def measured_memory() -> Table:
+    rows = [["`train.optimizer`", "forecast, GiB", "measured", "difference"]]
+    for name, found in results("forecast")["measured"].items():
+        expected, measured = found["forecast_gib"], found["measured_gib"]
+        rows.append([f"`{name}`", f"{expected:.2f}", f"{measured:.2f}", f"{expected / measured - 1:+.0%}"])
+    return rows
 
 
 # The claims of the papers: docs/results.md.
@@ -475,6 +493,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "first commands": first_commands,
     "adapter memory": adapter_memory,
     "attention kernels": attention_kernels,
+    "forecast of memory": forecast_of_memory,
+    "measured memory": measured_memory,
     "quarter, fresh rows": lambda: against("fresh rows", "sft", arms_of("fresh rows")),
     "quarter against quarter, fresh rows": lambda: against("fresh rows", "sft, 25 %", arms_of("fresh rows")[1:]),
     **{f"sweep, {task}": partial(sweep, task) for task in ("problems", "stories", "fresh rows")},

@@ -135,7 +135,10 @@ def test_control_characters_are_visible() -> None:
 
 @pytest.mark.parametrize("method", ["spin", "tspin", "space", "sft"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_init_writes_a_recipe_that_doctor_passes(tiny: Path, tmp_path: Path, method: str, lora: bool) -> None:
+def test_init_writes_a_recipe_that_doctor_passes(
+    tiny: Path, tmp_path: Path, method: str, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparring.commands.doctor, "training_bytes", lambda *_: 1)  # tests/stages/test_dry_run.py
     path = tmp_path / "recipe.yaml"
     write_recipe(path, model=str(tiny / "model"), data=str(tiny / "rows.jsonl"), method=method, lora=lora)
     recipe = load_recipe(path)

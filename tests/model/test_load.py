@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +21,21 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tiny: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny / "model", tmp_path / "model")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_in_their_own_dtype_are_mapped_from_their_file(folder: Path) -> None:
+    """So that the ranks of a machine, which shard them, hold one copy among them."""
+
+    def share_mapped(dtype: torch.dtype | Literal["auto"]) -> float:
+        model = load_model(folder, dtype=dtype, device=CPU)
+        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+        ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1].endswith(".safetensors")]
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        return sum(any(start <= place < end for start, end in ranges) for place in places) / len(places)
+
+    assert share_mapped("auto") == 1
+    assert share_mapped(torch.bfloat16) == 0, "a control"
 
 
 def test_a_successor_is_used_like_its_origin(folder: Path, tmp_path: Path) -> None:

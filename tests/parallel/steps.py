@@ -54,8 +54,18 @@ def make_examples(vocab: int, count: int = 64) -> list[TrainingExample]:
     ]
 
 
-def make_policy(folder: Path, packing: Packing, parallel: Parallel, dtype: torch.dtype = torch.float32) -> Policy:
+def make_policy(
+    folder: Path,
+    packing: Packing,
+    parallel: Parallel,
+    dtype: torch.dtype = torch.float32,
+    *,
+    is_stored_in_bfloat16: bool = False,
+) -> Policy:
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).train()
+    if is_stored_in_bfloat16:  # ranks that shard widen their shards, one process the whole model
+        nn.Module.to(model, torch.bfloat16)
+        nn.Module.to(model, torch.bfloat16 if parallel.is_sharded else torch.float32)
     scorer, size = Scorer(model, dtype, packing), sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5)
     forward, optimizer = parallel.prepare(scorer, sorted(model._no_split_modules or ()), optimizer)
@@ -64,9 +74,11 @@ def make_policy(folder: Path, packing: Packing, parallel: Parallel, dtype: torch
     return Policy(model, scorer, forward, optimizer)
 
 
-def run(folder: Path, packing: Packing, pieces: int, steps: int, parallel: Parallel) -> list[tuple[float, float]]:
+def run(
+    folder: Path, packing: Packing, pieces: int, steps: int, parallel: Parallel, **stored: bool
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
-    policy = make_policy(folder, packing, parallel)
+    policy = make_policy(folder, packing, parallel, **stored)
     examples = make_examples(policy.model.config.vocab_size)
     found = []
     for step in range(steps):
@@ -186,6 +198,7 @@ def main() -> None:
     assert parallel.is_sharded == (name == "fsdp2")
     found["after_nan"] = after_nan(folder, parallel)
     if name == "fsdp2":
+        found["stored_in_bfloat16"] = run(folder, "shared", 1, 3, parallel, is_stored_in_bfloat16=True)
         AcceleratorState._reset_state()
         found["in_bfloat16"] = in_bfloat16(folder, Fsdp2(parallel.rendezvous, torch.bfloat16))
         AcceleratorState._reset_state()

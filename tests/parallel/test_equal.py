@@ -49,6 +49,8 @@ def test_two_ranks_train_as_one(parallel: str, tiny: Path, tmp_path: Path, alone
         difference, dtypes = found.pop("in_bfloat16")
         assert 0 < difference < 0.01
         assert dtypes == [["torch.bfloat16", "torch.float32"]], "weights are gathered in it, the residual stream is not"
+        stored = run(tiny / "model", "shared", 1, 3, SingleProcess(), is_stored_in_bfloat16=True)
+        assert np.array(found.pop("stored_in_bfloat16")) == pytest.approx(np.array(stored), rel=1e-6)
         assert np.array(found.pop("offloaded")) == pytest.approx(alone["shared/1"][:3], rel=1e-6)
     found = {arm: np.array(values) for arm, values in found.items()}
     for arm, one in alone.items():

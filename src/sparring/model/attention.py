@@ -165,7 +165,7 @@ def _probe(
         with torch.autocast(device.type, enabled=False):
             ours = [found.detach(), *torch.autograd.grad(found, inputs, outer)]
             exact = [x.detach().float().requires_grad_() for x in inputs]
-            expected = by_pieces(*exact, row, time, scale).transpose(1, 2)
+            expected = by_pieces(exact[0], exact[1], exact[2], row, time, scale).transpose(1, 2)
             theirs = [expected.detach(), *torch.autograd.grad(expected, exact, outer.float())]
     return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 

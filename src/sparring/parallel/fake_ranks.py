@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -22,13 +20,11 @@ from sparring.parallel.rendezvous import Rendezvous
 RANKS_PER_NODE = 8
 
 
-@dataclass(frozen=True)
-class _Alone:
-    """A `Rendezvous` at which nobody else arrives."""
+class _Alone(Rendezvous):
+    """The main rank's, without a store: nobody else arrives."""
 
-    num_ranks: int
-    rank: int = 0
-    timeout: timedelta = timedelta(seconds=60)
+    def __init__(self, num_ranks: int) -> None:
+        self.rank, self.num_ranks, self.timeout = 0, num_ranks, timedelta(seconds=60)
 
     def barrier(self) -> None:
         pass
@@ -49,7 +45,7 @@ def fake_fsdp2(num_ranks: int, dtype: torch.dtype) -> Iterator[Fsdp2]:
         try:
             mesh = init_device_mesh("cpu", (num_ranks,))
             with patch.object(fully_shard, "_init_default_mesh", lambda *_: mesh):
-                yield Fsdp2(cast(Rendezvous, _Alone(num_ranks)), dtype)
+                yield Fsdp2(_Alone(num_ranks), dtype)
         finally:
             dist.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -77,9 +77,12 @@ class Fsdp2(Ddp):
         if self.plugin.transformer_cls_names_to_wrap is None:
             self.plugin.transformer_cls_names_to_wrap = list(blocks)
         for part in module.modules() if self.dtype != torch.float32 else ():
-            if isinstance(part, nn.Embedding) and part.weight.dtype == torch.float32:
+            if isinstance(part, nn.Embedding) and part.weight.requires_grad:
                 part.register_forward_hook(lambda part, inputs, output: output.float())
-        return super().prepare(module, blocks, optimizer)
+        wrapped, wrapped_optimizer = super().prepare(module, blocks, optimizer)
+        if any(p.requires_grad and p.dtype != torch.float32 for p in wrapped.parameters()):
+            wrapped.float()  # weights that were loaded as they are stored: now each rank has its shard only
+        return wrapped, wrapped_optimizer
 
     def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
         """Sharded gradients are reduced for every micro-batch: keeping them whole would cost what sharding saves.

@@ -35,12 +35,14 @@ class Policy:
 def load_policy(iteration: Iteration, parallel: Parallel) -> Policy:
     """Loads the opponent's weights and prepares them, or a low-rank adapter on them, for training."""
     recipe = iteration.recipe
-    # sharded weights reach the device shard by shard
-    device = torch.device("cpu") if parallel.is_sharded else parallel.device
-    weights_dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.opponent, dtype=weights_dtype, device=device, in_4bit=recipe.in_4bit)
+    device, dtype = parallel.device, getattr(torch, recipe.weights_dtype)
+    if parallel.is_sharded:
+        # weights reach the device shard by shard. As they are stored, the ranks of a machine map them from one file; in
+        # another dtype each rank would hold the whole model in memory of its own
+        device, dtype = torch.device("cpu"), dtype if recipe.adapter is not None else "auto"
+    model = load_model(iteration.opponent, dtype=dtype, device=device, in_4bit=recipe.in_4bit)
     require_bitsandbytes(recipe.train.optimizer, parallel.device)
-    policy = make_policy(model, recipe, iteration.seed("adapter"), parallel)
+    policy = make_policy(model, recipe, iteration.seed("adapter"), parallel, Scorer)
     if policy.scorer.why_padded:
         info(f"  Prompt sharing is off for this model: {policy.scorer.why_padded}.")
     return policy
@@ -51,7 +53,7 @@ def make_policy(
     recipe: Recipe,
     seed: int,
     parallel: Parallel,
-    make_scorer: Callable[[PreTrainedModel, torch.dtype], Scorer] = Scorer,
+    make_scorer: Callable[[PreTrainedModel, torch.dtype], Scorer],
 ) -> Policy:
     """Prepares loaded weights, or a low-rank adapter on them, for training. `seed`: of a new adapter."""
     settings = recipe.train
