@@ -54,7 +54,12 @@ SIZES = ((150, 250, 250), (100, 300))
 HEADS, KV_HEADS = 8, 2
 
 TILES = ("torch's", "small")
-INDUCTOR = {"force_disable_caches": True, "compile_threads": 1, "use_static_triton_launcher": False}
+INDUCTOR = {
+    "force_disable_caches": True,
+    "pattern_matcher": False,
+    "compile_threads": 1,
+    "use_static_triton_launcher": False,
+}
 
 Graph = tuple[torch.fx.GraphModule, Sequence[Any], bool]
 

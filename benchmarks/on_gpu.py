@@ -156,7 +156,7 @@ def write_run(folder: Path, is_tiny: bool) -> Path:
     def text(mean: int) -> str:
         return " ".join(map(str, random.integers(0, vocab - 1, random.integers(mean // 2, 2 * mean))))
 
-    rows = [{"prompt": text(10 if is_tiny else 150), "response": text(10 if is_tiny else 120)} for _ in range(64)]
+    rows = [{"question": text(10 if is_tiny else 150), "answer": text(10 if is_tiny else 120)} for _ in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "recipe.yaml"
     recipe.write_text(
