@@ -343,7 +343,7 @@ def step(scorer: Scorer, groups: list[Group], budget: int) -> None:
 
 
 def layouts(device: torch.device, is_tiny: bool) -> Result:
-    """Shared rows against padded ones, in float32: relative errors of log-probs and gradients. And which tiles
+    """Shared rows against padded ones, in float32: relative errors of log-probs and gradients. And which blocks
     FlexAttention runs with, in both dtypes."""
     size = "tiny" if is_tiny else "0.6b"
     model = make_model(size, device, layers=2)
