@@ -33,14 +33,14 @@ Result = dict[str, Any]
 
 LIMITS = {
     "play full": 100,
-    "play LoRA": 70,
-    "fsdp2 on one rank": 60,
+    "play LoRA": 60,
+    "fsdp2 on one rank": 90,
     "kernels": 30,
     "layouts": 50,
-    "training 0.6b": 60,
+    "training 0.6b": 50,
     "training 3b": 60,
     "head": 40,
-    "kill and continue": 70,
+    "kill and continue": 60,
 }
 """Seconds that each part may take, in the order in which they run; all together, at most SECONDS."""
 SECONDS = 540
