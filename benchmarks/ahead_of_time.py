@@ -53,8 +53,13 @@ SIZES = ((150, 250, 250), (100, 300))
 """A row of two prompts, the second with one response."""
 HEADS, KV_HEADS = 8, 2
 
-TILES = ("torch's", "small")
-INDUCTOR = {"force_disable_caches": True, "compile_threads": 1, "use_static_triton_launcher": False}
+BLOCKS = ("torch's", "small")
+INDUCTOR = {
+    "force_disable_caches": True,
+    "pattern_matcher": False,
+    "compile_threads": 1,
+    "use_static_triton_launcher": False,
+}
 
 Graph = tuple[torch.fx.GraphModule, Sequence[Any], bool]
 
@@ -65,12 +70,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--widths", nargs="*", type=int, default=[64, 96, 128, 256], help="of attention heads")
     parser.add_argument("--capabilities", nargs="+", type=int, choices=SHARED, default=list(SHARED))
-    parser.add_argument("--tiles", nargs="+", choices=TILES, default=list(TILES), help="small ones where others fail")
+    parser.add_argument(
+        "--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="small ones where others fail"
+    )
     wanted = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for dtype in wanted.dtypes:
         for width in wanted.widths:
-            rows += attention_rows(getattr(torch, dtype), width, wanted.capabilities, wanted.tiles)
+            rows += attention_rows(getattr(torch, dtype), width, wanted.capabilities, wanted.blocks)
         for capability in wanted.capabilities:
             rows += [{"dtype": dtype, **row} for row in head_kernels(getattr(torch, dtype), capability)]
     found = {
@@ -85,17 +92,17 @@ def main() -> None:
 
 
 def attention_rows(
-    dtype: torch.dtype, width: int, capabilities: Sequence[int], tiles: Sequence[str]
+    dtype: torch.dtype, width: int, capabilities: Sequence[int], blocks: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Both kernels for each GPU, with small tiles only where torch's own do not fit."""
+    """Both kernels for each GPU, with small blocks only where torch's own do not fit."""
     rows, remaining = [], list(capabilities)
-    for name, options in zip(TILES, flex.kernel_options(width, dtype), strict=True):
-        if name not in tiles or not remaining:
+    for name, options in zip(BLOCKS, flex.kernel_options(width, dtype), strict=True):
+        if name not in blocks or not remaining:
             continue
         graphs = attention_graphs(dtype, width, options)
         for capability in tuple(remaining):
             kernels = list(attention_kernels(graphs, capability))
-            rows += [{"dtype": str(dtype)[6:], "width": width, "tiles": name, **row} for row in kernels]
+            rows += [{"dtype": str(dtype)[6:], "width": width, "blocks": name, **row} for row in kernels]
             print(json.dumps(rows[-2:]), file=sys.stderr, flush=True)
             if all(row["fits"] for row in kernels):
                 remaining.remove(capability)

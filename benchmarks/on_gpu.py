@@ -33,14 +33,14 @@ Result = dict[str, Any]
 
 LIMITS = {
     "play full": 100,
-    "play LoRA": 70,
-    "fsdp2 on one rank": 60,
+    "play LoRA": 60,
+    "fsdp2 on one rank": 90,
     "kernels": 30,
     "layouts": 50,
-    "training 0.6b": 60,
+    "training 0.6b": 50,
     "training 3b": 60,
     "head": 40,
-    "kill and continue": 70,
+    "kill and continue": 60,
 }
 """Seconds that each part may take, in the order in which they run; all together, at most SECONDS."""
 SECONDS = 540
@@ -156,14 +156,14 @@ def write_run(folder: Path, is_tiny: bool) -> Path:
     def text(mean: int) -> str:
         return " ".join(map(str, random.integers(0, vocab - 1, random.integers(mean // 2, 2 * mean))))
 
-    rows = [{"prompt": text(10 if is_tiny else 150), "response": text(10 if is_tiny else 120)} for _ in range(64)]
+    rows = [{"question": text(10 if is_tiny else 150), "answer": text(10 if is_tiny else 120)} for _ in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"model: {folder / 'model'}\n"
         "method: spin\n"
         "iterations: 2\n"
-        f"data: {{train: {folder / 'rows.jsonl'}, held_out: 4, template: '{{prompt}}'}}\n"
+        f"data: {{train: {folder / 'rows.jsonl'}, held_out: 4, template: '{{prompt}} '}}\n"
         f"generate: {{max_new_tokens: {12 if is_tiny else 128}}}\n"
         "train: {batch_size: 16, epochs: 1, max_length: 1024, checkpoint_every: 2}\n"
     )
@@ -343,7 +343,7 @@ def step(scorer: Scorer, groups: list[Group], budget: int) -> None:
 
 
 def layouts(device: torch.device, is_tiny: bool) -> Result:
-    """Shared rows against padded ones, in float32: relative errors of log-probs and gradients. And which tiles
+    """Shared rows against padded ones, in float32: relative errors of log-probs and gradients. And which blocks
     FlexAttention runs with, in both dtypes."""
     size = "tiny" if is_tiny else "0.6b"
     model = make_model(size, device, layers=2)

@@ -209,16 +209,16 @@ def scale() -> Table:
 
 
 def attention_kernels() -> Table:
-    """FlexAttention's kernels: KB of shared memory, forward and backward, and which tiles need it."""
+    """FlexAttention's kernels: KB of shared memory, forward and backward, and which blocks need it."""
     rows = [["heads of", "dtype", *(f"sm_{capability}" for capability in CAPABILITIES)]]
     cells: dict[tuple[int, str, int], dict[str, list[int]]] = {}
     for row in results("ahead_of_time")["kernels"]:
         if "width" in row and row["fits"]:
-            tiles = cells.setdefault((row["width"], row["dtype"], row["capability"]), {})
-            tiles.setdefault(row["tiles"], []).append(round(row["shared"] / 1024))
+            blocks = cells.setdefault((row["width"], row["dtype"], row["capability"]), {})
+            blocks.setdefault(row["blocks"], []).append(round(row["shared"] / 1024))
     for width, dtype in sorted({key[:2] for key in cells}):
         found = [next(t for t in cells[width, dtype, c].items() if len(t[1]) == 2) for c in CAPABILITIES]
-        shown = [" / ".join(map(str, kib)) + (" (small)" if tiles == "small" else "") for tiles, kib in found]
+        shown = [" / ".join(map(str, kib)) + (" (small)" if blocks == "small" else "") for blocks, kib in found]
         rows.append([str(width), dtype, *shown])
     return rows
 

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 
 def test_kernels_fit_the_cards() -> None:
     """The case that failed first: heads of 256 in bfloat16 on an RTX 4090 need 152 KB of shared memory with torch's
-    tiles, and the card has 99 KB. And both kernels of the head."""
+    blocks, and the card has 99 KB. And both kernels of the head."""
     pytest.importorskip("triton")
     script = Path(__file__).parents[2] / "benchmarks" / "ahead_of_time.py"
-    case = ["--dtypes", "bfloat16", "--widths", "256", "--capabilities", "89", "--tiles", "small"]
+    case = ["--dtypes", "bfloat16", "--widths", "256", "--capabilities", "89", "--blocks", "small"]
     # compiled, not interpreted as in other tests: its own process
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script, *case], env=environment, capture_output=True, text=True, check=False)

@@ -121,7 +121,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
 SHAPE = (4, 2, 16, 16, 0.25, torch.bfloat16, CPU)
 
 
-def test_smaller_tiles_where_shared_memory_is_short(gpu: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_smaller_blocks_where_shared_memory_is_short(
+    gpu: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     asked = gpu(lambda options: "num_stages" not in options)
     own, small = flex.kernel_options(16, torch.bfloat16)
     assert attention.flex_options(*SHAPE) == small

@@ -19,22 +19,22 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128
 """Queries and keys per block of the mask: FlexAttention's default."""
 
-SMALL_TILE = 2**14
-"""Bytes of a small tile in bfloat16: the four of the backward pass fit into the 99 KiB of a consumer card."""
+SMALL_BLOCK = 2**14
+"""Bytes of a small block in bfloat16: the four of the backward pass fit into the 99 KiB of a consumer card."""
 
 
 def kernel_options(width: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Torch's own tiles, and small ones for cards that lack the shared memory for those.
+    """Torch's own sizes of blocks, and small ones for cards that lack the shared memory for those.
 
     Always of the kernel that has a backward pass: rows below 128 tokens would get one for decoding. What each needs:
     benchmarks/ahead_of_time.py.
     """
     # half as many bytes in float32, which fills registers too
     row_bytes = dtype.itemsize * (dtype.itemsize // 2) * 2 ** (width - 1).bit_length()
-    side = min(64, max(16, SMALL_TILE // row_bytes))
+    side = min(64, max(16, SMALL_BLOCK // row_bytes))
     small: dict[str, Any] = {"BACKEND": "TRITON", "num_stages": 1, "num_warps": 4}
-    tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
-    return {"BACKEND": "TRITON"}, small | dict.fromkeys(tiles, side)
+    sizes = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+    return {"BACKEND": "TRITON"}, small | dict.fromkeys(sizes, side)
 
 
 def is_compiled(device: torch.device) -> bool:
