@@ -56,13 +56,17 @@ def test_live_memory_peaks_where_torch_s_tracker_does() -> None:
     assert found[0] == pytest.approx(found[1], rel=0.002) and found[0] > 10**6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+@pytest.mark.parametrize(
+    ("optimizer", "adapter", "checkpointing"),
+    [("rmsprop", None, False), ("adamw", None, True), ("adamw_8bit", None, False), ("adamw", {"r": 4}, True)],
+)
 def test_fake_tensors_take_what_a_real_step_takes(
-    adapter: dict[str, object] | None, checkpointing: bool, make_recipe: MakeRecipe, tiny: Path
+    optimizer: str, adapter: dict[str, object] | None, checkpointing: bool, make_recipe: MakeRecipe, tiny: Path
 ) -> None:
     """Of the tensors of a real step: loaded weights, our own loop over micro-batches, clipping, an update."""
-    train = {"gradient_checkpointing": checkpointing, "optimizer": "adamw"}
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    train = {"gradient_checkpointing": checkpointing, "optimizer": optimizer}
     recipe, tokens = make_recipe("spin", adapter=adapter, train=train), 400
     one = TrainingExample(
         Group("", ids(100, 0), {"real": (ids(150, 1),), "generated": (ids(150, 2),)}),

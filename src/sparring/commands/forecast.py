@@ -117,6 +117,14 @@ def check_memory(recipe: Recipe) -> None:
     except UNKNOWN_ARCHITECTURE:
         return  # the data stage reports what is wrong with the model
     available = device_memory(ranks)
+    is_scored = recipe.method.needs.opponent or bool(recipe.data.held_out)
+    whole = frozen_bytes(empty_model(folder), BYTES[recipe.weights_dtype], recipe.in_4bit)
+    if is_scored and whole > available:
+        raise UserError(
+            f"model: scoring and evaluation hold the whole model on each device, {format_bytes(whole)}, and "
+            f"{format_bytes(available)} are there. Choose a smaller model or larger devices, or train an adapter: its "
+            "base takes half of that in bfloat16, and an eighth in 4 bits (adapter.load_in_4bit: true)."
+        )
     if required > available:
         raise UserError(
             f"train: a step needs at least {format_bytes(required)} on each device, and {format_bytes(available)} are "
