@@ -58,18 +58,18 @@ def test_full_fine_tuning_of_3b_on_24_gb_is_refused_before_loading(
 
 @pytest.mark.usefixtures("gpu_of_24_gb")
 def test_sharded_training_that_fits_still_needs_the_whole_model_for_scoring(
-    llama_8b: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    llama_8b: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparring.commands.forecast, "peak_bytes", lambda *_: 10**9)
     sharded = {"launch": "torchrun", "parallel": "fsdp2", "num_processes": 8, "train": {"dtype": "bfloat16"}}
     with pytest.raises(UserError, match="scoring and evaluation hold the whole model on each device, 32.1 GB"):
-        check_memory(make_recipe("spin", model=str(llama_8b), **sharded))
-    check_memory(make_recipe("tspin", model=str(llama_8b), data={"held_out": 0}, **sharded))
+        check_memory(make_recipe("spin", model=str(llama_8b), **sharded), tmp_path)
+    check_memory(make_recipe("tspin", model=str(llama_8b), data={"held_out": 0}, **sharded), tmp_path)
 
 
 @pytest.mark.usefixtures("gpu_of_24_gb")
-def test_an_adapter_on_8b_fits_24_gb(llama_8b: Path, make_recipe: MakeRecipe) -> None:
-    check_memory(make_recipe(model=str(llama_8b), **LORA))
+def test_an_adapter_on_8b_fits_24_gb(llama_8b: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    check_memory(make_recipe(model=str(llama_8b), **LORA), tmp_path)
 
 
 def test_4_bits_and_buckets_are_counted(make_recipe: MakeRecipe, tiny: Path) -> None:
@@ -84,12 +84,16 @@ def test_4_bits_and_buckets_are_counted(make_recipe: MakeRecipe, tiny: Path) -> 
 
 
 @pytest.mark.usefixtures("gpu_of_24_gb")
-def test_a_model_that_cannot_be_traced_is_not_refused(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_traced_is_not_refused(
+    llama_8b: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> int:
         raise RuntimeError("a size that depends on a number")
 
+    recipe = make_recipe("spin", model=str(llama_8b), **LORA)
     monkeypatch.setattr(sparring.commands.forecast, "peak_bytes", fails)
-    check_memory(make_recipe("spin"))
+    check_memory(recipe, tmp_path)
     monkeypatch.setattr(sparring.commands.forecast, "peak_bytes", lambda *_: 10**12)
-    with pytest.raises(UserError, match="To make it fit, set train.gradient_checkpointing: true, or"):
-        check_memory(make_recipe("spin"))
+    with pytest.raises(UserError, match="To make it fit, set launch: torchrun and parallel: fsdp2"):
+        check_memory(recipe, tmp_path)
+    check_memory(make_recipe("spin"), tmp_path)  # far too small to be traced
