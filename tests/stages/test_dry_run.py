@@ -84,6 +84,7 @@ def test_fake_tensors_take_what_a_real_step_takes(
     assert expected == pytest.approx(memory.peak, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
@@ -105,6 +106,7 @@ def test_layers_of_several_kinds_are_traced_in_whole_periods() -> None:
     assert hybrid.num_hidden_layers == 8, "the original stays as it is"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "bound"), [(8, 16.0), (64, 16.0)])
 def test_7b_on_fake_ranks(ranks: int, bound: float, make_recipe: MakeRecipe) -> None:
     """Full fine-tuning of Mistral 7B with FSDP2, through the project's own `prepare`, 4,096 tokens on each rank."""
