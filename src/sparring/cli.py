@@ -52,7 +52,7 @@ def run(
     if stage is None:
         from sparring.commands.forecast import check_disk, check_memory
 
-        check_memory(settings)
+        check_memory(settings, run_dir)
         check_disk(settings, run_dir)
         play(settings, run_dir)
     elif not run_one_stage(settings, run_dir, stage, iteration):

@@ -196,7 +196,8 @@ def test_memory_is_per_device(make_recipe: MakeRecipe, tiny: Path, monkeypatch: 
         assert found.level == "bad" and "on each of 4 devices" in found.text
         assert "Lower train.micro_batch_tokens" in found.text
         texts_by_setting[parallel] = found.text
-    assert "parallel: fsdp2" in texts_by_setting["ddp"] and "parallel: fsdp2" not in texts_by_setting["fsdp2"]
+    sharding = "parallel: fsdp2 on several devices"
+    assert sharding in texts_by_setting["ddp"] and sharding not in texts_by_setting["fsdp2"]
 
 
 def test_a_preview_keeps_leading_spaces_of_tokens() -> None:

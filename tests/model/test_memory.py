@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from sparring.model.memory import (
     find_micro_batch_tokens,
     halve_micro_batch_tokens,
     inference_micro_batch_tokens,
+    return_freed_memory,
     search_range,
 )
 from sparring.model.packing import PackedBatch
@@ -179,6 +182,39 @@ def test_the_search_for_micro_batch_tokens() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         find_micro_batch_tokens(broken, 64, 1000, 20)
+
+
+def churn() -> float:
+    """MiB that this process holds after making 200 MiB in blocks of up to 8 MiB, with small blocks between that stay,
+    and freeing them."""
+
+    def anonymous_mib() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+    del (_ := [b"x" * 2**24])[:]  # a large block that was freed raises glibc's threshold
+    before = anonymous_mib()
+    freed, stays = [], []
+    for number in range(50):
+        freed.append(b"x" * (2**20 * (number % 8 + 1)))
+        stays.append(b"x" * 2**18)
+    freed.clear()
+    return anonymous_mib() - before - len(stays) / 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_freed_memory_is_returned() -> None:
+    def in_a_fork(call: Callable[[], None]) -> float:
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            call()
+            os.write(write, str(churn()).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        return float(os.read(read, 100))
+
+    assert in_a_fork(return_freed_memory) < 10
+    assert in_a_fork(lambda: None) > 100, "a control"
 
 
 def test_auto_on_a_cpu_bounds_what_activations_take() -> None:

@@ -56,13 +56,17 @@ def test_live_memory_peaks_where_torch_s_tracker_does() -> None:
     assert found[0] == pytest.approx(found[1], rel=0.002) and found[0] > 10**6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+@pytest.mark.parametrize(
+    ("optimizer", "adapter", "checkpointing"),
+    [("rmsprop", None, False), ("adamw", None, True), ("adamw_8bit", None, False), ("adamw", {"r": 4}, True)],
+)
 def test_fake_tensors_take_what_a_real_step_takes(
-    adapter: dict[str, object] | None, checkpointing: bool, make_recipe: MakeRecipe, tiny: Path
+    optimizer: str, adapter: dict[str, object] | None, checkpointing: bool, make_recipe: MakeRecipe, tiny: Path
 ) -> None:
     """Of the tensors of a real step: loaded weights, our own loop over micro-batches, clipping, an update."""
-    train = {"gradient_checkpointing": checkpointing, "optimizer": "adamw"}
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    train = {"gradient_checkpointing": checkpointing, "optimizer": optimizer}
     recipe, tokens = make_recipe("spin", adapter=adapter, train=train), 400
     one = TrainingExample(
         Group("", ids(100, 0), {"real": (ids(150, 1),), "generated": (ids(150, 2),)}),
@@ -80,6 +84,7 @@ def test_fake_tensors_take_what_a_real_step_takes(
     assert expected == pytest.approx(memory.peak, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
@@ -101,6 +106,7 @@ def test_layers_of_several_kinds_are_traced_in_whole_periods() -> None:
     assert hybrid.num_hidden_layers == 8, "the original stays as it is"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "bound"), [(8, 16.0), (64, 16.0)])
 def test_7b_on_fake_ranks(ranks: int, bound: float, make_recipe: MakeRecipe) -> None:
     """Full fine-tuning of Mistral 7B with FSDP2, through the project's own `prepare`, 4,096 tokens on each rank."""

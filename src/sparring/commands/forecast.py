@@ -40,6 +40,11 @@ FITS = 0.95
 """Fraction of a device's memory that a step may need, by the forecast: libraries and fragmentation take some."""
 
 
+SURELY_FITS = 50
+"""A step of few tokens takes a few times what weights, gradients and optimizer state take. Where fifty times of that is
+there, `run` traces nothing."""
+
+
 @dataclass(frozen=True)
 class TrainedTensors:
     """Sizes of the tensors that are trained."""
@@ -97,8 +102,7 @@ def training_bytes(recipe: Recipe, folder: Path, device: str, num_ranks: int, to
     if recipe.in_4bit:
         model, each = empty_model(folder), BYTES[recipe.weights_dtype]
         total += frozen_bytes(model, each, in_4bit=True) - frozen_bytes(model, each, in_4bit=False)
-        # one layer at a time is dequantized
-        total += each * max(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        total += each * max(layer.weight.numel() for layer in quantized_layers(model))  # one at a time is dequantized
     if num_ranks > 1 and not is_sharded:
         total += 4 * trained_tensors(empty_model(folder), recipe.adapter).total  # DDP's buckets
     if device == "cpu":
@@ -106,17 +110,26 @@ def training_bytes(recipe: Recipe, folder: Path, device: str, num_ranks: int, to
     return total
 
 
-def check_memory(recipe: Recipe) -> None:
+def check_memory(recipe: Recipe, run_dir: Path) -> None:
     """Raises `UserError` if training cannot fit into a device's memory, however small its micro-batches become."""
-    ranks = local_ranks(recipe)
-    if recipe.launch == "ray":
-        return  # the devices are elsewhere
-    folder, device = resolve_model(recipe.model), local_device().type
+    if recipe.launch == "ray" or not num_remaining(recipe, RunDir(run_dir)):
+        return  # the devices are elsewhere, or nothing is left to train
+    folder, ranks = resolve_model(recipe.model), local_ranks(recipe)
+    available = device_memory(ranks)
     try:
-        required = training_bytes(recipe, folder, device, ranks, min(MINIMUM, recipe.train.max_length))
+        if SURELY_FITS * forecast(recipe, folder, 1).state_bytes < available:
+            return
+        whole = frozen_bytes(empty_model(folder), BYTES[recipe.weights_dtype], recipe.in_4bit)
+        tokens = min(MINIMUM, recipe.train.max_length)
+        required = training_bytes(recipe, folder, local_device().type, ranks, tokens)
     except UNKNOWN_ARCHITECTURE:
         return  # the data stage reports what is wrong with the model
-    available = device_memory(ranks)
+    if whole > available and (recipe.method.needs.opponent or recipe.data.held_out):
+        raise UserError(
+            f"model: scoring and evaluation hold the whole model on each device, {format_bytes(whole)}, and "
+            f"{format_bytes(available)} are there. Choose a smaller model or larger devices, or train an adapter: its "
+            "base takes half of that in bfloat16, and an eighth in 4 bits (adapter.load_in_4bit: true)."
+        )
     if required > available:
         raise UserError(
             f"train: a step needs at least {format_bytes(required)} on each device, and {format_bytes(available)} are "
@@ -134,7 +147,7 @@ def local_ranks(recipe: Recipe) -> int:
 def device_memory(ranks: int) -> float:
     """Bytes of memory for each of the ranks on this machine."""
     if local_device().type == "cuda":
-        return torch.cuda.mem_get_info()[1]
+        return torch.cuda.get_device_properties(0).total_memory  # starts nothing on the device
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
@@ -156,7 +169,7 @@ def memory_remedies(recipe: Recipe, ranks: int) -> str:
 def check_disk(recipe: Recipe, run_dir: Path) -> None:
     """Prints how much disk the remaining iterations need. Raises `UserError` if there cannot be enough."""
     run = RunDir(run_dir)
-    remaining = sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
+    remaining = num_remaining(recipe, run)
     if not remaining:
         return
     folder = resolve_model(recipe.model)
@@ -177,6 +190,11 @@ def check_disk(recipe: Recipe, run_dir: Path) -> None:
         f"Disk: about {format_bytes(required)} for {remaining} more iterations and their checkpoints; "
         f"{format_bytes(free)} free."
     )
+
+
+def num_remaining(recipe: Recipe, run: RunDir) -> int:
+    """How many iterations are still to be trained."""
+    return sum(not is_committed(run.stage(index, "train")) for index in range(recipe.iterations))
 
 
 def num_training(recipe: Recipe, num_rows: int) -> int:
@@ -222,9 +240,14 @@ def frozen_bytes(model: PreTrainedModel, bytes_per_weight: int, in_4bit: bool) -
     total = bytes_per_weight * sum(p.numel() for p in model.parameters())
     if not in_4bit:
         return total
-    head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    linear = sum(layer.weight.numel() for layer in quantized_layers(model))
     return total - round(linear * (bytes_per_weight - BYTES_PER_WEIGHT))
+
+
+def quantized_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """What is quantized with 4 bits."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
 
 
 def is_target(name: str, targets: str | tuple[str, ...]) -> bool:

@@ -30,6 +30,13 @@ def shard_within_nodes(num_ranks: int, ranks_per_node: int) -> ParallelismConfig
     return ParallelismConfig(dp_replicate_size=num_ranks // ranks_per_node, dp_shard_size=ranks_per_node)
 
 
+def keep_residual_stream_in_float32(module: nn.Module) -> None:
+    """For weights that are trained in float32 and used in bfloat16. A frozen base in bfloat16 keeps its own stream."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and part.weight.requires_grad:
+            part.register_forward_hook(lambda part, inputs, output: output.float())
+
+
 class Fsdp2(Ddp):
     """`Parallel` for ranks that each hold a shard of the model; on several nodes, each node holds all of it.
 
@@ -76,9 +83,8 @@ class Fsdp2(Ddp):
     def prepare(self, module: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if self.plugin.transformer_cls_names_to_wrap is None:
             self.plugin.transformer_cls_names_to_wrap = list(blocks)
-        for part in module.modules() if self.dtype != torch.float32 else ():
-            if isinstance(part, nn.Embedding) and part.weight.requires_grad:
-                part.register_forward_hook(lambda part, inputs, output: output.float())
+        if self.dtype != torch.float32:
+            keep_residual_stream_in_float32(module)
         wrapped, wrapped_optimizer = super().prepare(module, blocks, optimizer)
         if any(p.requires_grad and p.dtype != torch.float32 for p in wrapped.parameters()):
             wrapped.float()  # weights that were loaded as they are stored: now each rank has its shard only

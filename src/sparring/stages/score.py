@@ -18,6 +18,7 @@ from sparring.model.load import load_model
 from sparring.model.logprobs import Scorer, score_groups
 from sparring.model.memory import activation_bytes, checkpoint_activations, peak_memory_mib, search_range
 from sparring.parallel import Parallel
+from sparring.parallel.fsdp2 import keep_residual_stream_in_float32
 from sparring.recipe.schema import Train
 from sparring.run.examples import JoinedRow, generated_inputs, training_rows
 from sparring.run.iteration import Iteration
@@ -69,14 +70,18 @@ def score(iteration: Iteration, parallel: Parallel) -> None:
 def load_opponent(iteration: Iteration, parallel: Parallel) -> Scorer:
     """The opponent as training loads it as a policy."""
     recipe = iteration.recipe
-    weights_dtype = getattr(torch, recipe.weights_dtype)
-    model = load_model(iteration.opponent, dtype=weights_dtype, device=parallel.device, in_4bit=recipe.in_4bit)
+    dtype = getattr(torch, recipe.train.dtype)
+    # as shards are gathered: norms' weights too, which autocast leaves
+    is_gathered = recipe.launch != "inline" and recipe.is_sharded
+    held = dtype if is_gathered else getattr(torch, recipe.weights_dtype)
+    model = load_model(iteration.opponent, dtype=held, device=parallel.device, in_4bit=recipe.in_4bit)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
-    dtype = getattr(torch, recipe.train.dtype)
-    if recipe.launch != "inline" and recipe.is_sharded:
-        for parameter in model.parameters():  # as shards are gathered: norms' weights too, which autocast leaves
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    if is_gathered:
+        for parameter in model.parameters():  # of an adapter, which is loaded in float32
+            parameter.data = parameter.data.to(dtype)
+        if recipe.adapter is None and dtype != torch.float32:
+            keep_residual_stream_in_float32(model)
     return Scorer(model, dtype)
 
 

@@ -65,7 +65,8 @@ def phase_peaks(recipe: Recipe, config: PreTrainedConfig, tokens: int, device: s
     with _parallel(ranks, getattr(torch, recipe.train.dtype)) as parallel, _quiet():
         mode, memory = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
         with mode, memory:
-            policy = make_policy(_fake_model(recipe, config), recipe, 0, parallel, Unprobed)
+            stand_in = _with_torch_s_optimizer(recipe) if recipe.train.optimizer == "adamw_8bit" else recipe
+            policy = make_policy(_fake_model(recipe, config), stand_in, 0, parallel, Unprobed)
             trained = [parameter for parameter in policy.forward.parameters() if parameter.requires_grad]
             # accelerate looks an optimizer's parameters up by their addresses, and those of fake tensors are all 0
             parallel.unwrap(policy.optimizer).param_groups[0]["params"] = trained
@@ -201,8 +202,13 @@ def _on_reaching_first_layer(model: PreTrainedModel, call: Callable[[], object])
         handle.remove()
 
 
+def _with_torch_s_optimizer(recipe: Recipe) -> Recipe:
+    """bitsandbytes' optimizers take no fake tensors. `_update` makes their state in place of another's."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"optimizer": "rmsprop"})})
+
+
 def _update(policy: Policy, recipe: Recipe) -> None:
-    """One update. bitsandbytes' kernels make no temporaries, but take no fake tensors: only their state is made."""
+    """One update. Kernels of bitsandbytes make no temporaries: of those only the state is made."""
     if recipe.train.optimizer != "adamw_8bit":
         policy.optimizer.step()
     elif not policy.optimizer.state:
