@@ -164,8 +164,8 @@ def _probe(
         found = flex.compiled(device)(*inputs, block_mask=row.block_mask(time, device), **settings)
         with torch.autocast(device.type, enabled=False):
             ours = [found.detach(), *torch.autograd.grad(found, inputs, outer)]
-            exact = [x.detach().float().requires_grad_() for x in inputs]
-            expected = by_pieces(*exact, row, time, scale).transpose(1, 2)
+            query, key, value = exact = [x.detach().float().requires_grad_() for x in inputs]
+            expected = by_pieces(query, key, value, row, time, scale).transpose(1, 2)
             theirs = [expected.detach(), *torch.autograd.grad(expected, exact, outer.float())]
     return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
