@@ -119,21 +119,22 @@ FSDP2 = ("launch=torchrun", "num_processes=1", "parallel=fsdp2", "iterations=1")
 
 def play_run(is_tiny: bool, *overrides: str) -> Result:
     """`play()` of SPIN from the first row to the report, and its peak memory against the forecast."""
-    from sparring.commands.forecast import forecast
+    from sparring.commands.forecast import training_bytes
     from sparring.loop import play
     from sparring.recipe.load import load_recipe
     from sparring.run.manifest import read_manifest
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(write_run(Path(folder), is_tiny), list(overrides))
-        needs = forecast(recipe, Path(recipe.model), 60)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        forecast = training_bytes(recipe, Path(recipe.model), device, 1)
         run = play(recipe, Path(folder) / "run")
         stages = {
             f"{file.parent.parent.name}/{file.parent.name}": {k: info[k] for k in ("seconds", "peak_memory_mib")}
             for file in sorted(run.root.glob("iter-*/*/MANIFEST.json"))
             if "peak_memory_mib" in (info := read_manifest(file.parent).info)
         }
-    return {"stages": stages, "forecast_mib": round((needs.state_bytes + needs.work_bytes) / 2**20)}
+    return {"stages": stages, "forecast_mib": round(forecast / 2**20)}
 
 
 def write_run(folder: Path, is_tiny: bool) -> Path:
