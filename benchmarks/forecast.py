@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, int, dict[str, object]]] = {
     ),
     "Mistral-7B, full, FSDP2 on 8 ranks": ("Mistral-7B", 8, {}),
     "Mistral-7B, full, FSDP2 on 8 ranks, checkpointing": ("Mistral-7B", 8, {"checkpointing": True}),
-    "Mistral-7B, full, FSDP2 on 64 ranks, checkpointing": ("Mistral-7B", 64, {"checkpointing": True}),
+    "Mistral-7B, full, FSDP2 on 8 nodes of 8 ranks, checkpointing": ("Mistral-7B", 64, {"checkpointing": True}),
 }
 OPTIMIZERS = ("rmsprop", "adamw", "adamw_8bit")
 GIB = 2**30
