@@ -166,7 +166,7 @@ def write_run(folder: Path, is_tiny: bool) -> Path:
         "iterations: 2\n"
         f"data: {{train: {folder / 'rows.jsonl'}, held_out: 4, template: '{{prompt}} '}}\n"
         f"generate: {{max_new_tokens: {12 if is_tiny else 128}}}\n"
-        "train: {batch_size: 16, epochs: 1, max_length: 1024, checkpoint_every: 2}\n"
+        "train: {batch_size: 16, epochs: 1, max_length: 1024, checkpoint_minutes: 0}\n"
     )
     return recipe
 

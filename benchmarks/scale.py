@@ -62,7 +62,7 @@ class Assumptions:
     engine_starts_seconds: float = 120.0
     part_spread: float = 0.15  # of the time of a part, relative, one standard deviation
     training_restarts_seconds: float = 300.0
-    checkpoint_every: int = 100  # steps, the default
+    checkpoint_every: int = 100  # steps
     checkpoint_bytes_per_second: float = 2e9  # weights and optimizer state in float32, written by one rank
     network_bytes_per_second: float = 50e9  # into a node (400 Gb/s), for gathering weights and scattering gradients
 

@@ -31,7 +31,7 @@ from sparring.stages.train.checkpoint import NUM_KEPT
 from sparring.stages.train.dry_run import peak_bytes
 
 BYTES = {"float32": 4, "bfloat16": 2}
-UNKNOWN_ARCHITECTURE = (ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+UNKNOWN_ARCHITECTURE = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a config from which it cannot build a model, and torch for one that depends on numbers,
 which fake tensors do not have."""
 
