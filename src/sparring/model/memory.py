@@ -19,8 +19,9 @@ from sparring.logging import info
 
 T = TypeVar("T")
 
-M_MMAP_THRESHOLD, MMAP_BYTES = -3, 2**17
-"""glibc's number of the setting, and its first value, which stays once it is set."""
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 2**20
+"""glibc's number of the setting, and a value that it never changes once it is set. Smaller blocks are reused: with
+128 KiB, its first value, the demo's model trained a quarter slower, in page faults."""
 
 START = {"cpu": 4096, "cuda": 16_384}
 """Tokens per micro-batch without gradients, and where the search for training starts."""
