@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -160,4 +159,3 @@ def test_the_problems_in_words_are_correct() -> None:
             a, b = map(int, left.split(sign))
             assert int(result) == {"+": a + b, "-": a - b, "*": a * b}[sign]
         assert int(final) == int(step.split("=")[1]) >= 0
-        assert json.dumps(row)

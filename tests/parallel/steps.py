@@ -177,9 +177,9 @@ def late(folder: Path) -> list[bool]:
         return False
 
     found.append(is_lost(3, lambda: make_policy(folder, "shared", parallel)))
-    found.append(is_lost(1.5, lambda: parallel.any_rank(True)))
+    found.append(is_lost(1.5, lambda: parallel.all_reduce_sum(torch.ones(1))))
     parallel.limit_waits()
-    found.append(is_lost(2, lambda: parallel.any_rank(True)))
+    found.append(is_lost(2, lambda: parallel.all_reduce_sum(torch.ones(1))))
     return found
 
 

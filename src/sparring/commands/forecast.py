@@ -35,10 +35,8 @@ UNKNOWN_ARCHITECTURE = (ArithmeticError, AttributeError, ImportError, LookupErro
 """What transformers raises for a config from which it cannot build a model, and torch for one that depends on numbers,
 which fake tensors do not have."""
 
-
 FITS = 0.95
 """Fraction of a device's memory that a step may need, by the forecast: libraries and fragmentation take some."""
-
 
 SURELY_FITS = 50
 """A step of few tokens takes a few times what weights, gradients and optimizer state take. Where fifty times of that is

@@ -123,9 +123,6 @@ class Ddp:
         dist.all_reduce(on_device)
         return on_device.to(values.device)
 
-    def any_rank(self, flag: bool) -> bool:
-        return bool(self.all_reduce_sum(torch.tensor(float(flag))))
-
     def barrier(self) -> None:
         self.rendezvous.barrier()
 

@@ -96,10 +96,6 @@ class Parallel(Protocol):
         """Collective. The sum over the ranks, on every rank."""
         ...
 
-    def any_rank(self, flag: bool) -> bool:
-        """Collective. Whether `flag` is true on any rank."""
-        ...
-
     def barrier(self) -> None:
         """Collective. Waits without a deadline while the missing ranks still send heartbeats."""
         ...

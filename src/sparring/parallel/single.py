@@ -80,9 +80,6 @@ class SingleProcess:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
     def barrier(self) -> None:
         pass
 

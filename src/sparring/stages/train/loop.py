@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sparring.logging import track
 from sparring.model.load import save_merged, save_successor
 from sparring.model.lora import BASE, base_of
@@ -89,9 +91,10 @@ def take_steps(
             failpoint("train-step")
             failpoint(f"train-step-of-rank-{parallel.rank}")
             checkpoints.check()
-            is_asked = parallel.any_rank(interrupt.is_asked())
-            is_due = is_asked or parallel.any_rank(time.monotonic() - saved_at >= seconds)
-            if is_due and step + 1 < schedule.num_steps:
+            # one reduction for both: on a GPU each waits for the device
+            flags = torch.tensor([float(interrupt.is_asked()), float(time.monotonic() - saved_at >= seconds)])
+            is_asked, is_due = (count > 0 for count in parallel.all_reduce_sum(flags).tolist())
+            if (is_asked or is_due) and step + 1 < schedule.num_steps:
                 checkpoints.save(step + 1)
                 saved_at = time.monotonic()
                 failpoint("checkpoint")
