@@ -31,14 +31,17 @@ def kubernetes(nodes: int, gpus: int) -> str:
 
 @pytest.fixture
 def fake_cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the cluster's programs only record how they were called."""
+    """An environment in which the cluster's programs only record how they were called.
+
+    Each in one write: srun runs in the background, and two calls must not share a line.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("srun", "ray", "scontrol", "sparring"):
         program = folder / name
         ending = 'exit "${STATUS:-0}"' if name == "sparring" else "exit 0"
         program.write_text(
-            f'#!/bin/bash\n{{ printf "%s" {name}; printf " [%s]" "$@"; echo; }} >> "$CALLS"\n'
+            f'#!/bin/bash\nline=$(printf "%s" {name}; printf " [%s]" "$@")\necho "$line" >> "$CALLS"\n'
             f'[ {name} = sparring ] && [ -n "${{STUCK:-}}" ] && {{ trap "exit 143" TERM; kill -TERM $PPID; '
             f"sleep 30 & wait; }}\n{ending}\n"
         )

@@ -108,7 +108,7 @@ FILES = {
     "gzip": ("a.jsonl.gz", gzip.compress(lines(GOOD)), r"unsupported suffix '\.gz'\. Use"),
     "gzip by another name": ("a.jsonl", gzip.compress(lines(GOOD)), "row 1 of .*not valid JSON"),
     "text": ("a.txt", b"hello", r"unsupported suffix '\.txt'\. Use \.jsonl"),
-    "no suffix": ("rows", b"hello", "unsupported suffix ''\. Use"),
+    "no suffix": ("rows", b"hello", r"unsupported suffix ''\. Use"),
     "json cut": ("a.json", json.dumps(rows()).encode()[:-9], "is not valid JSON"),
     "json lines as json": ("a.json", lines(GOOD), r"is not valid JSON.*rename it to \.jsonl"),
     "a json object": ("a.json", b'{"rows": []}', "contains a dict. Write a list of rows"),

@@ -132,15 +132,16 @@ def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPa
         (task / "model" / name).write_bytes(bomb)
     child = os.fork()
     if child == 0:
-        os.environ["SPARRING_FAIL_AT"] = "train-step:2"
+        os.environ["SPARRING_FAIL_AT"] = "train-step:3"  # the second checkpoint waited until the first was committed
         try:
             play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"])
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
     (work,) = (task / "run").rglob(".train.partial")
-    (checkpoint,) = work.glob("step-*")
-    for folder in (work, checkpoint):
+    checkpoints = sorted(work.glob("step-*"))
+    assert checkpoints
+    for folder in (work, *checkpoints):
         for name in names:
             (folder / name).write_bytes(bomb)
     run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"])
