@@ -127,7 +127,7 @@ def compare(
             copy_rows(shared, run, share, settings.seed)
             donors = [arm.run for arm in arms if (arm.seed, arm.share) == (seed, share)]
             reuse_stages(Iteration(run, settings.at(0), 0), donors)
-            arms.append(Arm(method.label, seed, share, play(settings, run.root)))
+            arms.append(Arm(method.label, seed, share, play(settings, run.root).run))
         comparison = Comparison(shared.root, recipe, arms)
         write_comparison(comparison)
     return comparison
