@@ -10,19 +10,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sparring.errors import UserError
 from sparring.logging import info, log_event
+from sparring.model.load import resolve_model
 from sparring.objectives import Dft
 from sparring.parallel import interrupt, num_usable_cpus
 from sparring.recipe.load import Overrides, load_recipe, parse_overrides
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
+from sparring.run.in_memory import Rows, file_of, keep_rows, model_folder, tokenizer_settings
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.mirror import Mirror
 from sparring.run.results import Results, StageState, name_methods
-from sparring.run.rows import Rows, file_of, keep_rows
 from sparring.run.rundir import RunDir
 from sparring.run.session import (
     PACKAGES,
@@ -48,13 +50,15 @@ def play(
     method: str | Mapping[str, object] | None = None,
     train: str | Path | Rows | None = None,
     held_out: str | Path | float | Rows | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     on_stage_end: OnStageEnd | None = None,
     on_iteration_end: OnIterationEnd | None = None,
 ) -> Results:
     """Plays a recipe in a run directory, or continues it there. Ends with the report written.
 
     `model`, `method`, `train` and `held_out` replace those settings of the recipe, or stand in for one; `overrides` has
-    all others under dotted keys, such as {"train.epochs": 1}. Rows in memory are kept in the run directory.
+    all others under dotted keys, such as {"train.epochs": 1}. Rows in memory are kept in the run directory. Of a loaded
+    tokenizer the chat template and the end token are used; its tokens must be those of the model's own.
 
     The same call continues a run that was stopped, or finds that everything is done. Raises `UserError` for what the
     user has to fix, and `RunError` where continuing would harm what is there.
@@ -65,13 +69,19 @@ def play(
     if run_dir is None:
         raise UserError("run_dir is missing. Name the folder that keeps the run, for example run_dir='runs/mine'.")
     run, rows = RunDir(run_dir), dict[str, Rows]()
-    named: dict[str, object] = {"model": model, "method": method, "data.train": train, "data.held_out": held_out}
+    named: dict[str, object] = {
+        "model": model_folder(model),
+        "method": method,
+        "data.train": train,
+        "data.held_out": held_out,
+    }
     for name, given in (("train", train), ("held_out", held_out)):
         if not isinstance(given, str | Path | float | int | None):
             named[f"data.{name}"], rows[name] = file_of(run, name, given), given
     named = {k: str(value) if isinstance(value, Path) else value for k, value in named.items() if value is not None}
-    source = Path(recipe) if isinstance(recipe, str) else recipe
-    settings = load_recipe(source, {**named, **parse_overrides(overrides)})
+    settings = load_recipe(recipe, {**named, **parse_overrides(overrides)})
+    if tokenizer is not None:
+        settings = load_recipe(settings, tokenizer_settings(tokenizer, resolve_model(settings.model), settings.data))
     play_recipe(run, settings, rows, on_stage_end, on_iteration_end)
     return Results(run.root)
 

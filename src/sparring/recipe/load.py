@@ -19,7 +19,7 @@ Overrides = Sequence[str] | Mapping[str, object]
 """Settings that replace those of a recipe: `key=value` as on the command line, or a mapping of dotted keys."""
 
 
-def load_recipe(source: Recipe | Path | None, overrides: Overrides = ()) -> Recipe:
+def load_recipe(source: Recipe | str | Path | None, overrides: Overrides = ()) -> Recipe:
     """Applies overrides to a recipe or a recipe's file. None: the overrides are all there is."""
     raw: object
     lines: yaml.Lines = {}
@@ -28,7 +28,7 @@ def load_recipe(source: Recipe | Path | None, overrides: Overrides = ()) -> Reci
             return source
         raw, name = source.model_dump(by_alias=True, mode="json", exclude_unset=True), "recipe"
     elif source is not None:
-        (raw, lines), name = yaml.read(source), str(source)
+        (raw, lines), name = yaml.read(Path(source)), str(source)
     else:
         raw, name = {}, "recipe"
     if not isinstance(raw, dict):

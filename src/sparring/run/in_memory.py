@@ -1,4 +1,6 @@
-"""Rows that a caller holds in memory, as files of the run directory: from there they are read like the user's own."""
+"""What a caller of `play` holds in memory: rows, as files of the run directory from which they are read like the user's
+own, and a tokenizer, as settings.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,15 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from sparring.data.read import without_nulls
 from sparring.errors import RunMismatch, UserError
+from sparring.model.load import load_tokenizer
+from sparring.recipe.schema import Data
 from sparring.run.manifest import commit, read_manifest
 from sparring.run.rundir import RunDir
 from sparring.run.session import is_done
@@ -32,6 +38,35 @@ def file_of(run: RunDir, name: str, given: object) -> str:
             f"{name}: a {type(given).__name__} is neither a path nor rows. Pass a list of dicts or a Dataset."
         )
     return str(run.rows / f"{name}.jsonl")
+
+
+def model_folder(model: object) -> str | None:
+    """The model as a recipe names it. Raises `UserError` for a loaded one: its weights may not be those of a folder."""
+    if model is None or isinstance(model, str | Path):
+        return None if model is None else str(model)
+    raise UserError(
+        f"model: pass the folder or Hub id of the {type(model).__name__}, not the loaded model. If its weights "
+        "were changed, save it first with save_pretrained."
+    )
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase, model: Path, data: Data) -> dict[str, object]:
+    """The settings of a recipe that a loaded tokenizer changes: what it has unlike the model's own, and `data` has not.
+
+    Raises `UserError` if its tokens are not those of the model's own tokenizer.
+    """
+    own = load_tokenizer(model)
+    if tokenizer.get_vocab() != own.get_vocab():
+        raise UserError(
+            f"tokenizer: its tokens differ from those of the tokenizer in {model}. Save both in one folder with "
+            "save_pretrained, and pass that folder as model."
+        )
+    changed: dict[str, object] = {}
+    if data.template is None and tokenizer.chat_template != own.chat_template:
+        changed["data.template"] = tokenizer.chat_template
+    if data.end_token is None and tokenizer.eos_token != own.eos_token:
+        changed["data.end_token"] = tokenizer.eos_token
+    return changed
 
 
 def keep_rows(run: RunDir, rows: Mapping[str, Rows]) -> None:
