@@ -129,7 +129,7 @@ class Comparison:
             raise UserError(f"plot: {metric} is not compared. Choose one of {', '.join(self.metrics)}.")
         axes = axes or pyplot.subplots()[1]
         curves = [(label, self.curve(label, self.shares[-1], metric)) for label in self.labels]
-        plot_arms([(label, [p["iteration"] for p in curve], curve) for label, curve in curves], "iteration")(axes)
+        plot_arms([(label, range(-1, len(curve) - 1), curve) for label, curve in curves], "iteration")(axes)
         axes.set_ylabel(metric)
         axes.legend()
         return axes
