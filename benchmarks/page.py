@@ -467,7 +467,13 @@ def gain(task: str) -> Table:
     return against(task, "sft", [arm for arm in arms_of(task) if "25 %" not in arm and arm not in LARGER_MU])
 
 
-# Checkpoints: docs/devices.md.
+# Minutes of an iteration: docs/performance.md. Checkpoints: docs/devices.md.
+
+
+def iteration() -> Table:
+    minutes = results("iteration")["minutes"]
+    rows = [[name, f"{value:.1f}"] for name, value in minutes.items()]
+    return [["", "minutes, estimated"], *rows, ["sum", f"{sum(minutes.values()):.0f}"]]
 
 
 def checkpoint() -> Table:
@@ -490,6 +496,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "checkpoint": checkpoint,
     "engines": engines,
     "scale": scale,
+    "iteration": iteration,
     "first commands": first_commands,
     "adapter memory": adapter_memory,
     "attention kernels": attention_kernels,
