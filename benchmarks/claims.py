@@ -128,9 +128,21 @@ STORIES = Task(
     checker=None,
 )
 FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
-REAL_ROWS, REAL_HELD_OUT = 256, 256
+REAL_ROWS, REAL_HELD_OUT = 192, 160
 REAL_TRAIN = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "warmup_ratio": 0.05, "epochs": 1}
-REAL = Task("SmolLM2", (3e-6, 1e-5, 3e-5, 1e-4), 3, 3, 2, MAIN, (SPACE_3,), train=REAL_TRAIN, max_new_tokens=40)
+# the model's own chat format without the system prompt of 25 tokens, which a CPU would spend a third of its time on
+CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+REAL = Task(
+    "SmolLM2",
+    (1e-5, 3e-5, 1e-4),
+    3,
+    2,
+    1,
+    MAIN,
+    train=REAL_TRAIN,
+    max_new_tokens=32,
+    data={"template": CHAT, "end_token": "<|im_end|>"},
+)
 REAL_START = {**REAL_TRAIN, "learning_rate": 1e-4, "schedule": "constant", "epochs": 2}
 TASKS = (PROBLEMS, STORIES, FRESH, REAL)
 """problems: the demo, on the 1,000 rows that the start was trained on for 40 epochs. fresh rows: the same models on
@@ -206,7 +218,7 @@ def to_play(place: Place) -> Iterator[Trial]:
     for task in place.tasks:
         yield from (one for one in sweep_trials(task) if one.arm in task.swept)
     wanted = ((REAL, MAIN), (PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
-    for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further), (REAL, REAL.further)):
+    for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
             for arm in arms:
                 rate = chosen_rate(place, task, arm)

@@ -2,12 +2,14 @@
 
     python benchmarks/epoch.py ROWS.jsonl FOLDER --out benchmarks/results/epoch.json --rows 64 --rounds 3
     python benchmarks/epoch.py long-prompt FOLDER --out FILE --method tspin --dtype bfloat16
+    python benchmarks/epoch.py TASK/train.jsonl FOLDER --model TASK/model --out FILE    (TASK: runs/real/task)
 
 Rows are questions and answers from a file, with a byte-level BPE tokenizer trained on them, or random words with the
 lengths of a profile of benchmarks/step.py. The generated answer of a row is another row's real one. A Llama of 27
-million parameters plays SPIN's first iteration, or T-SPIN's second, whose proto answers are a third row's. All arms
-have the same answers, order and reference log-probs (computed once by sparring and cached), AdamW, gradient norm 1, a
-checkpoint with optimizer state after half of the epoch, and the model at the end. One thread. Arms:
+million parameters, or --model with its own chat template, plays SPIN's first iteration, or T-SPIN's second, whose proto
+answers are a third row's. All arms have the same answers, order and reference log-probs (computed once by sparring and
+cached), AdamW, gradient norm 1, a checkpoint with optimizer state after every step but the last, and the model at the
+end. One thread. Arms:
 
     sparring    the train stage, from files to files
     trl         TRL's DPOTrainer.train() and save_model(), cached reference, vocabulary tile repaired for CPUs (4096)
@@ -111,7 +113,9 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
     if is_profile:
         rows = folder / "rows.jsonl"
         write_profile(wanted.rows, rows, wanted.limit)
-    save_model(make_model("30m", VOCAB), tokenizer_of(rows, is_profile), folder / "model")
+    model, template = wanted.model or folder / "model", None if wanted.model else "{prompt}\n"
+    if wanted.model is None:
+        save_model(make_model("30m", VOCAB), tokenizer_of(rows, is_profile), model)
     train_settings = {
         "optimizer": "adamw",
         "learning_rate": 1e-5,
@@ -120,10 +124,10 @@ def prepare_run(wanted: argparse.Namespace) -> Iteration:
         "epochs": 1,
     }
     raw = {
-        "model": str(folder / "model"),
+        "model": str(model),
         "method": SETTINGS[wanted.method],
         "iterations": 2,
-        "data": {"train": str(rows), "held_out": 0, "template": "{prompt}\n", "limit": wanted.limit},
+        "data": {"train": str(rows), "held_out": 0, "template": template, "limit": wanted.limit},
         "generate": {"max_new_tokens": 1024},
         "train": {
             **train_settings,
@@ -315,6 +319,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", dest="limit", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a chat model; without it, 27 million random parameters")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--method", choices=PLAYED, default="spin")
     parser.add_argument("--pairs", type=int, default=2, help="prompts per micro-batch, for arms that pad")

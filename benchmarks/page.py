@@ -467,7 +467,27 @@ def gain(task: str) -> Table:
     return against(task, "sft", [arm for arm in arms_of(task) if "25 %" not in arm and arm not in LARGER_MU])
 
 
-# Checkpoints: docs/devices.md.
+# Simulated tunings: docs/tune.md.
+
+
+def tuning() -> Table:
+    rows = [["", "worse than tuned SFT", "better than tuned SFT", "median regret", "95% of regrets below"]]
+    labels = {"equal": "equal methods", "different": "different methods"}
+    for kind, label in labels.items():
+        for arm in ("tune", "grid"):
+            found = results("tune_landscapes")[kind][arm]
+            shares = [f"{found[key]:.1%}" for key in ("worse_than_tuned_sft", "better_than_tuned_sft")]
+            rows.append([f"{label}, {arm}", *shares, *(f"{found['regret'][q]:.4f}" for q in ("median", "95 %"))])
+    return rows
+
+
+# Minutes of an iteration: docs/performance.md. Checkpoints: docs/devices.md.
+
+
+def iteration() -> Table:
+    minutes = results("iteration")["minutes"]
+    rows = [[name, f"{value:.1f}"] for name, value in minutes.items()]
+    return [["", "minutes, estimated"], *rows, ["sum", f"{sum(minutes.values()):.0f}"]]
 
 
 def checkpoint() -> Table:
@@ -490,6 +510,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "checkpoint": checkpoint,
     "engines": engines,
     "scale": scale,
+    "iteration": iteration,
+    "tuning": tuning,
     "first commands": first_commands,
     "adapter memory": adapter_memory,
     "attention kernels": attention_kernels,

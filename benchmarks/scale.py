@@ -62,9 +62,9 @@ class Assumptions:
     engine_starts_seconds: float = 120.0
     part_spread: float = 0.15  # of the time of a part, relative, one standard deviation
     training_restarts_seconds: float = 300.0
-    checkpoint_every: int = 100  # steps
-    checkpoint_bytes_per_second: float = 2e9  # weights and optimizer state in float32, written by one rank
-    network_bytes_per_second: float = 50e9  # into a node (400 Gb/s), for gathering weights and scattering gradients
+    checkpoint_seconds: float = 300.0  # the default of train.checkpoint_minutes
+    copy_bytes_per_second: float = 5e9  # a rank's part of a checkpoint into CPU memory; a thread writes it to disk
+    network_bytes_per_second: float = 50e9  # into a node (400 Gb/s), for the gradients
 
 
 @dataclass(frozen=True)
@@ -364,15 +364,19 @@ def train(
     steps = 2 * PROMPTS // batch
     nodes = max(1, min(nodes, batch // GPUS_PER_NODE))
     ranks = nodes * GPUS_PER_NODE
-    # weights are gathered twice and gradients scattered once, 2 bytes each, through the network of each node
-    talk = 0.0 if nodes == 1 else 3 * size.weight_bytes / assumed.network_bytes_per_second
-    step = max(flops / steps / (ranks * speed.train), talk)  # communication overlaps with computation
+    # within a node shards travel over NVLink; between nodes float32 gradients are added once per step, after the last
+    # backward pass, which hides none of it
+    gradient_bytes = 4 * (size.body + 2 * size.head)
+    add = 2 * (nodes - 1) / nodes * gradient_bytes / assumed.network_bytes_per_second
+    step = flops / steps / (ranks * speed.train) + add
+    save = checkpoint_wait(size, assumed)
+    between = max(1, int(assumed.checkpoint_seconds / step))
     seconds, at, saved = 0.0, 0, 0
     mean = 3600 * assumed.hours_between_failures / nodes
     until_failure = draw.exponential(mean)
     while at < steps:
-        chunk = min(assumed.checkpoint_every, steps - at)
-        length = chunk * step + 8 * (size.body + 2 * size.head) / assumed.checkpoint_bytes_per_second
+        chunk = min(between, steps - at)
+        length = chunk * step + save
         if until_failure < length:
             seconds += until_failure + assumed.training_restarts_seconds
             at = saved
@@ -382,6 +386,11 @@ def train(
         at += chunk
         saved = at
     return seconds
+
+
+def checkpoint_wait(size: ModelSize, assumed: Assumptions) -> float:
+    """Seconds that training waits: each GPU of a node copies its part of the weights and of one moment, in float32."""
+    return 8 * (size.body + 2 * size.head) / GPUS_PER_NODE / assumed.copy_bytes_per_second
 
 
 def resident_bytes() -> int:

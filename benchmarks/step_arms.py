@@ -113,7 +113,7 @@ def plain_scores(model: PreTrainedModel, groups: list[Group]) -> Scores:
     prompts = torch.tensor([len(g.prompt_ids) for g in groups for rs in g.responses.values() for _ in rs])
     is_response = (column >= prompts[:, None]) & packed.attention_mask.bool()
     logits = model(**model_inputs(packed), use_cache=False).logits
-    return packed.scores(sequence_logprobs(logits, packed.input_ids, is_response))
+    return packed.by_role(sequence_logprobs(logits, packed.input_ids, is_response))
 
 
 def make_step(arm: str, case: Case) -> tuple[PreTrainedModel, Callable[[], Any]]:

@@ -47,6 +47,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logging.LOG_FORMAT, "json")
 
 
+@pytest.mark.slow
 def test_a_log_has_plain_lines(make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Without a terminal: one line per stage, no escape sequences, no JSON."""
     run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run").run
@@ -59,6 +60,7 @@ def test_a_log_has_plain_lines(make_recipe: MakeRecipe, tmp_path: Path, capfd: p
     assert lines[-1] == f"Done. Report: {run.report}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_json")
 def test_a_json_log_has_one_object_per_line(
     make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -274,6 +274,24 @@ def compare(
 
 
 @app.command()
+def tune(
+    recipe: RecipeFile,
+    run_dir: RunDirectory,
+    budget: Annotated[str, typer.Option(help="Time to search for, such as 2h, 90m or 1h30m.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated. Default: sft, spin, tspin, space, and rft with a checker.")
+    ] = None,
+    log_format: LogFormat = None,
+) -> None:
+    """Find the method and settings that get the most out of the rows in a given time. The same command continues."""
+    settings = _read(recipe, overrides, log_format)
+    from sparring.commands.tune import tune as search
+
+    search(settings, run_dir, budget, methods=methods.split(",") if methods else ())
+
+
+@app.command()
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="Where to keep it. Default: runs/demo or runs/real.")] = None,
     method: Annotated[str, typer.Option(help="Of the tiny demo: tspin, space, spin, sft or all.")] = "all",

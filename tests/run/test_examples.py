@@ -71,6 +71,7 @@ class FailsOn:
             yield failed(prompt, "for a test") if prompt.id == self.row else answer
 
 
+@pytest.mark.slow
 def test_pairs_are_exported_after_an_engine_failed_on_a_row(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """This was a KeyError: training left the row out, and the export did not."""
     rows = {"held_out": 0, "limit": 6, "max_skipped": 0.5}
@@ -144,6 +145,7 @@ def test_rft_needs_a_checker(make_recipe: Callable[..., Recipe]) -> None:
         make_recipe("spin", evaluate={"checker": None}, per_iteration={1: {"method": "rft"}})
 
 
+@pytest.mark.slow
 def test_rft_plays_on_what_is_accepted(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,15 +121,20 @@ def compare(
             name = method.folder if share == 1 else f"{method.folder}-{share:g}"
             run = RunDir(shared.root / f"seed-{seed}" / name)
             info(f"\nRun {number} of {len(plans)}: {method.label}, seed {seed}, {share:.0%} of the rows")
-            make_folder(run.root)
-            check_settings(run, settings)
-            copy_rows(shared, run, share, settings.seed)
             donors = [arm.run for arm in arms if (arm.seed, arm.share) == (seed, share)]
-            reuse_stages(Iteration(run, settings.at(0), 0), donors)
-            arms.append(Arm(method.label, seed, share, play(settings, run.root).run))
+            arms.append(Arm(method.label, seed, share, play_arm(shared, run, settings, share, donors)))
         comparison = Comparison(shared.root, recipe, arms)
         write_comparison(comparison)
     return comparison
+
+
+def play_arm(shared: RunDir, run: RunDir, settings: Recipe, share: float, donors: Sequence[RunDir]) -> RunDir:
+    """Plays a run on rows that `shared` has prepared, with what donors of the same seed and rows have computed."""
+    make_folder(run.root)
+    check_settings(run, settings)
+    copy_rows(shared, run, share, settings.seed)
+    reuse_stages(Iteration(run, settings.at(0), 0), donors)
+    return play(settings, run.root).run
 
 
 def comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:
