@@ -264,12 +264,12 @@ def start_of(place: Place, task: Task, seed: int) -> tuple[Path, Path]:
             every = problems(REAL_HELD_OUT + REAL_ROWS, seed, REAL_LARGEST, in_words=True)
             write_rows(rows / "held_out.jsonl", every[:REAL_HELD_OUT])
             write_rows(rows / "train.jsonl", every[REAL_HELD_OUT:])
-        return play(recipe_of(place.smollm2, rows, task, SFT, seed, 1, REAL_START), root / "start").model(0), rows
+        return play(recipe_of(place.smollm2, rows, task, SFT, seed, 1, REAL_START), root / "start").run.model(0), rows
     shared = place.root / "problems" / f"seed-{seed}"  # one start for both tasks
     write_task(shared / "task", seed)
     start = play(
         demo_recipe(shared, shared / "task" / "model", "sft", seed, iterations=1, train=START), shared / "start"
-    )
+    ).run
     if task.name == "fresh rows" and not rows.is_dir():
         write_rows(rows / "train.jsonl", problems(3000, seed, LARGEST)[2000:])
         held_out = (shared / "task" / "held_out.jsonl").read_text(encoding="utf-8")
@@ -314,7 +314,7 @@ def play_one(place: Place, one: Trial) -> None:
         check_settings(run, recipe)
         if donors:
             copy_rows(donors[0], run, 1.0, one.seed)  # already prepared
-        begin(run, recipe)
+        begin(run, recipe, {})
         reuse_stages(Iteration(run, recipe.at(0), 0), donors)
         for index in range(-1, one.iterations):
             iteration = Iteration(run, recipe.at(index), index)

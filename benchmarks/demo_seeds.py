@@ -32,12 +32,12 @@ Found = dict[tuple[str, float], dict[int, list[dict[str, float]]]]
 def play_seed(folder: Path, seed: int, found: Found) -> None:
     write_task(folder / "task", seed)
     recipe = demo_recipe(folder, folder / "task" / "model", "sft", seed, iterations=1, train=START)
-    start = play(recipe, folder / "start")
+    start = play(recipe, folder / "start").run
     for method in METHODS:
         for rate in RATES:
             settings = {**GAME, "learning_rate": rate}
             recipe = demo_recipe(folder, start.model(0), method, seed, iterations=ITERATIONS, train=settings)
-            run = play(recipe, folder / f"{method}-{rate:g}")
+            run = play(recipe, folder / f"{method}-{rate:g}").run
             for iteration, metrics in Results(run.root).evaluations().items():
                 found.setdefault((method, rate), {}).setdefault(iteration, []).append(metrics)
 

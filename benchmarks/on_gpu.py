@@ -128,7 +128,7 @@ def play_run(is_tiny: bool, *overrides: str) -> Result:
         recipe = load_recipe(write_run(Path(folder), is_tiny), list(overrides))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         forecast = training_bytes(recipe, Path(recipe.model), device, 1)
-        run = play(recipe, Path(folder) / "run")
+        run = play(recipe, Path(folder) / "run").run
         stages = {
             f"{file.parent.parent.name}/{file.parent.name}": {k: info[k] for k in ("seconds", "peak_memory_mib")}
             for file in sorted(run.root.glob("iter-*/*/MANIFEST.json"))

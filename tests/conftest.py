@@ -179,6 +179,6 @@ def played(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPath
     @cache
     def play_once(method: str) -> Played:
         recipe = make_recipe(method, iterations=3, train={"epochs": 1})
-        return Played(recipe, play(recipe, tmp_path_factory.mktemp(f"played-{method}") / "run"))
+        return Played(recipe, play(recipe, tmp_path_factory.mktemp(f"played-{method}") / "run").run)
 
     return play_once

@@ -50,7 +50,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_log_has_plain_lines(make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Without a terminal: one line per stage, no escape sequences, no JSON."""
-    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run").run
     printed = capfd.readouterr()
     assert printed.out == "", "results go to stdout, progress to stderr"
     assert "{" not in printed.err and "\x1b" not in printed.err
@@ -66,7 +66,7 @@ def test_a_json_log_has_one_object_per_line(
     make_recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of a whole run, every line; each stage begins and ends once, and the numbers are those of the evaluation."""
-    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run").run
     said = capfd.readouterr()
     assert said.out == "", "results go to stdout, progress to stderr"
     found = events(said.err)

@@ -78,7 +78,7 @@ def test_every_stage_gives_its_memory_back(
     gc.collect()
     before = models()
     monkeypatch.setattr(launch, "release_memory", release)
-    run = play(make_recipe("spin", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("spin", iterations=1, train={"epochs": 1}), tmp_path / "run").run
     assert len(counts) == len(Results(run.root).stages())
     assert set(counts) == {before}, "no model is held when the device's cache is emptied"
 
@@ -86,7 +86,7 @@ def test_every_stage_gives_its_memory_back(
 def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(make_recipe("space")))
-    run = sparring.play(file, tmp_path / "run", ["iterations=1", "train.epochs=1"])
+    run = sparring.play(file, tmp_path / "run", ["iterations=1", "train.epochs=1"]).run
     assert is_committed(run.stage(0, "evaluate")) and not run.iteration(1).exists()
     assert sparring.OBJECTIVES["space"]().mu == 1.0
     assert set(sparring.__all__) <= set(dir(sparring)) | set(sparring._HOMES)
@@ -96,19 +96,19 @@ def test_the_package_offers_play_and_its_pieces(make_recipe: MakeRecipe, tmp_pat
 
 @pytest.mark.slow
 def test_two_runs_are_equal_byte_by_byte(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
-    first, second = played("spin").run, play(make_recipe("spin", train={"epochs": 1}), tmp_path / "two")
+    first, second = played("spin").run, play(make_recipe("spin", train={"epochs": 1}), tmp_path / "two").run
     for t in range(2):
         assert bytes_of(first.model(t)) == bytes_of(second.model(t))
         for stage in ("generate", "score", "evaluate"):
             assert first.digest(first.stage(t, stage)) == second.digest(second.stage(t, stage))
-    other = play(make_recipe("spin", iterations=1, train={"epochs": 1}, seed=1), tmp_path / "three")
+    other = play(make_recipe("spin", iterations=1, train={"epochs": 1}, seed=1), tmp_path / "three").run
     assert bytes_of(first.model(0)) != bytes_of(other.model(0)), "a control that must differ"
 
 
 @pytest.mark.slow
 def test_more_iterations_continue_a_run(make_recipe: MakeRecipe, played: Callable[[str], Any], tmp_path: Path) -> None:
     play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
-    longer = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    longer = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     assert bytes_of(longer.model(1)) == bytes_of(played("space").run.model(1))
 
 
@@ -138,7 +138,7 @@ def test_a_deleted_stage_is_made_again_the_same(played: Callable[[str], Any], tm
     run = RunDir(shutil.copytree(original.root, tmp_path / "run"))
     for stage in ("generate", "score", "train"):
         shutil.rmtree(run.stage(1, stage))
-    run = play(recipe, run.root)
+    run = play(recipe, run.root).run
     assert bytes_of(run.model(1)) == bytes_of(original.model(1))
 
 
@@ -198,7 +198,7 @@ def test_paths_with_spaces_and_another_working_directory(
     shutil.copytree(tiny, home)
     monkeypatch.chdir(home)
     recipe = make_recipe("space", iterations=1, model="model", data={"train": "rows.jsonl"}, train={"epochs": 1})
-    run = play(recipe, "runs/my run")
+    run = play(recipe, "runs/my run").run
     assert run.report.is_file()
     written = stamps(run.root)
     play(recipe, "runs/my run")
@@ -207,7 +207,7 @@ def test_paths_with_spaces_and_another_working_directory(
 
 def test_sessions_are_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("sft", iterations=1, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     play(recipe, tmp_path / "run")
     sessions = json.loads(run.env.read_text())["sessions"]
     assert len(sessions) == 2
@@ -218,7 +218,7 @@ def test_sessions_are_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_best_iteration_is_named_by_the_chosen_metric(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("sft", iterations=2, train={"epochs": 2, "learning_rate": 1e-2})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     results = Results(run.root)
     choosing, judging = results.halves
     values = {i: results.value("held_out_nll", i, choosing).mean for i in results.evaluations()}

@@ -18,20 +18,37 @@ if TYPE_CHECKING:
     from sparring.objectives import OBJECTIVES
     from sparring.recipe.load import load_recipe
     from sparring.recipe.schema import Recipe
+    from sparring.report.comparison import compare
     from sparring.run.results import Results
-
-__all__ = ["OBJECTIVES", "Recipe", "Results", "RunError", "RunMismatch", "UserError", "load_recipe", "play"]
+    from sparring.trainer import SelfPlayConfig, SelfPlayTrainer
 
 _HOMES = {
     "OBJECTIVES": "sparring.objectives",
     "Recipe": "sparring.recipe.schema",
-    "UserError": "sparring.errors",
     "Results": "sparring.run.results",
-    "RunMismatch": "sparring.errors",
     "RunError": "sparring.errors",
+    "RunMismatch": "sparring.errors",
+    "SelfPlayConfig": "sparring.trainer",
+    "SelfPlayTrainer": "sparring.trainer",
+    "UserError": "sparring.errors",
+    "compare": "sparring.report.comparison",
     "load_recipe": "sparring.recipe.load",
     "play": "sparring.loop",
 }
+
+__all__ = [
+    "OBJECTIVES",
+    "Recipe",
+    "Results",
+    "RunError",
+    "RunMismatch",
+    "SelfPlayConfig",
+    "SelfPlayTrainer",
+    "UserError",
+    "compare",
+    "load_recipe",
+    "play",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -6,22 +6,25 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sparring.errors import UserError
 from sparring.logging import info, log_event
+from sparring.model.load import resolve_model
 from sparring.objectives import Dft
 from sparring.parallel import interrupt, num_usable_cpus
-from sparring.recipe.load import load_recipe
+from sparring.recipe.load import Overrides, load_recipe, parse_overrides
 from sparring.recipe.schema import Recipe
 from sparring.report import write_report
+from sparring.run.in_memory import Rows, file_of, keep_rows, model_folder, tokenizer_settings
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import is_committed
 from sparring.run.mirror import Mirror
-from sparring.run.results import Results, name_methods
+from sparring.run.results import Results, StageState, name_methods
 from sparring.run.rundir import RunDir
 from sparring.run.session import (
     PACKAGES,
@@ -34,55 +37,112 @@ from sparring.run.tracking import NO_TRACKER, Tracker, steps_before, tracking
 from sparring.stages.launch import launch_stage
 from sparring.stages.prepare import ON_ANOTHER_SIDE, check_dependencies, optional_packages, prepare
 
+OnStageEnd = Callable[[Results, StageState], object]
+OnIterationEnd = Callable[[Results, int], object]
 
-def play(recipe: Recipe | str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> RunDir:
+
+def play(
+    recipe: Recipe | str | Path | None = None,
+    run_dir: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    model: str | Path | None = None,
+    method: str | Mapping[str, object] | None = None,
+    train: str | Path | Rows | None = None,
+    held_out: str | Path | float | Rows | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_stage_end: OnStageEnd | None = None,
+    on_iteration_end: OnIterationEnd | None = None,
+) -> Results:
     """Plays a recipe in a run directory, or continues it there. Ends with the report written.
+
+    `model`, `method`, `train` and `held_out` replace those settings of the recipe, or stand in for one; `overrides` has
+    all others under dotted keys, such as {"train.epochs": 1}. Rows in memory are kept in the run directory. Of a loaded
+    tokenizer the chat template and the end token are used; its tokens must be those of the model's own.
 
     The same call continues a run that was stopped, or finds that everything is done. Raises `UserError` for what the
     user has to fix, and `RunError` where continuing would harm what is there.
+
+    `on_stage_end(results, stage)` and `on_iteration_end(results, index)` are called in this process, once, after what
+    they name is committed; not for what an earlier call did. What they raise ends the run; the same call continues it.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(Path(recipe), overrides)
+    if run_dir is None:
+        raise UserError("run_dir is missing. Name the folder that keeps the run, for example run_dir='runs/mine'.")
+    run, rows = RunDir(run_dir), dict[str, Rows]()
+    named: dict[str, object] = {
+        "model": model_folder(model),
+        "method": method,
+        "data.train": train,
+        "data.held_out": held_out,
+    }
+    for name, given in (("train", train), ("held_out", held_out)):
+        if not isinstance(given, str | Path | float | int | None):
+            named[f"data.{name}"], rows[name] = file_of(run, name, given), given
+    named = {k: str(value) if isinstance(value, Path) else value for k, value in named.items() if value is not None}
+    settings = load_recipe(recipe, {**named, **parse_overrides(overrides)})
+    if tokenizer is not None:
+        settings = load_recipe(settings, tokenizer_settings(tokenizer, resolve_model(settings.model), settings.data))
+    play_recipe(run, settings, rows, on_stage_end, on_iteration_end)
+    return Results(run.root)
+
+
+def play_recipe(
+    run: RunDir,
+    recipe: Recipe,
+    rows: Mapping[str, Rows],
+    on_stage_end: OnStageEnd | None,
+    on_iteration_end: OnIterationEnd | None,
+) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sparring was started by a launcher. Start it with 'sparring run' and set launch: torchrun.")
-    run = RunDir(run_dir)
     mirror = None if recipe.mirror is None else Mirror(recipe.mirror)
     with run.own(), interrupt.listening():
         if mirror is not None:
             fetch_from_mirror(run, recipe, mirror)
-        recipe = begin(run, recipe)
+        recipe = begin(run, recipe, rows)
         if mirror is not None:
             mirror.send_all(run)
         report_settings(run, recipe)
         with tracking(run, recipe.track, recipe.model_dump(by_alias=True, mode="json")) as tracker:
-            has_worked = play_iterations(run, recipe, mirror, tracker)
+            has_worked = play_iterations(run, recipe, mirror, tracker, on_stage_end, on_iteration_end)
         if has_worked or not run.report.is_file():
             write_report(run)
             if mirror is not None:
                 mirror.send_note(run, run.report)
         state = "Done" if has_worked else "Everything was done already"
         info(f"{state}. Report: {run.report}", "done", report=str(run.report))
-    return run
 
 
-def play_iterations(run: RunDir, recipe: Recipe, mirror: Mirror | None, tracker: Tracker) -> bool:
+def play_iterations(
+    run: RunDir,
+    recipe: Recipe,
+    mirror: Mirror | None,
+    tracker: Tracker,
+    on_stage_end: OnStageEnd | None,
+    on_iteration_end: OnIterationEnd | None,
+) -> bool:
     """Runs every stage that is not done; returns whether there was one."""
     has_worked = False
     for index in range(-1, recipe.iterations):
-        iteration = Iteration(run, recipe.at(index), index)
+        iteration, is_new = Iteration(run, recipe.at(index), index), False
         for stage in iteration.stages:
             interrupt.stop_if_asked()
             if run_stage(iteration, stage, tracker):
-                has_worked = True
+                has_worked = is_new = True
                 if mirror is not None:
                     mirror.send(run, iteration.stage(stage))
+                if on_stage_end is not None:
+                    results = Results(run.root)
+                    on_stage_end(results, next(s for s in results.stages() if (s.iteration, s.stage) == (index, stage)))
+        if is_new and index >= 0 and on_iteration_end is not None:
+            on_iteration_end(Results(run.root), index)
         if 0 <= index < recipe.iterations - 1 and (reason := Results(run.root).reason_to_stop(index)):
             info(f"The run stops after iteration {index}: {reason}.")
             break
     return has_worked
 
 
-def begin(run: RunDir, recipe: Recipe) -> Recipe:
+def begin(run: RunDir, recipe: Recipe, rows: Mapping[str, Rows]) -> Recipe:
     """The data stage, if it is not done; returns the settings that the run keeps.
 
     A run that is refused here leaves nothing in the way of the next attempt.
@@ -93,6 +153,7 @@ def begin(run: RunDir, recipe: Recipe) -> Recipe:
         # torch counts the machine's cores, and more threads than a container may use wait for each other
         torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), num_usable_cpus()))
         record_session(run, (*PACKAGES, *optional_packages(recipe)))
+        keep_rows(run, rows)
         if not is_done(run, run.data):
             prepare(run, recipe)
         return recipe

@@ -53,7 +53,7 @@ def test_doctor_reports_what_a_run_would_find(make_recipe: MakeRecipe, tiny: Pat
     assert "60 usable rows in the format question/answer" in good
     assert "3 rows cannot be used" in notes and "row 61" in notes and "of the real responses are truncated" in notes
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
-    run = play(make_recipe("spin", data={"train": str(tmp_path / "rows.jsonl")}, iterations=1), tmp_path / "run")
+    run = play(make_recipe("spin", data={"train": str(tmp_path / "rows.jsonl")}, iterations=1), tmp_path / "run").run
     summary = DataSummary.read(run.data / "summary.json")
     assert f"End token: '{summary.end_token}'" in good
     assert summary.num_train + summary.num_held_out == 60 and sum(summary.skipped.values()) == 3
@@ -85,7 +85,7 @@ def test_the_forecast_equals_what_a_run_writes(make_recipe: MakeRecipe, tiny: Pa
     for name, adapter in (("whole", None), ("adapter", {"r": 4, "use_dora": True})):
         recipe = make_recipe("spin", adapter=adapter, train={"epochs": 1})
         expected = forecast(recipe, tiny / "model", 48)
-        run = play(recipe, tmp_path / name)
+        run = play(recipe, tmp_path / name).run
         model = load_model(run.model(1), dtype=torch.float32, device=torch.device("cpu"))
         counts = {n: p.numel() for n, p in model.named_parameters()}
         adapted = sum(count for n, count in counts.items() if "lora_" in n)

@@ -67,8 +67,8 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunD
         "train": {**raw["train"], "dtype": "bfloat16", "learning_rate": 1e-2},
     }
     return {
-        "whole": play(Recipe.model_validate(raw), folder / "whole"),
-        "adapter": play(Recipe.model_validate(adapted), folder / "adapter"),
+        "whole": play(Recipe.model_validate(raw), folder / "whole").run,
+        "adapter": play(Recipe.model_validate(adapted), folder / "adapter").run,
     }
 
 
@@ -201,7 +201,7 @@ def test_the_card_of_an_sft_phase(make_recipe: Callable[..., Recipe], tmp_path: 
     recipe = make_recipe(
         "spin", per_iteration={0: {"method": "sft"}}, data={"self_play_rows": 16}, train={"epochs": 1}, evaluate={}
     )
-    results = Results(play(recipe, tmp_path / "run").root)
+    results = play(recipe, tmp_path / "run")
     assert "sft, then spin completed 2 of 2 iterations" in summary(results)
     export_model(results, tmp_path / "sft", iteration="0")
     export_model(results, tmp_path / "spin", iteration="1")
@@ -319,7 +319,7 @@ def test_vllm_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tiny: Path, 
     """Token ids in, token ids out: an export's weights, alone, as an adapter beside its base, and merged."""
     raw = Results(runs["adapter"].root).recipe.model_dump(by_alias=True, mode="json")
     raw["train"]["dtype"] = "float32"  # bfloat16, as in `runs`, differs in rounding
-    run = runs["whole"] if kind == "whole" else play(Recipe.model_validate(raw), tmp_path / "run")
+    run = runs["whole"] if kind == "whole" else play(Recipe.model_validate(raw), tmp_path / "run").run
     export_model(Results(run.root), tmp_path / "out", iteration="1", merge=kind == "merged")
     expected = greedy_in_the_run(run, 1)
     if kind != "adapter":

@@ -117,7 +117,7 @@ def test_generation_speed_of_the_engines(make_recipe: Callable[..., Recipe], mis
 
 def test_a_measured_run_predicts_its_own_times(make_recipe: Callable[..., Recipe], tiny: Path, tmp_path: Path) -> None:
     recipe = make_recipe("space", iterations=1)
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     size = ModelSize.of(tiny / "model", "float32")
     speed = measured_speed(run.root, size)
     drawn = read_manifest(run.stage(0, "generate")).info

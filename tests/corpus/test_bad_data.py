@@ -171,4 +171,4 @@ def test_a_fixed_recipe_starts_in_the_same_directory(task: Path, refusal: Refusa
 
     refusal(f"data.train={task / 'nowhere.jsonl'}")
     refusal("train.max_length=2")
-    assert play(task / "recipe.yaml", task / "run", ["data.held_out=0"]).report.is_file()
+    assert play(task / "recipe.yaml", task / "run", ["data.held_out=0"]).run.report.is_file()

@@ -194,5 +194,5 @@ WORKS: dict[str, Callable[[Path], None]] = {
 def test_unusual_but_valid_models_are_played(name: str, task: Path) -> None:
     """Control: damage is refused, and unusual models are not."""
     WORKS[name](task / "model")
-    assert play(task / "recipe.yaml", task / "run", ["data.held_out=0"]).report.is_file()
+    assert play(task / "recipe.yaml", task / "run", ["data.held_out=0"]).run.report.is_file()
     shutil.rmtree(task / "run")

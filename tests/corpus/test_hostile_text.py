@@ -51,7 +51,7 @@ def hostile(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         _recipe(folder, tiny),
         folder / NAME,
         [f"data.held_out={json.dumps(str(folder / 'held.jsonl'))}"],
-    )
+    ).run
     for evaluation in (run.start / "evaluate", run.stage(0, "evaluate")):
         rewrite_answers(evaluation)
     return run

@@ -144,7 +144,7 @@ def test_planted_pickles_are_not_opened(task: Path, monkeypatch: pytest.MonkeyPa
     for folder in (work, *checkpoints):
         for name in names:
             (folder / name).write_bytes(bomb)
-    run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"])
+    run = play(task / "recipe.yaml", task / "run", ["train.batch_size=4", "train.checkpoint_minutes=0"]).run
     assert not marker.exists()
     assert not [p for p in run.root.rglob("*") if p.name in names], "and none is copied"
     pickle.loads(bomb)

@@ -46,7 +46,7 @@ def played(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) ->
     """Three iterations with an adapter; the start's proof of every one of them held, or this would have stopped."""
     train = {"learning_rate": 1e-2, "epochs": 1}
     recipe = make_recipe("spin", iterations=3, adapter=SMALL, generate={"max_new_tokens": 12}, train=train)
-    return play(recipe, tmp_path_factory.mktemp("adapters") / "run")
+    return play(recipe, tmp_path_factory.mktemp("adapters") / "run").run
 
 
 def test_the_run_holds_adapters_and_one_reference_to_their_base(played: RunDir, tiny: Path) -> None:
@@ -91,7 +91,7 @@ def test_every_kind_is_played(make_recipe: MakeRecipe, tmp_path: Path, kind: str
         train={"epochs": 1, "dtype": dtype, "learning_rate": 1e-2},
         evaluate={"checker": None},
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     model = load_model(run.model(1), dtype=getattr(torch, dtype), device=CPU)
     sizes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {d for n, d in sizes.items() if "lora_" in n} == {torch.float32}
@@ -150,7 +150,7 @@ def test_merged_in_each_iteration(make_recipe: MakeRecipe, tmp_path: Path) -> No
     recipe = make_recipe(
         "spin", adapter={**SMALL, "merge": "each_iteration"}, train={"epochs": 1, "learning_rate": 1e-2}
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     bases = [Path(recipe.model), run.model(0)]
     for t, base in enumerate(bases):
         adapter = run.stage(t, "train") / "adapter"

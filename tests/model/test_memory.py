@@ -55,10 +55,10 @@ def test_a_step_that_runs_out_of_memory_is_retried_with_smaller_micro_batches(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe("space", iterations=1, train={"micro_batch_tokens": 2000})
-    plain = play(recipe, tmp_path / "plain")
+    plain = play(recipe, tmp_path / "plain").run
     for module in (sparring.stages.train.policy, sparring.stages.score):
         monkeypatch.setattr(module, "Scorer", SmallMemory)
-    small = play(recipe, tmp_path / "small")
+    small = play(recipe, tmp_path / "small").run
     assert "Out of memory at 2,000 tokens per micro-batch; retrying with 1,000." in capsys.readouterr().err
     lines = [Results(run.root).training(0) for run in (plain, small)]
     for name in ("loss", "grad_norm"):
@@ -122,11 +122,11 @@ def test_auto_finds_the_largest_micro_batch_that_fits(
     monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
     monkeypatch.setattr(SmallMemory, "tokens", memory)
     auto = {**limits, "train": {**limits["train"], "micro_batch_tokens": "auto"}}
-    run = play(make_recipe("space", **auto), tmp_path / "auto")
+    run = play(make_recipe("space", **auto), tmp_path / "auto").run
     assert [micro_batch_tokens_of(run, t) for t in range(2)] == [found, found]
     monkeypatch.undo()
     named = {**limits, "train": {**limits["train"], "micro_batch_tokens": found}}
-    plain = play(make_recipe("space", **named), tmp_path / "named")
+    plain = play(make_recipe("space", **named), tmp_path / "named").run
     assert plain.digest(plain.model(0)) == run.digest(run.model(0))
 
 
@@ -138,7 +138,7 @@ def test_a_resumed_run_keeps_the_micro_batch_size_it_found(
     train = {"micro_batch_tokens": "auto", "checkpoint_minutes": 0}
     recipe = make_recipe("space", iterations=1, train=train)
     monkeypatch.setattr(sparring.stages.train.policy, "Scorer", SmallMemory)
-    clean = play(recipe, tmp_path / "clean")
+    clean = play(recipe, tmp_path / "clean").run
     real, calls = Checkpointer.save, []
 
     def stops(checkpoints: Checkpointer, step: int) -> None:
@@ -152,10 +152,10 @@ def test_a_resumed_run_keeps_the_micro_batch_size_it_found(
         play(recipe, tmp_path / "run")
     monkeypatch.setattr(Checkpointer, "save", real)
     monkeypatch.setattr(SmallMemory, "tokens", 10**6)
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     assert micro_batch_tokens_of(run, 0) == micro_batch_tokens_of(clean, 0) == 256
     assert run.digest(run.model(0)) == clean.digest(clean.model(0))
-    other = play(recipe, tmp_path / "other")
+    other = play(recipe, tmp_path / "other").run
     assert micro_batch_tokens_of(other, 0) > 256, "control: with more memory another size is found"
 
 

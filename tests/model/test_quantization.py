@@ -129,7 +129,7 @@ def runs(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> d
         "two": one.model_copy(update={"iterations": 2}),
         "dora": make_recipe("space", iterations=2, **dora, **common),
     }
-    return {name: play(recipe, folder / name) for name, recipe in recipes.items()}
+    return {name: play(recipe, folder / name).run for name, recipe in recipes.items()}
 
 
 def test_every_iteration_starts_at_its_opponent(runs: dict[str, RunDir]) -> None:
@@ -292,7 +292,7 @@ def test_stories260k_in_4_bits(shared: Path, tmp_path: Path) -> None:
             "train": {"learning_rate": 3e-4, "batch_size": 8, "dtype": "float32", "epochs": 1, "max_length": 256},
         }
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     before, after = Results(run.root).evaluations().values()
     assert Results(run.root).training(0)[0]["log_ratio"] == 0
     assert before["held_out_nll"] < 2.2, "in 4 bits it still knows stories"

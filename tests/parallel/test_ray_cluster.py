@@ -59,7 +59,7 @@ def test_a_node_is_lost_and_training_ends_with_the_same_weights(
     ray_cluster: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = play(make_recipe("sft", launch="torchrun", **SETTINGS), tmp_path / "whole")
+    whole = play(make_recipe("sft", launch="torchrun", **SETTINGS), tmp_path / "whole").run
 
     nodes = [ray_cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
     started: list[RayRanks] = []
@@ -98,7 +98,7 @@ def test_ranks_that_die_again_and_again_end_the_stage(
     while len(ray_cluster.worker_nodes) < 2:
         ray_cluster.add_node(num_cpus=1, object_store_memory=10**8)
     monkeypatch.setattr(launch, "MAX_LOSSES", 2)
-    run = play(make_recipe("sft", **SETTINGS | {"num_processes": "auto"}), tmp_path / "run")
+    run = play(make_recipe("sft", **SETTINGS | {"num_processes": "auto"}), tmp_path / "run").run
     run.stage(0, "train").rename(tmp_path / "aside")
 
     class Dying(RayRanks):

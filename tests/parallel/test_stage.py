@@ -258,10 +258,10 @@ def test_a_run_on_two_ranks(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     recipe = make_recipe("spin", adapter={"r": 4}, **SMALL)
-    alone = play(recipe, tmp_path / "alone")
+    alone = play(recipe, tmp_path / "alone").run
     shutil.copytree(alone.root, tmp_path / "shared")
     shutil.rmtree(tmp_path / "shared" / "iter-00")
-    shared = play(recipe.model_copy(update={"launch": "torchrun", "parallel": "fsdp2"}), tmp_path / "shared")
+    shared = play(recipe.model_copy(update={"launch": "torchrun", "parallel": "fsdp2"}), tmp_path / "shared").run
     results = [json.loads((run.stage(0, "evaluate") / "metrics.json").read_text()) for run in (shared, alone)]
     assert results[0] == pytest.approx(results[1], rel=1e-3, abs=1e-4)
     assert is_committed(shared.stage(0, "train"))

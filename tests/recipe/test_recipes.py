@@ -55,5 +55,5 @@ def test_tiny_recipes_are_played(path: Path, tiny: Path, tmp_path: Path) -> None
     texts = tmp_path / "stories.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{r['question']}. {r['answer']}"}) + "\n" for r in rows))
     overrides = [f"model={tiny / 'model'}", f"data.train={texts}", "data.end_token=null", "generate.max_new_tokens=8"]
-    run = play(path, tmp_path / "run", [*overrides, "data.held_out=8"])
+    run = play(path, tmp_path / "run", [*overrides, "data.held_out=8"]).run
     assert len(Results(run.root).evaluations()) == 3

@@ -63,7 +63,7 @@ def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: 
         train={"epochs": 1},
     )
     name = "run <b onmouseover=alert(1)>"
-    run = play(recipe, tmp_path / name)
+    run = play(recipe, tmp_path / name).run
     html = run.report.read_text()
     elements = assert_inert(html)
     shown = "".join(elements.text)
@@ -75,7 +75,7 @@ def test_hostile_text_stays_text(make_recipe: MakeRecipe, tiny: Path, tmp_path: 
 
 
 def test_nothing_is_fetched_and_it_is_small(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     html = run.report.read_text()
     assert_inert(html)
     namespaces = "http://www.w3.org|http://purl.org|http://creativecommons.org|https://matplotlib.org"
@@ -84,7 +84,7 @@ def test_nothing_is_fetched_and_it_is_small(make_recipe: MakeRecipe, tmp_path: P
 
 
 def test_the_same_run_gives_the_same_bytes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=1, train={"epochs": 1}), tmp_path / "run").run
 
     def text() -> str:
         return re.sub(r"Written by sparring .*", "", write_report(RunDir(run.root)).read_text())
@@ -94,7 +94,7 @@ def test_the_same_run_gives_the_same_bytes(make_recipe: MakeRecipe, tmp_path: Pa
 
 def test_it_renders_at_any_point_and_lists_what_is_missing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Removes one stage after the other, from the end to the start."""
-    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     stages = Results(run.root).stages()
     for count, stage in enumerate(reversed(stages), start=1):
         folder = run.start if stage.iteration < 0 else run.iteration(stage.iteration)
@@ -111,7 +111,7 @@ def test_it_renders_at_any_point_and_lists_what_is_missing(make_recipe: MakeReci
 
 
 def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     shown = "".join(parse(run.report.read_text()).text)
     for t in range(2):
         metrics = json.loads((run.stage(t, "evaluate") / "metrics.json").read_text())
@@ -120,10 +120,10 @@ def test_numbers_in_the_report_are_those_on_disk(make_recipe: MakeRecipe, tmp_pa
 
 
 def test_the_summary_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    run = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still").run
     text = summary(Results(run.root))
     assert "This may be chance" in text
-    worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse")
+    worse = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "worse").run
     assert "No iteration improves the held-out NLL" in summary(Results(worse.root))
     assert {card.verdict for card in headline_cards(Results(worse.root))} <= {"worse", "no difference shown"}
     assert headline_cards(Results(worse.root))[0].verdict == "worse", "held-out NLL"
@@ -133,7 +133,7 @@ def test_the_summary_does_not_oversell(make_recipe: MakeRecipe, tmp_path: Path) 
 
 
 def test_time_bars_add_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     results = Results(run.root)
     stages, within = time_bars(results)
     seconds = {(s.iteration, s.stage): s.seconds or 0 for s in results.stages()}
@@ -156,11 +156,11 @@ def test_running_means() -> None:
 
 def test_warnings_appear_where_they_should_and_nowhere_else(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """One random model trained with a huge learning rate, one with a tiny rate."""
-    wild = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "wild")
+    wild = play(make_recipe("spin", iterations=1, train={"learning_rate": 0.5, "epochs": 2}), tmp_path / "wild").run
     warnings = find_warnings(Results(wild.root))
     assert any(text.startswith("The likelihood of real responses falls: from the start to iter") for text in warnings)
     assert "likelihood of real responses falls" in wild.report.read_text()
-    still = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still")
+    still = play(make_recipe("space", iterations=1, train={"learning_rate": 1e-9}), tmp_path / "still").run
     warnings = find_warnings(Results(still.root))
     assert [text.partition(":")[0] for text in warnings] == ["Iteration 0 has a shortcut"], "random responses never end"
     assert (accuracy := shortcut_accuracy(Results(still.root), 0)) is not None and accuracy > 0.9
@@ -183,7 +183,7 @@ def test_the_shortcut_classifier_is_at_chance_without_a_shortcut() -> None:
 
 def test_margins_of_samples_are_those_of_the_evaluation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for method in ("spin", "tspin"):
-        run = play(make_recipe(method, iterations=2, train={"epochs": 1}), tmp_path / method)
+        run = play(make_recipe(method, iterations=2, train={"epochs": 1}), tmp_path / method).run
         results = Results(run.root)
         samples = collect(results)
         metrics = results.evaluations()[1]
@@ -220,7 +220,7 @@ def test_contrast_is_wcag_aa_in_light_and_dark() -> None:
 
 def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Compared to the plain formulas: the change of the metrics, and the error of the row-wise differences."""
-    run = play(make_recipe("sft", iterations=1, train={"learning_rate": 3e-3}), tmp_path / "run")
+    run = play(make_recipe("sft", iterations=1, train={"learning_rate": 3e-3}), tmp_path / "run").run
     results = Results(run.root)
     before, after = results.evaluations()[-1], results.evaluations()[0]
     tables = [read_table(folder / "evaluate" / "answers.parquet") for folder in (run.start, run.iteration(0))]

@@ -28,7 +28,7 @@ def report(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"learning_rate": 1e-2, "batch_size": 16, "dtype": "float32"},
         "evaluate": {"checker": "number"},
     }
-    return play(Recipe.model_validate(raw), tmp_path_factory.mktemp("browser") / "run").report
+    return play(Recipe.model_validate(raw), tmp_path_factory.mktemp("browser") / "run").run.report
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def finished(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Results:
     recipe = make_recipe("spin", data={"held_out": 0, "limit": 48}, **SMALL)
-    return Results(play(recipe, tmp_path_factory.mktemp("finished") / "run").root)
+    return play(recipe, tmp_path_factory.mktemp("finished") / "run")
 
 
 def die_at(point: str, act: Callable[[], Any]) -> int:

@@ -49,7 +49,7 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return play(recipe, tmp_path_factory.mktemp("damage") / "run")
+    return play(recipe, tmp_path_factory.mktemp("damage") / "run").run
 
 
 def files(run: RunDir, kind: str) -> list[Path]:
@@ -139,7 +139,7 @@ def test_what_is_made_again_is_the_same(name: str, recipe: Recipe, finished: Run
     root = shutil.copytree(finished.root, tmp_path / "run")
     expected = (root / name).read_bytes()
     (root / name).write_bytes(next(damages(expected, random.Random(3), 0, 1)))
-    run = play(recipe, root)
+    run = play(recipe, root).run
     aside = list(root.rglob("*.damaged-1"))
     assert len(aside) == 1, "what was damaged is kept"
     for path in (p for p in finished.root.rglob("*") if p.suffix in (".parquet", ".safetensors")):

@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_at_every_write(recipe: Path, tmp_path: Path, monkey
         assert not outcome["left"], "what was half written is gone, and its room is free"
     assert full > 3
     monkeypatch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
-    straight = play(recipe, tmp_path / "straight").root
+    straight = play(recipe, tmp_path / "straight").run.root
     expected = {
         str(p.relative_to(straight)): p.read_bytes().hex()
         for p in straight.rglob("*")
@@ -136,7 +136,7 @@ class Quota:
 
 
 def test_a_quota_that_is_reached_loses_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = play(recipe, tmp_path / "straight").root
+    straight = play(recipe, tmp_path / "straight").run.root
     times = 0
     while True:
         with monkeypatch.context() as patch:
@@ -214,7 +214,7 @@ def test_folders_that_may_not_be_written(recipe: Path, tiny: Path, tmp_path: Pat
             assert code == 2, said
             assert f"{home / 'run'} cannot be used as a run directory" in said and "user 65534" in said, said
         home.chmod(0o755)
-        run = play(home / "recipe.yaml", home / "run", overrides)
+        run = play(home / "recipe.yaml", home / "run", overrides).run
         stages = sorted(p.parent for p in run.root.rglob("MANIFEST.json"))
         shutil.rmtree(run.stage(0, "evaluate"))
         if os.getuid() == 0:

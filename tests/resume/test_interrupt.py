@@ -69,7 +69,7 @@ def test_the_unit_at_hand_is_kept(
         assert not list(file.parent.glob(".part*"))
     assert signal.getsignal(number) is not interrupt._ask, "the handlers are those from before"
     play(recipe, tmp_path / "run")
-    straight = play(recipe, tmp_path / "straight")
+    straight = play(recipe, tmp_path / "straight").run
     assert weights(tmp_path / "run") == weights(straight.root)
 
 

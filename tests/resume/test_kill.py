@@ -65,7 +65,7 @@ def clean(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The run that nothing disturbs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
-        return play(recipe, tmp_path_factory.mktemp("clean") / "run")
+        return play(recipe, tmp_path_factory.mktemp("clean") / "run").run
 
 
 def content(run: RunDir) -> dict[str, object]:
@@ -99,13 +99,13 @@ def die_at(point: str, recipe: Recipe, folder: Path) -> int:
 @pytest.mark.parametrize("point", POINTS)
 def test_dies_at(point: str, recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
     assert die_at(point, recipe, tmp_path / "run") == 137, "the point was never passed"
-    assert content(play(recipe, tmp_path / "run")) == content(clean)
+    assert content(play(recipe, tmp_path / "run").run) == content(clean)
 
 
 def test_dies_again_while_it_recovers(recipe: Recipe, clean: RunDir, tmp_path: Path) -> None:
     for point in ("before-part:2", "before-rename-step-00000002", "train-step:1", "committed-train", "train-step:7"):
         assert die_at(point, recipe, tmp_path / "run") == 137
-    assert content(play(recipe, tmp_path / "run")) == content(clean)
+    assert content(play(recipe, tmp_path / "run").run) == content(clean)
 
 
 CRASH_TEST = Path(__file__).parents[1] / "soak" / "crash_test"
@@ -141,7 +141,7 @@ def test_the_command_line_survives_a_kill(recipe: Recipe, tmp_path: Path) -> Non
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True)
-    straight = play(recipe.model_copy(update={"threads": 1}), tmp_path / "straight")
+    straight = play(recipe.model_copy(update={"threads": 1}), tmp_path / "straight").run
     one, two = (run.model(1) / "model.safetensors" for run in (RunDir(tmp_path / "run"), straight))
     assert one.read_bytes() == two.read_bytes()
 
@@ -154,7 +154,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(recipe: Recipe, clean: RunDi
         damaged = bytearray((work / "step-00000003" / name).read_bytes())
         damaged[len(damaged) // 2] ^= 1
         (work / "step-00000003" / name).write_bytes(damaged)
-    assert content(play(recipe, tmp_path / "run")) == content(clean)
+    assert content(play(recipe, tmp_path / "run").run) == content(clean)
 
 
 def test_controls_that_must_fail(
@@ -164,9 +164,9 @@ def test_controls_that_must_fail(
     assert die_at("train-step:4", recipe, tmp_path / "forgets") == 137
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "restore_state", lambda *_: None)
-        forgets = play(recipe, tmp_path / "forgets")
+        forgets = play(recipe, tmp_path / "forgets").run
     assert content(forgets) != content(clean)
-    other = play(recipe.model_copy(update={"seed": 1}), tmp_path / "other")
+    other = play(recipe.model_copy(update={"seed": 1}), tmp_path / "other").run
     assert content(other) != content(clean)
 
 
@@ -179,12 +179,12 @@ def adapted(recipe: Recipe) -> Recipe:
 def clean_adapted(adapted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparring.stages.generate.stage, "PART_PROMPTS", 20)
-        return play(adapted, tmp_path_factory.mktemp("clean") / "run")
+        return play(adapted, tmp_path_factory.mktemp("clean") / "run").run
 
 
 @pytest.mark.parametrize("point", ["train-step:3", "committed-train", "train-step:11"])
 def test_adapters_die_at(point: str, adapted: Recipe, clean_adapted: RunDir, tmp_path: Path) -> None:
     """In the first iteration, between the two, and in the second, which starts from an adapter."""
     assert die_at(point, adapted, tmp_path / "run") == 137
-    assert content(play(adapted, tmp_path / "run")) == content(clean_adapted)
+    assert content(play(adapted, tmp_path / "run").run) == content(clean_adapted)
     assert (clean_adapted.model(1) / "adapter_model.safetensors").is_file()

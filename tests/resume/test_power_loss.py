@@ -150,7 +150,7 @@ def test_the_same_command_resumes(recipe: Recipe, recorded: tuple[RunDir, Log], 
     states = list(after_power_loss(log))
     for number, tree, _ in random.Random(1).sample(states, PLAYED_ON):
         (tmp_path / str(number)).mkdir()
-        run = play(recipe, put(tree, tmp_path / str(number)) / "run")
+        run = play(recipe, put(tree, tmp_path / str(number)) / "run").run
         assert weights_and_rows(run) == weights_and_rows(straight), f"after operation {number}"
 
 

@@ -151,7 +151,7 @@ def test_rft_plays_on_what_is_accepted(
 ) -> None:
     monkeypatch.setattr("sparring.run.examples.make_check", lambda checker: lambda response, real: len(response) % 2)
     recipe = make_recipe("rft", generate={"samples": 2, "max_new_tokens": 32}, train={"epochs": 1})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     for t in range(2):
         iteration = Iteration(run, recipe.at(t), t)
         table = [row for p in iteration.stage("generate").glob("*.parquet") for row in read_table(p).to_pylist()]

@@ -84,15 +84,15 @@ def test_a_lost_disk_costs_the_stage_that_was_running_and_no_more(
     make_recipe: Callable[..., Recipe], tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe("tspin", iterations=2, mirror=s3.format("whole"))
-    alone = play(recipe.model_copy(update={"mirror": None}), tmp_path / "alone")
+    alone = play(recipe.model_copy(update={"mirror": None}), tmp_path / "alone").run
     play(recipe.model_copy(update={"iterations": 1}), tmp_path / "first")
     shutil.rmtree(tmp_path / "first")
-    run = play(recipe, tmp_path / "second")
+    run = play(recipe, tmp_path / "second").run
     trained = {path: path.stat().st_mtime_ns for path in run.root.rglob("*.safetensors")}
     assert (run.root / WEIGHTS).read_bytes() == (alone.root / WEIGHTS).read_bytes()
     last = "iter-01/train/model/model.safetensors"
     assert (run.root / last).read_bytes() == (alone.root / last).read_bytes()
-    assert play(recipe, run.root) and trained == {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
+    assert play(recipe, run.root).run and trained == {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
     there = keys(s3.format("whole"))
     for folder in committed_folders(run):
         below = folder.relative_to(run.root).as_posix()
@@ -101,7 +101,7 @@ def test_a_lost_disk_costs_the_stage_that_was_running_and_no_more(
 
     with pytest.raises(RunMismatch, match="holds a run with other settings"):
         play(make_recipe("tspin", iterations=2, seed=7, mirror=s3.format("whole")), tmp_path / "other")
-    fetched = play(recipe, tmp_path / "elsewhere")
+    fetched = play(recipe, tmp_path / "elsewhere").run
     assert (fetched.root / last).read_bytes() == (alone.root / last).read_bytes()
     assert "Fetched 8 finished stages" in capsys.readouterr().err
 

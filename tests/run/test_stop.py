@@ -25,7 +25,7 @@ def test_a_run_that_declines_ends_and_stays_ended(make_recipe: MakeRecipe, tmp_p
     """At this rate every iteration makes the held-out answers less likely."""
     train = {"learning_rate": 0.3, "epochs": 1, "batch_size": 48}
     recipe = make_recipe("sft", iterations=4, train=train, stop={"decline": 2})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     results = Results(run.root)
     assert results.stopped == (1, "no better held_out_nll in 2 iterations")
     assert not run.iteration(2).exists()
@@ -43,7 +43,7 @@ def test_equilibrium_needs_level_play_flat_guards_and_enough_rows(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe("space", iterations=2, train={"learning_rate": 1e-9, "epochs": 1}, stop={"equilibrium": True})
-    run = play(recipe, tmp_path / "run")  # a policy that hardly moves
+    run = play(recipe, tmp_path / "run").run  # a policy that hardly moves
     results = Results(run.root)
     assert results.is_flat("held_out_nll", 0) and results.is_flat("greedy_accuracy", 0)
     assert results.stopped is None, "12 rows are too few to call it an equilibrium"

@@ -28,7 +28,7 @@ MakeRecipe = Callable[..., Recipe]
 def test_tensorboard(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     play(make_recipe("spin", iterations=1, track=["tensorboard"], train={"epochs": 1}), tmp_path / "run")
-    run = play(make_recipe("spin", iterations=2, track=["tensorboard"], train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("spin", iterations=2, track=["tensorboard"], train={"epochs": 1}), tmp_path / "run").run
     events = event_accumulator.EventAccumulator(str(run.root / "tensorboard" / "sparring"))
     events.Reload()
     results = Results(run.root)
@@ -105,8 +105,10 @@ def test_the_page_has_the_names_that_are_told() -> None:
 def test_a_tracker_changes_no_result_and_a_missing_one_is_named(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = play(make_recipe("sft", iterations=1, train={"epochs": 1}), tmp_path / "plain")
-    tracked = play(make_recipe("sft", iterations=1, train={"epochs": 1}, track=["tensorboard"]), tmp_path / "tracked")
+    plain = play(make_recipe("sft", iterations=1, train={"epochs": 1}), tmp_path / "plain").run
+    tracked = play(
+        make_recipe("sft", iterations=1, train={"epochs": 1}, track=["tensorboard"]), tmp_path / "tracked"
+    ).run
     assert plain.digest(plain.model(0)) == tracked.digest(tracked.model(0))
     assert not list(plain.root.rglob("*tfevents*")) and list(tracked.root.rglob("*tfevents*"))
     assert json.loads((tracked.stage(0, "evaluate") / "metrics.json").read_text())

@@ -225,7 +225,7 @@ def test_a_real_load(backend: Backend, folder: Path) -> None:
 def test_a_run_on_vllm_passes_the_proof_of_its_first_step(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     settings = {"backend": "vllm", "python": VLLM_PYTHON, "samples": 2, "max_new_tokens": 16}
     recipe = make_recipe("space", iterations=1, generate=settings, data={"held_out": 0, "limit": 48})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     iteration = Iteration(run, recipe, 0)
     answers = generations(iteration, 0)
     assert sorted(answers) == sorted(row.id for row in iteration.train_rows())
@@ -251,10 +251,10 @@ def test_a_run_in_4_bits_samples_what_it_trains(
     def differences(run: RunDir, iterations: int) -> list[float]:
         return [cast(float, read_manifest(run.stage(t, "score")).info["engine_difference"]) for t in range(iterations)]
 
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     with commit(tmp_path / "control" / "dequantized") as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-    control = play(recipe.model_copy(update={"iterations": 1}), tmp_path / "control")
+    control = play(recipe.model_copy(update={"iterations": 1}), tmp_path / "control").run
     assert max(differences(run, 2)) < min(1e-4, differences(control, 1)[0] / 10)
 
 
@@ -382,6 +382,6 @@ def test_a_server_that_speaks_text_is_refused(folder: Path) -> None:
 def test_a_run_starts_and_ends_its_own_server(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     settings = {"backend": "server", "command": SERVE, "max_new_tokens": 16}
     recipe = make_recipe("spin", generate=settings, data={"held_out": 0, "limit": 48})
-    run = play(recipe, tmp_path / "run")  # two iterations: each serves its own opponent
+    run = play(recipe, tmp_path / "run").run  # two iterations: each serves its own opponent
     first = json.loads((run.stage(1, "train") / "metrics.jsonl").read_text().splitlines()[0])
     assert first["log_ratio"] < 1e-5

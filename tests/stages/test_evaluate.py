@@ -173,7 +173,7 @@ def test_quadrants_by_hand() -> None:
 @pytest.fixture(scope="module")
 def recipe_and_run(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory):
     recipe = make_recipe({"name": "spin", "lambda": 0.5}, data={"held_out": 20}, train={"learning_rate": 3e-3})
-    return recipe, play(recipe, tmp_path_factory.mktemp("evaluate") / "run")
+    return recipe, play(recipe, tmp_path_factory.mktemp("evaluate") / "run").run
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_answers_are_kept_with_what_was_found(recipe_and_run) -> None:
 
 @pytest.mark.slow
 def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("space", iterations=1, data={"held_out": 0}), tmp_path / "run")
+    run = play(make_recipe("space", iterations=1, data={"held_out": 0}), tmp_path / "run").run
     assert run.model(0).is_dir()
     assert not list(run.root.rglob("evaluate"))
     assert run.report.is_file()
@@ -242,7 +242,7 @@ def test_without_held_out_rows_nothing_is_evaluated(make_recipe: MakeRecipe, tmp
 
 @pytest.mark.slow
 def test_tspin_history_in_evaluation_uses_the_first_answers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run")
+    run = play(make_recipe("tspin", iterations=2, train={"epochs": 1}), tmp_path / "run").run
     metrics = json.loads((run.stage(1, "evaluate") / "metrics.json").read_text())
     assert metrics["advantages/history"] == pytest.approx(metrics["advantages/history_logps"], abs=1e-4)
     assert metrics["alignment"] == pytest.approx(1.0), "T-SPIN's reward orders as its likelihood does"

@@ -52,7 +52,7 @@ def test_training_computes_what_was_scored(
         monkeypatch.setattr("sparring.model.logprobs.why_not_shared", lambda model: "the test asks for it")
     train = {"dtype": dtype, "learning_rate": 1e-30, "epochs": 2, "checkpoint_minutes": 0}
     recipe = make_recipe({"name": "spin", "lambda": 5.0}, data={"held_out": 0, "limit": 40}, train=train)
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     for t in range(2):
         assert read_manifest(run.stage(t, "train")).info["packing"] == packing
         noise = read_manifest(run.stage(t, "score")).info["noise_per_token"]
@@ -71,7 +71,7 @@ def test_an_opponent_that_is_another_iterate_is_always_found(
     """Scored with one iterate and trained from its neighbor, which a few small updates made different."""
     train = {"dtype": dtype, "learning_rate": 1e-4, "epochs": 1}
     recipe = make_recipe("spin", iterations=3, data={"held_out": 0, "limit": 40}, train=train)
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     for scored_by, trained_from in ((0, 1), (1, 0), (2, 1), (1, 2)):
         iteration = Iteration(run, recipe.at(1), scored_by)
         other = Iteration(run, recipe.at(1), trained_from).opponent

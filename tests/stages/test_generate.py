@@ -126,7 +126,7 @@ def test_the_stage_draws_each_row_and_sample_once(make_recipe: Callable[..., Rec
     from sparring.loop import play
 
     recipe = make_recipe("space", iterations=1, generate={"samples": 3, "max_new_tokens": 16})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     iteration = Iteration(run, recipe, 0)
     answers = generations(iteration, 0)
     assert sorted(answers) == sorted(row.id for row in iteration.train_rows())

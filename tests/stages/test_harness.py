@@ -56,7 +56,7 @@ def task(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_iteration_is_measured(make_recipe: MakeRecipe, task: Path, tiny: Path, tmp_path: Path) -> None:
     """Asked of a run that exists: nothing is trained again. The answers are those of the policy of each iteration."""
     plain = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48})
-    run = play(plain, tmp_path / "run")
+    run = play(plain, tmp_path / "run").run
     trained = (run.stage(0, "train") / "MANIFEST.json").read_bytes()
     harness = {"tasks": [f"{task}:0"], "limit": 6}
     recipe = make_recipe("sft", iterations=1, data={"held_out": 0, "limit": 48}, evaluate={"harness": harness})

@@ -104,7 +104,7 @@ def run(make_recipe: MakeRecipe, questions: Path, tmp_path_factory: pytest.TempP
     recipe = make_recipe("sft", data={"held_out": 0}, train=train, evaluate={"mt_bench": str(questions)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparring.stages.evaluate.mt_bench, "MAX_NEW_TOKENS", 9)
-        return play(recipe, tmp_path_factory.mktemp("mt") / "run")
+        return play(recipe, tmp_path_factory.mktemp("mt") / "run").run
 
 
 def answers(run: RunDir, index: int) -> list[dict[str, Any]]:

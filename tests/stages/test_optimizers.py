@@ -128,7 +128,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bytes(
     train = {"optimizer": "adamw_8bit", "checkpoint_minutes": 0, "epochs": 1}
     rows = {"held_out": 0, "limit": 48}
     recipe = make_recipe("space", model=str(wide), iterations=2, train=train, data=rows)
-    clean = play(recipe, tmp_path / "clean")
+    clean = play(recipe, tmp_path / "clean").run
     steps = []
     real = sparring.stages.train.loop.forward_backward
 
@@ -142,11 +142,11 @@ def test_a_run_that_is_stopped_ends_with_the_same_bytes(
     with pytest.raises(RunError, match="here"):
         play(recipe, tmp_path / "run")
     monkeypatch.undo()
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     assert run.digest(run.model(1)) == clean.digest(clean.model(1))
     plain = play(
         make_recipe("space", model=str(wide), train={**train, "optimizer": "adamw"}, data=rows), tmp_path / "plain"
-    )
+    ).run
     assert plain.digest(plain.model(0)) != clean.digest(clean.model(0)), "a control: in 32 bits it is another model"
 
 

@@ -43,7 +43,7 @@ def test_stories(shared: Path, tmp_path: Path, method: str) -> None:
             "generate.max_new_tokens=48",
             "train.batch_size=16",
         ],
-    )
+    ).run
     results = Results(run.root)
     evaluations = results.evaluations()
     assert sorted(evaluations) == [-1, 0, 1]
@@ -101,7 +101,7 @@ def test_gsm8k_rows_through_rendering_playing_and_checking(shared: Path, gsm8k_m
             "threads": 1,
         }
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     rows = read_rendered(run.data / "train.parquet")
     tokenizer = load_tokenizer(gsm8k_model)
     for row in rows:

@@ -104,7 +104,7 @@ def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe
     recipe = make_recipe(
         "tspin", iterations=3, per_iteration=phases, train={"epochs": 1}, data={"held_out": 0, "limit": 48}
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     for index in range(3):
         iteration = Iteration(run, recipe.at(index), index)
         examples = load_training_examples(iteration)
@@ -122,7 +122,7 @@ def test_a_term_of_weight_0_is_neither_read_nor_computed(make_recipe: MakeRecipe
 def test_answers_that_an_earlier_iteration_holds_are_not_drawn_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SPIN's older round is read from disk: twice as many pairs, as many answers drawn."""
     recipe = make_recipe("spin", train={"epochs": 1}, data={"held_out": 0, "limit": 48})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     counts = [
         (
             len(load_training_examples(Iteration(run, recipe, t))),

@@ -102,7 +102,7 @@ def test_the_proof_holds_in_bfloat16_whatever_the_batches(
     recipe = make_recipe(
         "space", iterations=2, train={"dtype": "bfloat16", "micro_batch_tokens": micro_batch_tokens, "epochs": 1}
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     for t in range(2):
         first = json.loads((run.stage(t, "train") / "metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(2 * math.log(2), abs=2e-2)
@@ -153,7 +153,7 @@ def test_sft_then_a_game_on_rows_that_it_did_not_see(
     """data.self_play_rows: sft trains on the other rows. Self-play uses only these; its first answers are the proto."""
     data = {"train": str(tiny / "rows.jsonl"), "held_out": 12, "self_play_rows": 0.25}
     recipe = make_recipe(method, iterations=3, data=data, per_iteration={0: {"method": "sft"}})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     rows, kept = ({row.id for row in read_rendered(run.data / f"{name}.parquet")} for name in ("train", "self_play"))
     assert (len(rows), len(kept)) == (36, 12) and not rows & kept
     first, second, third = (Iteration(run, recipe.at(t), t) for t in range(3))
@@ -188,7 +188,7 @@ def test_an_sft_term_adds_its_gradient_and_leaves_the_loss(examples: list[Traini
 def test_spin_then_dpo_is_one_recipe(make_recipe: MakeRecipe, tiny: Path, tmp_path: Path) -> None:
     """On preference data: SPIN reads the chosen answers, then DPO the pairs; the reference is SPIN's last model."""
     recipe = make_recipe("spin", data={"train": str(tiny / "pairs.jsonl")}, per_iteration={1: {"method": "dpo"}})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     assert not run.stage(1, "generate").exists()
     roles = {role for _, role, _, _ in read_scores(run.stage(1, "score") / "opponent.parquet")}
     assert roles == {"real", "rejected"}
@@ -236,7 +236,7 @@ def test_iterations_may_differ_in_samples(before: int, after: int, make_recipe: 
         generate={"samples": before},
         per_iteration={1: {"generate.samples": after}},
     )
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     examples = load_training_examples(Iteration(run, recipe.at(1), 1))
     sizes = [len(one.group.responses["generated"]) for one in examples]
     assert sizes == [after] * 24 + [before] * 24
@@ -267,7 +267,7 @@ def test_the_loss_at_log_ratio_zero_is_the_published_constant(examples: list[Tra
 def test_the_proof_finds_one_training_step_of_difference(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """In float32 it tells models apart that one update at a usual rate made different."""
     recipe = make_recipe("space", iterations=1, train={"epochs": 1, "learning_rate": 1e-5, "batch_size": 48})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     examples = load_training_examples(Iteration(run, recipe, 0))
     model = load_model(run.model(0), dtype=torch.float32, device=CPU)
     metrics = step_metrics(Scorer(model), Space(), examples, 256)
@@ -294,8 +294,8 @@ def test_a_non_finite_loss_stops_before_the_update(
     work = tmp_path / "run" / "iter-00" / ".train.partial"
     assert sorted(p.name for p in work.glob("step-*")) == ["step-00000001", "step-00000002"]
     monkeypatch.undo()
-    clean = play(recipe, tmp_path / "clean")
-    continued = play(recipe, tmp_path / "run")
+    clean = play(recipe, tmp_path / "clean").run
+    continued = play(recipe, tmp_path / "run").run
     assert clean.digest(clean.model(0)) == continued.digest(continued.model(0))
 
 
@@ -334,15 +334,15 @@ def test_schedules(schedule: str) -> None:
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"optimizer": "adamw"}])
 def test_training_variants_run_and_learn(make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, object]) -> None:
     recipe = make_recipe("space", iterations=1, train={"epochs": 4, "learning_rate": 3e-3, **change})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     lines = [json.loads(line) for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    plain = play(make_recipe("spin", iterations=1), tmp_path / "plain")
-    saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved")
+    plain = play(make_recipe("spin", iterations=1), tmp_path / "plain").run
+    saved = play(make_recipe("spin", iterations=1, train={"gradient_checkpointing": True}), tmp_path / "saved").run
     for name in ("loss", "grad_norm"):
         values = [
             [json.loads(line)[name] for line in (run.stage(0, "train") / "metrics.jsonl").read_text().splitlines()]

@@ -92,8 +92,7 @@ def compare(
     The same call continues it. A call with more methods, seeds or fractions adds to it. Raises `UserError` if the arms
     would not be comparable.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(Path(recipe), overrides)
+    recipe = load_recipe(recipe, overrides)
     chosen = [parse_method(label) for label in methods]
     if seeds < 1 or len({m.folder for m in chosen}) < len(chosen) or not all(0 < share <= 1 for share in fractions):
         raise UserError("--methods must differ, --seeds must be 1 or more, and --fractions above 0 and at most 1.")
@@ -135,7 +134,7 @@ def play_arm(shared: RunDir, run: RunDir, settings: Recipe, share: float, donors
     check_settings(run, settings)
     copy_rows(shared, run, share, settings.seed)
     reuse_stages(Iteration(run, settings.at(0), 0), donors)
-    return play(settings, run.root)
+    return play(settings, run.root).run
 
 
 def comparison_settings(shared: RunDir, recipe: Recipe) -> Recipe:

@@ -137,12 +137,12 @@ def play_demo(root: Path, method: str = "all", *, seed: int = 0) -> list[Path]:
         raise UserError(f"--method {method}: unknown method. Use all, {', '.join(METHODS)}.")
     write_task(root / "task", seed)
     info("Starting model: supervised fine-tuning from random weights")
-    start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start")
+    start = play(demo_recipe(root, root / "task" / "model", "sft", seed, iterations=1, train=START), root / "start").run
     runs = []
     for name in METHODS if method == "all" else (method,):
         info("")
         recipe = demo_recipe(root, start.model(0), name, seed, iterations=ITERATIONS, train=GAME)
-        runs.append(play(recipe, root / name).root)
+        runs.append(play(recipe, root / name).run.root)
     print_comparison(runs)
     return runs
 

@@ -45,13 +45,12 @@ def play_real(root: Path) -> Path:
     The same call continues an interrupted one. Raises `UserError` where the model cannot be fetched.
     """
     write_real_task(root / "task")
-    run = play(real_recipe(root / "task"), root / "run")
-    results = Results(run.root)
+    results = play(real_recipe(root / "task"), root / "run")
     if not is_committed(root / "model"):
         export_model(results, root / "model", iteration=str(results.recipe.iterations - 1))
     print_before_and_after(results)
-    info(f"Report: {run.report}\nModel:  {root / 'model'}")
-    return run.root
+    info(f"Report: {results.run.report}\nModel:  {root / 'model'}")
+    return results.run.root
 
 
 def real_recipe(task: Path) -> Recipe:

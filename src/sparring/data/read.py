@@ -77,7 +77,7 @@ def _parquet_rows(path: Path, file: pq.ParquetFile) -> Iterator[object]:
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
-                yield _without_nulls(row)
+                yield without_nulls(row)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data: {path} cannot be read after row {number}: {error}. Write the file again.") from error
 
@@ -104,7 +104,7 @@ def _dataset_folder(folder: Path, split: str) -> NumberedRows:
                 f"data: {folder} has no split '{split}'. Set data.split to one of {', '.join(map(str, dataset))}."
             )
         dataset = dataset[split]
-    return _numbered(map(_without_nulls, dataset))
+    return _numbered(map(without_nulls, dataset))
 
 
 def _hub_dataset(name: str, split: str) -> NumberedRows:
@@ -119,10 +119,10 @@ def _hub_dataset(name: str, split: str) -> NumberedRows:
             f"data: {Path(name).absolute()} does not exist, and loading split '{split}' of '{name}' from the Hub "
             f"failed: {error}"
         ) from error
-    return _numbered(map(_without_nulls, dataset))
+    return _numbered(map(without_nulls, dataset))
 
 
-def _without_nulls(row: object) -> object:
+def without_nulls(row: object) -> object:
     """Without the null fields inside columns: Arrow gives every object of a column the fields of all others."""
     return {name: _prune(value) for name, value in row.items()} if isinstance(row, dict) else row
 

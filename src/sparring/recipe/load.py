@@ -15,22 +15,42 @@ from sparring.objectives import OBJECTIVES
 from sparring.recipe import yaml
 from sparring.recipe.schema import MAY_CHANGE, SECTIONS, Recipe
 
+Overrides = Sequence[str] | Mapping[str, object]
+"""Settings that replace those of a recipe: `key=value` as on the command line, or a mapping of dotted keys."""
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` overrides."""
-    raw, lines = yaml.read(path)
+
+def load_recipe(source: Recipe | str | Path | None, overrides: Overrides = ()) -> Recipe:
+    """Applies overrides to a recipe or a recipe's file. None: the overrides are all there is."""
+    raw: object
+    lines: yaml.Lines = {}
+    if isinstance(source, Recipe):
+        if not overrides:
+            return source
+        raw, name = source.model_dump(by_alias=True, mode="json", exclude_unset=True), "recipe"
+    elif source is not None:
+        (raw, lines), name = yaml.read(Path(source)), str(source)
+    else:
+        raw, name = {}, "recipe"
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}.")
+        raise UserError(f"{name}: a recipe is a mapping such as 'model: path', not a {type(raw).__name__}.")
+    for key, value in parse_overrides(overrides).items():
+        try:
+            yaml.set_key(raw, key.split("."), value)
+        except ValueError as error:
+            raise UserError(f"override of {key}: {error}") from error
+    return make_recipe(raw, lines, name)
+
+
+def parse_overrides(overrides: Overrides) -> dict[str, object]:
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    values: dict[str, object] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not an override. Write key=value, for example train.learning_rate=5e-7.")
-        value, _ = yaml.parse(text, f"override '{override}'")
-        try:
-            yaml.set_key(raw, key.split("."), value)
-        except ValueError as error:
-            raise UserError(f"override '{override}': {error}") from error
-    return make_recipe(raw, lines, str(path))
+        values[key], _ = yaml.parse(text, f"override '{override}'")
+    return values
 
 
 def make_recipe(raw: object, lines: yaml.Lines | None = None, source: str = "recipe") -> Recipe:

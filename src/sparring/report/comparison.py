@@ -27,11 +27,12 @@ from sparring.report.samples import Sample, collect
 from sparring.report.summary import NAMES
 from sparring.run.estimate import estimate
 from sparring.run.manifest import Json, read_manifest, read_sealed, replace_file
-from sparring.run.results import MEASURED, Results
+from sparring.run.results import MEASURED, Results, data_frame, name_methods
 from sparring.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 STYLES = [(color, style) for style in ("-", "--", ":", "-.") for color in COLORS.values()]
 """Color and line style of the arms, in their order."""
@@ -109,6 +110,30 @@ class Comparison:
         over_rows = results.estimate(metric, np.mean(per_seed, axis=0), rows, is_change=True)
         return {**over_seeds(means), "rows_95": None if over_rows.low is None else [over_rows.low, over_rows.high]}
 
+    def to_pandas(self) -> DataFrame:
+        """The held-out metrics of each method, seed and iteration (-1: the start). `is_chosen`: the best iteration."""
+        return data_frame(
+            [
+                {"method": arm.label, "seed": arm.seed, "share": arm.share, "iteration": index}
+                | {"is_chosen": index == chosen, **metrics}
+                for arm, chosen in [(arm, self.choose_iteration(arm)) for arm in self.arms]
+                for index, metrics in arm.results.evaluations().items()
+            ]
+        )
+
+    def plot(self, metric: str = "held_out_nll", axes: Axes | None = None) -> Axes:
+        """Draws a metric of every method by iteration: the mean over seeds with 95% intervals, on all held-out rows."""
+        from matplotlib import pyplot
+
+        if metric not in self.metrics:
+            raise UserError(f"plot: {metric} is not compared. Choose one of {', '.join(self.metrics)}.")
+        axes = axes or pyplot.subplots()[1]
+        curves = [(label, self.curve(label, self.shares[-1], metric)) for label in self.labels]
+        plot_arms([(label, range(-1, len(curve) - 1), curve) for label, curve in curves], "iteration")(axes)
+        axes.set_ylabel(metric)
+        axes.legend()
+        return axes
+
     def arm_json(self, label: str, share: float) -> Json:
         arms = self.select(label, share)
         budgets = [arm.budget() for arm in arms]
@@ -144,6 +169,36 @@ class Comparison:
         }
 
 
+def compare(*runs: str | Path | Results) -> Comparison:
+    """Compares finished runs that have the same held-out rows and starting model. Plays and writes nothing.
+
+    Runs of one method with several seeds are averaged. Two runs of one method and seed are told apart by their folders.
+    Raises `UserError` unless the runs can be compared.
+    """
+    every = [run if isinstance(run, Results) else Results(run) for run in runs]
+    if len(every) < 2:
+        raise UserError("compare: pass two or more run directories.")
+    for results in every:
+        wanted, found = results.recipe.iterations + 1, len(results.evaluations())
+        if found < wanted:
+            raise UserError(
+                f"{results.run.root} has {found} of {wanted} evaluations, the start's included. Finish it first; a run "
+                "that stopped early or has no held-out rows cannot be compared."
+            )
+    seeds = [results.recipe.seed for results in every]
+    names = [[name_methods(r.recipe), r.run.root.name, str(r.run.root)] for r in every]
+    labels = next(found for found in zip(*names, strict=True) if len({*zip(found, seeds, strict=True)}) == len(every))
+    by_label = {label: {s for name, s in zip(labels, seeds, strict=True) if name == label} for label in labels}
+    for label, of_label in by_label.items():
+        if of_label != by_label[labels[0]]:
+            raise UserError(
+                f"compare: the seeds of {label} are {sorted(of_label)}, those of {labels[0]} "
+                f"{sorted(by_label[labels[0]])}. Play every method with the same seeds."
+            )
+    arms = [Arm(label, seed, 1.0, results.run) for label, seed, results in zip(labels, seeds, every, strict=True)]
+    return Comparison(every[0].run.root.parent, every[0].recipe, sorted(arms, key=lambda arm: arm.seed))
+
+
 def check_comparable(arms: Sequence[Arm]) -> None:
     """Raises `UserError` unless all arms were evaluated on the same rows in the same way."""
     first: dict[str, object] = {}
@@ -161,8 +216,8 @@ def check_comparable(arms: Sequence[Arm]) -> None:
         for name, value in conditions.items():
             if first.setdefault(name, value) != value:
                 raise UserError(
-                    f"{arm.run.root} cannot be compared with {arms[0].run.root}: {name} differs. Move it away and run "
-                    "the same command again."
+                    f"{arm.run.root} cannot be compared with {arms[0].run.root}: {name} differs. Move it away, or "
+                    "play it again with the same."
                 )
 
 

@@ -32,7 +32,7 @@ from sparring.run.manifest import (
 from sparring.run.rundir import RunDir
 
 CHUNK = 2**24
-FOLDERS = re.compile(r"(?!.*\.damaged-)(data|(start|iter-\d{2,})/(benchmarks/)?\w[\w.+-]*|judged/\w[\w.+-]*)")
+FOLDERS = re.compile(r"(?!.*\.damaged-)(rows|data|(start|iter-\d{2,})/(benchmarks/)?\w[\w.+-]*|judged/\w[\w.+-]*)")
 """The folders that a run commits. Nothing else is sent or fetched: no paths with .., no corrupted folders set aside."""
 
 
@@ -172,6 +172,6 @@ class Mirror:
 def committed_folders(run: RunDir) -> Iterator[Path]:
     """The committed folders of a local run, in their order."""
     places = ("start/*", "start/benchmarks/*", "iter-*/*", "iter-*/benchmarks/*", "judged/*")
-    for folder in (run.data, *(folder for place in places for folder in sorted(run.root.glob(place)))):
+    for folder in (run.rows, run.data, *(folder for place in places for folder in sorted(run.root.glob(place)))):
         if FOLDERS.fullmatch(folder.relative_to(run.root).as_posix()) and is_committed(folder):
             yield folder

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from math import isnan
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,10 @@ from sparring.run.manifest import Json, is_committed, read_manifest, verified
 from sparring.run.rundir import BENCHMARKS, JUDGED, RunDir
 from sparring.run.session import load_sealed_recipe
 from sparring.types import Objective
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 LEVEL = 0.1
 """Largest half-width of the interval of wins minus losses at which equilibrium is declared: about 400 rows."""
@@ -79,6 +83,13 @@ class Results:
             raise UserError(f"{self.run.root} is not a run directory: it has no recipe.yaml")
         self.recipe: Recipe = load_sealed_recipe(self.run.recipe)
         self._answers: dict[int, pa.Table] = {}
+
+    def __repr__(self) -> str:
+        """What was played and where the report is, for a notebook or a prompt."""
+        count = self.recipe.iterations
+        trained = sum(is_committed(self.run.stage(index, "train")) for index in range(count))
+        report = self.run.report if self.run.report.is_file() else "not written yet"
+        return f"{name_methods(self.recipe)}: {trained} of {count} iterations trained; report: {report}"
 
     @cached_property
     def data(self) -> DataSummary | None:
@@ -189,6 +200,37 @@ class Results:
         """The best of the evaluated iterations; -1: none is better than the start."""
         evaluated = list(self.evaluations())
         return self.best_of(evaluated) if evaluated else None
+
+    def best_model(self) -> Path | None:
+        """The folder of the best model: the starting model if no iteration is better, None before any evaluation."""
+        best = self.best()
+        return None if best is None else Iteration(self.run, self.recipe, best).policy
+
+    def to_pandas(self) -> DataFrame:
+        """The metrics on held-out rows by iteration; -1 is the start. Raises `UserError` if pandas is not installed."""
+        evaluations = self.evaluations()
+        frame = data_frame([{"iteration": index, **metrics} for index, metrics in evaluations.items()])
+        return frame.set_index("iteration") if evaluations else frame
+
+    def plot(self, metric: str | None = None, axes: Axes | None = None) -> Axes:
+        """Draws a metric on held-out rows by iteration, with 95% intervals over prompts where it has them.
+
+        None: the metric that chooses the best iteration. Raises `UserError` if no evaluation has it.
+        """
+        metric = metric or self.recipe.evaluate.save_best_by
+        found = {index: metrics for index, metrics in self.evaluations().items() if metric in metrics}
+        if not found:
+            known = sorted({name for metrics in self.evaluations().values() for name in metrics})
+            raise UserError(f"plot: {metric} has not been evaluated. Choose one of {', '.join(known) or 'none yet'}.")
+        from matplotlib import pyplot
+
+        axes = axes or pyplot.subplots()[1]
+        y = np.array([metrics[metric] for metrics in found.values()])
+        ends = [[metrics.get(f"{metric}_{end}", np.nan) for metrics in found.values()] for end in ("low", "high")]
+        axes.errorbar(list(found), y, np.abs(np.array(ends) - y), marker="o", capsize=2.5, label=self.run.root.name)
+        axes.set_xticks(list(found), ["start" if index < 0 else str(index) for index in found])
+        axes.set(xlabel="iteration", ylabel=metric)
+        return axes
 
     def headline(self, index: int | None = None) -> Headline | None:
         """An iteration on the rows that do not choose: by default the best one, or the last if none beats the start."""
@@ -317,6 +359,15 @@ class Results:
             "headline": asdict(headline) if headline else None,
             "report": str(self.run.report) if self.run.report.is_file() else None,
         }
+
+
+def data_frame(rows: Sequence[Mapping[str, object]]) -> DataFrame:
+    """The rows as a pandas DataFrame. Raises `UserError` if pandas is not installed."""
+    try:
+        from pandas import DataFrame
+    except ImportError as error:
+        raise UserError("to_pandas: pandas is not installed. Run pip install pandas.") from error
+    return DataFrame(list(rows))
 
 
 def phases(recipe: Recipe, count: int) -> list[tuple[Objective, list[int]]]:

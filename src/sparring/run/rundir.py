@@ -9,12 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sparring.errors import RunError, RunMismatch, UserError
-from sparring.recipe.yaml import parse
 from sparring.run.manifest import (
     Json,
     Manifest,
@@ -48,21 +46,13 @@ class RunDir:
         self.recipe = self.root / "recipe.yaml"
         self.env = self.root / "env.json"
         self.data = self.root / "data"
+        self.rows = self.root / "rows"  # that the caller of `play` held in memory
         self.start = self.root / "start"
         self.report = self.root / "report.html"
         self.ranks = self.root / ".ranks"  # notes between the ranks of a stage and the process that started them
         self._owner = self.root / ".owner.json"
         self._verified: dict[Path, Manifest] = {}
         self._outside: dict[Path, str] = {}
-
-    def __repr__(self) -> str:
-        """What was played and where the report is, for a notebook or a prompt."""
-        if not self.recipe.is_file():
-            return f"RunDir({str(self.root)!r}), not started"
-        recipe: Any = parse(self.recipe.read_text(encoding="utf-8"), str(self.recipe))[0]
-        trained = sum(is_committed(self.stage(index, "train")) for index in range(recipe["iterations"]))
-        report = self.report if self.report.is_file() else "not written yet"
-        return f"{recipe['method']['name']}: {trained} of {recipe['iterations']} iterations trained; report: {report}"
 
     @property
     def has_begun(self) -> bool:
