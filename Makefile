@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/sparring demo runs/demo
 
-# a pretrained chat model learns word problems by SFT and by self-play: half an hour; the same command continues
+# a pretrained chat model learns word problems by SFT and by self-play: about half an hour; the same command continues
 real: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
 	$(BIN)/sparring demo --real runs/real

@@ -1,7 +1,8 @@
 """The forecast of training memory against a trace of every layer, the rule of thumb before it, and measured steps.
 
 The trace runs all layers on fake tensors, where the forecast has two depths. The measured steps are of a real model on
-this CPU: two optimizer steps with two micro-batches each, in a process of its own.
+this CPU: two optimizer steps with two micro-batches each, the second while a checkpoint waits for a slow disk, in a
+process of its own.
 
     python benchmarks/forecast.py --model FOLDER --out benchmarks/results/forecast.json
 """
@@ -13,9 +14,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
@@ -110,8 +114,6 @@ def trace(size: str, ranks: int, settings: dict[str, object]) -> dict[str, float
 def rule_of_thumb(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> float:
     """What the forecast was until it was traced: 34 bytes in 16 bits per layer, token and hidden unit, and two blocks
     of logits, beside weights, gradients and optimizer state."""
-    import tempfile
-
     is_checkpointed = recipe.train.gradient_checkpointing
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -142,6 +144,7 @@ def measure_steps(folder: Path, optimizer: str) -> dict[str, float]:
     from sparring.model.logprobs import Scorer
     from sparring.model.memory import peak_memory_mib, return_freed_memory
     from sparring.parallel import SingleProcess
+    from sparring.stages.train import checkpoint
     from sparring.stages.train.policy import make_policy
     from sparring.stages.train.step import forward_backward
     from sparring.types import Group, TrainingExample
@@ -159,9 +162,25 @@ def measure_steps(folder: Path, optimizer: str) -> dict[str, float]:
         opponent = {"real": np.float32(-300), "generated": np.full(1, -300, dtype=np.float32)}
         return TrainingExample(Group("", prompt, {"real": (real,), "generated": (generated,)}), opponent)  # type: ignore[arg-type]
 
-    for _ in range(2):
+    def step() -> None:
         forward_backward(policy, recipe.method, [example(), example()], CPU_TOKENS, 0.0, here)
         here.optimizer_step(policy.forward, policy.optimizer, 1.0)
+
+    is_over, save = Event(), checkpoint.save_file
+
+    def save_slowly(*arguments: Any) -> None:
+        is_over.wait()
+        save(*arguments)
+
+    checkpoint.save_file = save_slowly
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as work:
+        metrics = Path(work) / "metrics.jsonl"
+        metrics.write_text("")
+        step()
+        with checkpoint.Checkpointer(metrics.parent, policy.model, policy.optimizer, metrics, here) as checkpoints:
+            checkpoints.save(1)
+            step()
+            is_over.set()
     return {"measured_gib": round(peak_memory_mib(cpu) / 1024, 3)}
 
 

@@ -159,6 +159,7 @@ def epoch() -> Table:
     labels = {
         "epoch": "SPIN",
         "epoch_triplets": "T-SPIN",
+        "epoch_smollm2": "SPIN, SmolLM2-135M",
     }
     rows = [["", "rounds", "sparring, s", "plain loop", "TRL", "peak MiB: sparring, plain loop, TRL"]]
     for name, label in labels.items():

@@ -13,6 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
+    from sparring.commands.tune import tune
     from sparring.errors import RunError, RunMismatch, UserError
     from sparring.loop import play
     from sparring.objectives import OBJECTIVES
@@ -34,6 +35,7 @@ _HOMES = {
     "compare": "sparring.report.comparison",
     "load_recipe": "sparring.recipe.load",
     "play": "sparring.loop",
+    "tune": "sparring.commands.tune",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "compare",
     "load_recipe",
     "play",
+    "tune",
 ]
 
 

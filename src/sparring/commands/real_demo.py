@@ -148,6 +148,7 @@ def print_before_and_after(results: Results) -> None:
     )
     for row, first, last in list(zip(rows, before, after, strict=True))[:NUM_SHOWN]:
         question = row.prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-        for name, text in (("\nproblem", question), ("real", row.real), ("before", first), ("after", last)):
+        console.print()
+        for name, text in (("problem", question), ("real", row.real), ("before", first), ("after", last)):
             line = f"{name}:".ljust(9) + escape_control(text)
             console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -24,7 +24,7 @@ from sparring.commands.forecast import empty_model
 from sparring.errors import UserError
 from sparring.logging import info
 from sparring.model.load import resolve_model
-from sparring.recipe.load import load_recipe
+from sparring.recipe.load import Overrides, load_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.bars import format_duration
 from sparring.report.tuning import Played, Tuning, write_tuning
@@ -97,7 +97,7 @@ def tune(
     budget: str,
     *,
     methods: Sequence[str] = (),
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
 ) -> Tuning:
     """Plays trials for `budget` ("2h", "1h30m"), then writes the report, the best recipe and the best model.
 
@@ -106,8 +106,7 @@ def tune(
     """
     if find_spec("optuna") is None:
         raise UserError("sparring tune needs Optuna. Run pip install 'sparring[tune]'.")
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(Path(recipe), overrides)
+    recipe = load_recipe(recipe, overrides)
     seconds = parse_budget(budget)
     shared = RunDir(root)
     recipe = comparison_settings(shared, recipe)

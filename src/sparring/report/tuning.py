@@ -190,6 +190,8 @@ def plot_rates(tuning: Tuning) -> Callable[[Axes], None]:
                 label=method,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # the default writes powers in TeX, which is not drawn as such in SVG
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("learning rate")
 
     return plot
