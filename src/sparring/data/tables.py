@@ -25,6 +25,7 @@ ROWS = pa.schema(
         "real": pa.string(),
         "rejected_ids": IDS,
         "prompt_key": pa.string(),
+        "source": pa.string(),
     }
 )
 
