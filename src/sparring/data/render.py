@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import xxhash
@@ -74,9 +74,8 @@ class Renderer:
         self.max_response = max_response
         self.declared_ends = declared_ends
         self.empty_thought = empty_thought
-        is_jinja = template is not None and ("{%" in template or "{{" in template)
-        self.text_template = None if is_jinja else template
-        self.chat_template = template if is_jinja else None
+        self.text_template = template if is_text_template(template) else None
+        self.chat_template = None if is_text_template(template) else template
         if self.text_template is not None and "{prompt}" not in self.text_template:
             raise UserError(f"data.template: {template!r} has no {{prompt}}. Add it where the prompt belongs.")
         if template is None and not tokenizer.chat_template:
@@ -333,11 +332,16 @@ def _as_template_reads(message: Message, arguments_as_text: bool, no_content: st
     return found
 
 
+def is_text_template(template: str | None) -> TypeGuard[str]:
+    """Whether data.template is a text with {prompt}: not the tokenizer's chat template (None), and not Jinja."""
+    return template is not None and "{%" not in template and "{{" not in template
+
+
 def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
     """The run's template as a chat template: data.template, or else the tokenizer's."""
     if template is None:
         return cast(str | None, tokenizer.chat_template)
-    if "{%" in template or "{{" in template:
+    if not is_text_template(template):
         return template
     bos = cast(str | None, tokenizer.bos_token)
     adds_bos = bos is not None and cast(list[int], tokenizer("x")["input_ids"])[:1] == [tokenizer.bos_token_id]

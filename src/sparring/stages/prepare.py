@@ -192,7 +192,7 @@ class DataReader:
                         raise found
                     if found.id in seen:
                         raise BadRow(f"a duplicate of row {seen[found.id]}")
-                    source_text = json.dumps(found.source, ensure_ascii=False, default=str)
+                    source_text = json.dumps(found.source, default=str)
                     rendered = replace(self._render(found), prompt_key=prompt_key(found), source=source_text)
                     taken.append(Keyed(rendered.prompt_key, exact_prompt_key(found), rendered))
                     seen[found.id] = number
