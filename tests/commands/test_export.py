@@ -106,6 +106,9 @@ def test_a_whole_model_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp
     assert greedy_in_the_run(run, 0) != expected, "control: another iteration responds differently"
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    stop, system = 'PARAMETER stop "<|end|>"', "SYSTEM"
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert stop in text and system not in text and "{{ range .Messages }}" in text
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (settings.eos_token_id, settings.temperature, settings.top_k) == ([3], 1.0, 0)
 

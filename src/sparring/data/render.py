@@ -125,13 +125,13 @@ class Renderer:
         """Token ids of a prompt that has no response yet. Raises `BadRow`."""
         if self.text_template is not None:
             return self._fill(messages)[1]
-        return self._tokenize(self._apply(messages, tools, add_generation_prompt=True))
+        return self._tokenize(self.apply_template(messages, tools, add_generation_prompt=True))
 
     # White space that the template writes after the end token ("<|im_end|>\n") is not part of the response: a model
     # stops at the end token, and real and generated responses must have the same form.
     def _render_chat(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
-        prompt = self._apply(messages[:-1], tools, add_generation_prompt=True)
-        whole = self._apply(messages, tools)
+        prompt = self.apply_template(messages[:-1], tools, add_generation_prompt=True)
+        whole = self.apply_template(messages, tools)
         prompt_ids, all_ids = self._tokenize(prompt), self._tokenize(whole)
         if not prompt_ids:
             raise BadRow("the prompt has no tokens")
@@ -142,7 +142,7 @@ class Renderer:
             if continued is None:
                 raise BadRow(self._first_difference(prompt_ids, all_ids))
             response, ids = continued, self._tokenize(continued)
-        left_out = find_losses(messages, tools, prompt + response, response, self._apply)
+        left_out = find_losses(messages, tools, prompt + response, response, self.apply_template)
         if not self.end.is_in_template:
             end = self._end_of_call(messages, tools, whole) if "tool_calls" in messages[-1] else self.end.id
             return RenderedChat(prompt, response, prompt_ids, [*ids, end], left_out)
@@ -185,7 +185,10 @@ class Renderer:
             raise BadRow("the prompt has no tokens")
         return prompt, prompt_ids, filled[len(prompt) :]
 
-    def _apply(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
+    def apply_template(
+        self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat template's text of a conversation. Raises `BadRow` if it refuses the conversation."""
         failed: CallFailed | None = None
         for form in _forms(messages):
             try:
@@ -244,7 +247,7 @@ class Renderer:
         if self.text_template is None:
             turns = [Message(role="user", content="?"), Message(role="assistant", content=PROBE)]
             try:
-                tail = self._tokenize(self._apply(turns).rpartition(PROBE)[2])
+                tail = self._tokenize(self.apply_template(turns).rpartition(PROBE)[2])
             except BadRow as problem:
                 raise UserError(f"data.template: {problem}") from problem
             special = self._special_ids()
@@ -279,7 +282,7 @@ class Renderer:
     ) -> int | None:
         """The end token with which the template begins the turn `following`, if the model declares it as one."""
         try:
-            longer = self._apply([*messages, following], tools)
+            longer = self.apply_template([*messages, following], tools)
             start = whole if whole is not None else longer[: longer.rfind(PROBE) + len(PROBE)]
         except BadRow:
             return None
