@@ -145,20 +145,23 @@ def plan(
 def launch(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its path on the cluster.")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Its path on the cluster.")],
-    scheduler: Annotated[str, typer.Option("--print", help="slurm or kubernetes.")],
+    scheduler: Annotated[str, typer.Option("--print", help="slurm, kubernetes or sky.")],
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs per machine.")] = 8,
-    image: Annotated[str | None, typer.Option(help="Kubernetes: a container image with sparring.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="SkyPilot: the accelerator's name, such as H100.")] = None,
+    image: Annotated[str | None, typer.Option(help="Kubernetes, SkyPilot: a container image with sparring.")] = None,
     claim: Annotated[
-        str | None, typer.Option(help="Kubernetes: the PersistentVolumeClaim of the shared files.")
+        str | None,
+        typer.Option(help="Kubernetes: the PersistentVolumeClaim of the shared files. SkyPilot: their volume."),
     ] = None,
 ) -> None:
-    """Print a job file for Slurm or Kubernetes, to adapt and submit."""
+    """Print a job file for Slurm, Kubernetes or SkyPilot, to adapt and submit."""
     from sparring.commands.jobs import job_file
 
-    if scheduler not in ("slurm", "kubernetes"):
-        raise UserError(f"--print {scheduler}: must be slurm or kubernetes.")
-    typer.echo(job_file(scheduler, recipe, run_dir, nodes=nodes, gpus=gpus, image=image, claim=claim), nl=False)
+    if scheduler not in ("slurm", "kubernetes", "sky"):
+        raise UserError(f"--print {scheduler}: must be slurm, kubernetes or sky.")
+    text = job_file(scheduler, recipe, run_dir, nodes=nodes, gpus=gpus, gpu=gpu, image=image, claim=claim)
+    typer.echo(text, nl=False)
 
 
 @app.command()

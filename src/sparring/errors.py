@@ -21,6 +21,10 @@ class Interrupted(RunError):
         self.number = number
 
 
+class NothingToTrainOn(RunError):
+    """None of the opponent's responses is one that the method trains on."""
+
+
 class RankLost(RunError):
     """Another rank of the stage died or does not answer."""
 

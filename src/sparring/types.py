@@ -53,6 +53,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, as `apply_chat_template` takes them
     rejected: Message | None = None  # of preference data: the worse response to the same prompt
     left_out: tuple[str, ...] = ()  # what the row has and no template is given
+    source: Mapping[str, object] = field(default_factory=dict[str, object])  # the user's row, with the user's columns
 
     @property
     def answer(self) -> str:
@@ -72,6 +73,7 @@ class Rendered:
     real: str
     rejected_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # empty without one
     prompt_key: str = ""  # the same for all rows of a prompt, which are not independent
+    source: str = ""  # the user's row as JSON, for checkers and exports
     left_out: tuple[str, ...] = ()  # what of the example is in no token; counted by the data stage, not stored
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparring.commands.export import export_model, export_pairs, push_folder
 from sparring.commands.export.card import describe_training
+from sparring.commands.export.pairs import chat_pair, schema
 from sparring.data.formats import detect_format, examples
 from sparring.data.read import read_rows
-from sparring.data.render import text_as_jinja
-from sparring.data.tables import read_rendered
-from sparring.errors import UserError
+from sparring.data.render import Renderer, text_as_jinja
+from sparring.data.tables import TURNS, read_rendered, write_table
+from sparring.errors import CorruptedError, UserError
 from sparring.loop import play
 from sparring.model.load import check_model_folder, load_tokenizer
 from sparring.model.lora import CONFIG
-from sparring.recipe.schema import Generate, Recipe
+from sparring.recipe.schema import Data, Generate, Recipe
 from sparring.report.summary import summary
 from sparring.run.examples import read_iteration
 from sparring.run.iteration import Iteration
@@ -39,6 +41,7 @@ from sparring.stages.evaluate.held_out import answer
 from sparring.stages.generate import open_backend
 from sparring.stages.generate.server import started_server
 from sparring.stages.generate.vllm import VllmBackend
+from sparring.types import Generation, Rendered
 
 VLLM_PYTHON = os.environ.get("SPARRING_VLLM_PYTHON")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -103,6 +106,9 @@ def test_a_whole_model_gives_the_same_greedy_tokens(runs: dict[str, RunDir], tmp
     assert greedy_in_the_run(run, 0) != expected, "control: another iteration responds differently"
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    stop, system = 'PARAMETER stop "<|end|>"', "SYSTEM"
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert stop in text and system not in text and "{{ range .Messages }}" in text
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (settings.eos_token_id, settings.temperature, settings.top_k) == ([3], 1.0, 0)
 
@@ -243,20 +249,26 @@ def test_a_base_that_has_changed_is_refused(runs: dict[str, RunDir], tmp_path: P
         path.write_text(path.read_text().rstrip(" "))
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_pairs_are_a_preference_data_set(runs: dict[str, RunDir], tmp_path: Path, kind: str) -> None:
-    """Loaded by `datasets`. Texts tokenize to the run's tokens again."""
-    run = runs[kind]
-    count = export_pairs(Results(run.root), tmp_path / "pairs")
-    data = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
+def pairs_of(run: RunDir, folder: Path, index: int) -> tuple[Any, dict[str, Rendered], dict[str, Generation], int]:
+    """(the pairs of an iteration, its rows, its responses, how many texts of the run are inexact by the card)."""
+    count = export_pairs(Results(run.root), folder / "pairs")
+    data = load_dataset(str(folder / "pairs"), cache_dir=str(folder / "cache"))
     assert list(data) == ["iteration_00", "iteration_01"] and sum(len(split) for split in data.values()) == count
-    tokenizer = load_tokenizer(run.model(0))
-    iteration = Iteration(run, Results(run.root).recipe, 1)
+    iteration = Iteration(run, Results(run.root).recipe, index)
     rows = {row.id: row for row in iteration.train_rows()}
-    generated = {(answer.id, answer.sample): answer for answer in read_iteration(iteration, 1)}
-    end, inexact = iteration.data.end_ids[0], 0
-    for pair in data["iteration_01"]:
-        row, response = rows[pair["id"]], generated[pair["id"], pair["sample"]]
+    generated = {answer.id: answer for answer in read_iteration(iteration, index)}
+    counted = int(re.findall(r"(\d+) of \d+ texts give different", (folder / "pairs" / "README.md").read_text())[0])
+    return data[f"iteration_{index:02d}"], rows, generated, counted
+
+
+def test_pairs_of_a_text_template_are_texts(runs: dict[str, RunDir], tmp_path: Path) -> None:
+    """They tokenize to the run's tokens again."""
+    run = runs["adapter"]
+    pairs, rows, generated, counted = pairs_of(run, tmp_path, 1)
+    tokenizer, end = load_tokenizer(run.model(1)), 3
+    inexact = 0
+    for pair in pairs:
+        row, response = rows[pair["id"]], generated[pair["id"]]
 
         def again(text: str, finish: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"] + ([end] if finish == "stop" else [])
@@ -265,8 +277,60 @@ def test_pairs_are_a_preference_data_set(runs: dict[str, RunDir], tmp_path: Path
         assert again(pair["chosen"], pair["chosen_finish"]) == row.real_ids.tolist()
         inexact += again(pair["rejected"], pair["rejected_finish"]) != response.token_ids.tolist()
     assert inexact < len(rows) / 2, "a tiny model may generate text that tokenizes differently"
-    counted = int(re.findall(r"(\d+) of \d+ texts give different", (tmp_path / "pairs" / "README.md").read_text())[0])
     assert inexact <= counted <= inexact + len(rows), "the card counts them, over both iterations"
+
+
+def test_pairs_of_a_chat_template_are_messages(runs: dict[str, RunDir], tiny: Path, tmp_path: Path) -> None:
+    """The user's, and rendered by TRL they are the run's tokens."""
+    data_utils = pytest.importorskip("trl.data_utils", reason="TRL is not installed; it is in the dev group")
+    run = runs["whole"]
+    pairs, rows, generated, counted = pairs_of(run, tmp_path, 1)
+    tokenizer = load_tokenizer(run.model(1))
+    user = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    inexact = 0
+    for pair in pairs:
+        row, response = rows[pair["id"]], generated[pair["id"]]
+        assert data_utils.is_conversational(pair)
+        assert pair["prompt"] == [{"role": "user", "content": user[row.row - 1]["question"]}]
+        if row.real_finish == "stop":
+            assert pair["chosen"] == [{"role": "assistant", "content": user[row.row - 1]["answer"]}]
+        texts = data_utils.apply_chat_template({n: pair[n] for n in ("prompt", "chosen", "rejected")}, tokenizer)
+        ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+        assert ids["prompt"] == row.prompt_ids.tolist()
+        assert ids["chosen"][: len(row.real_ids)] == row.real_ids.tolist()
+        inexact += ids["rejected"][: len(response.token_ids)] != response.token_ids.tolist()
+    assert inexact < len(rows) / 2 and inexact <= counted <= inexact + len(rows)
+
+
+def test_pairs_keep_tools_calls_and_thoughts(tiny: Path, tmp_path: Path) -> None:
+    """A turn has the keys of the user's turn, and none of other turns as null."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    turns = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "3"},
+        {"role": "assistant", "content": "It is 3", "reasoning_content": "So 3."},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    plain = {"messages": [turns[0], {"role": "assistant", "content": "3"}]}
+    settings = Data(train="rows.jsonl")
+    renderer = Renderer(
+        load_tokenizer(tiny / "model"), template=None, end_token=None, max_length=100, max_response=None
+    )
+    pairs = []
+    for user in (plain, {"messages": turns, "tools": tools}):
+        (example,) = examples(user, 1, detect_format(user, {}, None, ""), "last")
+        ids = np.array([5, 6], dtype=np.int32)
+        row = Rendered(example.id, 1, ids, ids, "stop", "", "", source=json.dumps(user))
+        pairs.append(chat_pair(renderer, settings, row, Generation(example.id, 0, ids, "length"))[0])
+        with pytest.raises(CorruptedError, match="row 1: no example of its source has the id other"):
+            chat_pair(renderer, settings, replace(row, id="other"), Generation("other", 0, ids, "length"))
+    columns = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+    rest = {key: [None, None] for key in ("id", "sample", "chosen_finish", "rejected_finish")}
+    write_table(tmp_path / "pairs.parquet", schema(TURNS), columns | rest)
+    first, second = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"]
+    assert (first["prompt"], first["chosen"], first["tools"]) == (plain["messages"][:1], plain["messages"][1:], None)
+    assert second["prompt"] == turns[:-1] and second["chosen"] == turns[-1:] and json.loads(second["tools"]) == tools
 
 
 def test_push_takes_exports_without_local_folders(runs: dict[str, RunDir], tmp_path: Path) -> None:

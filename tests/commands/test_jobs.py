@@ -15,6 +15,7 @@ from sparring.cli import app
 from sparring.commands.jobs import job_file
 from sparring.errors import UserError
 
+SKY_PYTHON = os.environ.get("SPARRING_SKY_PYTHON")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 ODD_PATH = Path("/shared/our runs/it's $HOME; `x`")
@@ -115,11 +116,59 @@ def test_the_pod_script_starts_ray_and_the_run(fake_cluster: dict[str, str]) -> 
     assert calls[1] == f"sparring [run] [{RECIPE}] [{ODD_PATH}] [launch=ray] [ray_address=127.0.0.1:6379]"
 
 
+def sky(nodes: int, gpus: int, claim: str | None = "team") -> str:
+    return job_file("sky", RECIPE, ODD_PATH, nodes=nodes, gpus=gpus, gpu="H100", image="x/y:1", claim=claim)
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "claim"), [(1, 0, None), (1, 8, "team"), (4, 8, "team")])
+def test_sky_tasks_are_yaml_around_bash(nodes: int, gpus: int, claim: str | None) -> None:
+    task = yaml.safe_load(sky(nodes, gpus, claim))
+    subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
+    assert task["num_nodes"] == nodes and task["resources"]["image_id"] == "docker:x/y:1"
+    assert task["resources"].get("accelerators") == ("H100:8" if gpus else None)
+    assert task.get("volumes") == (None if claim is None else {"/shared": "team"})
+    assert task.get("secrets") == ({"RAY_AUTH_TOKEN": None} if nodes > 1 else None), "asked for at launch"
+    assert ("launch=torchrun" in task["run"]) == (nodes == 1 and gpus > 1)
+    assert ("mirror" in sky(nodes, gpus, claim)) == (claim is None), "a machine's own disk ends with it"
+
+
+def test_a_sky_task_starts_ray_and_one_run(fake_cluster: dict[str, str]) -> None:
+    script = yaml.safe_load(sky(4, 8))["run"]
+    nodes = {**fake_cluster, "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    status, calls = calls_of(script, {**nodes, "SKYPILOT_NODE_RANK": "0", "STATUS": "2"})
+    assert status == 2 and "ray [start] [--head] [--port=6379] [--block]" in calls
+    assert f"sparring [run] [{RECIPE}] [{ODD_PATH}] [launch=ray] [ray_address=10.0.0.1:6379]" in calls
+    Path(fake_cluster["CALLS"]).unlink()
+    status, calls = calls_of(script, {**nodes, "SKYPILOT_NODE_RANK": "1"})
+    assert status == 0 and calls[-1] == "ray [start] [--address=10.0.0.1:6379] [--block]"
+
+
+@pytest.mark.skipif(SKY_PYTHON is None, reason="SPARRING_SKY_PYTHON is not set: an interpreter that has skypilot")
+def test_skypilot_reads_the_tasks(tmp_path: Path) -> None:
+    """Its own schema and parser; a control that they can fail."""
+    assert SKY_PYTHON is not None
+    code = (
+        "import sky, sys, yaml\nfor text in sys.stdin.read().split('=====')[:-1]:\n"
+        "    task = yaml.safe_load(text)\n    task['secrets'] = {name: 'x' for name in task.get('secrets', {})}\n"
+        "    print(sky.Task.from_yaml_config(task).num_nodes)\n"
+    )
+    tasks = "".join(f"{sky(*sizes)}=====" for sizes in ((1, 0, None), (1, 8, "a"), (4, 8, "a")))
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    for text, expected in ((tasks, "1\n1\n4\n"), (tasks.replace("num_nodes", "nodes"), None)):
+        command = [SKY_PYTHON, "-c", code]
+        done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
+        assert (done.stdout == expected) if expected else ("'nodes'" in done.stderr), done.stderr
+
+
 def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="not an absolute path"):
         slurm(1, 1, Path("runs/mine"))
     with pytest.raises(UserError, match="needs --image"):
         job_file("kubernetes", RECIPE, ODD_PATH, nodes=1, gpus=1, image=None, claim=None)
+    with pytest.raises(UserError, match="needs --gpu"):
+        job_file("sky", RECIPE, ODD_PATH, nodes=1, gpus=1)
+    with pytest.raises(UserError, match="needs --claim for several machines"):
+        sky(2, 8, None)
     result = CliRunner().invoke(app, ["launch", "--print", "slurm", "/r.yaml", "/runs/a", "--nodes", "2"])
     assert result.exit_code == 0 and result.output.startswith("#!/bin/bash")
     assert isinstance(CliRunner().invoke(app, ["launch", "--print", "pbs", "/r.yaml", "/runs/a"]).exception, UserError)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sparring.commands.tune
 from sparring.commands.tune import Space, Trials, open_study, parse_budget, rate_range, search, tune
-from sparring.errors import UserError
+from sparring.errors import NothingToTrainOn, UserError
 from sparring.recipe.load import load_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.tuning import Played, Tuning
@@ -152,6 +152,22 @@ def test_one_trial_of_sft_is_played_whatever_the_budget() -> None:
     assert len(played) == 1 and played[0].startswith("sft")
 
 
+def test_a_method_that_cannot_play_does_not_end_the_search(capfd: pytest.CaptureFixture[str]) -> None:
+    """rft on a model that answers nothing right yet."""
+    played: list[str] = []
+
+    def play(label: str, index: int) -> tuple[float, float]:
+        played.append(label.partition(":")[0])
+        if played[-1] == "rft":
+            raise NothingToTrainOn("accepts none")
+        return 1.0, 10.0
+
+    study = open_study(None, True, 2, 0)
+    search(study, Space(("sft", "rft"), 1e-5, 1e-3), 2, play, 100.0)
+    assert "rft" in played and played.count("sft") > 4
+    assert "rft:train.learning_rate=0.0001 ends here: accepts none" in capfd.readouterr().err
+
+
 def test_the_range_of_rates_follows_the_model() -> None:
     for size, usual in ((135e6, 1e-4), (7e9, 2e-5), (7e9, 5e-7 * 1.3)):
         low, high = rate_range(int(size), is_adapter=False)
@@ -169,7 +185,7 @@ def test_budgets(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "2", "h", "2 hours", "-1h", "1m1h"])
-def test_budgets_that_are_none(text: str) -> None:
+def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(UserError, match="write hours, minutes or seconds"):
         parse_budget(text)
 

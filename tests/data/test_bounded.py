@@ -59,9 +59,9 @@ def test_a_template_is_stopped_at_the_row_where_it_loops(tiny: Path, monkeypatch
     loops_on_bad = "{% if 'bad' in messages[0].content %}" + BOMBS["a loop in a loop"] + "{% endif %}ok<|end|>"
     tokenizer = load_tokenizer(tiny / "model")
     renderer = Renderer(tokenizer, template=loops_on_bad, end_token=None, max_length=64, max_response=None)
-    assert [renderer._apply(TURNS) for _ in range(100)] == ["ok<|end|>"] * 100
+    assert [renderer.apply_template(TURNS) for _ in range(100)] == ["ok<|end|>"] * 100
     with pytest.raises(UserError, match="exceeded the limit"):
-        renderer._apply([Message(role="user", content="bad")])
+        renderer.apply_template([Message(role="user", content="bad")])
 
 
 def split_by(pattern: str) -> PreTrainedTokenizerFast:

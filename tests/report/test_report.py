@@ -226,7 +226,7 @@ def test_differences_are_paired_over_rows(make_recipe: MakeRecipe, tmp_path: Pat
     tables = [read_table(folder / "evaluate" / "answers.parquet") for folder in (run.start, run.iteration(0))]
     change = results.change("sampled_accuracy", -1, 0)
     assert change.mean == pytest.approx(after["sampled_accuracy"] - before["sampled_accuracy"])
-    right = [np.array(table["is_correct"].to_pylist(), dtype=float) for table in tables]
+    right = [np.array(table["correctness"].to_pylist(), dtype=float) for table in tables]
     assert change == estimate(right[1] - right[0], bounds=DIFFERENCE), "each row is a prompt of its own"
     change = results.change("held_out_nll", -1, 0)
     assert change.mean == pytest.approx(after["held_out_nll"] - before["held_out_nll"], abs=1e-5)

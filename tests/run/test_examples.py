@@ -18,7 +18,7 @@ from sparring.errors import RunError
 from sparring.loop import play
 from sparring.model.load import load_model
 from sparring.parallel import SingleProcess
-from sparring.recipe.schema import Recipe
+from sparring.recipe.schema import Function, Recipe
 from sparring.run.examples import join, load_training_examples
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
@@ -130,6 +130,19 @@ def test_accepted_responses_take_the_place_of_real_ones(generated: Iteration) ->
     assert [one.group.id for one in load_training_examples(generated)] == [rows[0].id]
 
 
+def test_a_function_decides_what_is_accepted(generated: Iteration, tmp_path: Path) -> None:
+    """With full marks only: half right is not what rft is to learn."""
+    (tmp_path / "checks.py").write_text(
+        "def score(prompt, answer, row):\n    return 1 if answer == '#### -1' else 0.5 * (answer == row['answer'])\n"
+    )
+    checker = Function(function=f"{tmp_path}/checks.py:score")
+    evaluate = generated.recipe.evaluate.model_copy(update={"checker": checker})
+    judged = replace(generated, recipe=generated.recipe.model_copy(update={"evaluate": evaluate}))
+    examples = load_training_examples(judged)
+    for one, row in zip(examples, generated.train_rows(), strict=True):
+        assert np.array_equal(one.group.responses["real"][0], row.real_ids[-2:])
+
+
 def test_without_any_accepted_response_training_is_refused(generated: Iteration) -> None:
     path = generated.stage("generate") / "part-00000.parquet"
     answers = read_generations([path])
@@ -149,7 +162,7 @@ def test_rft_needs_a_checker(make_recipe: Callable[..., Recipe]) -> None:
 def test_rft_plays_on_what_is_accepted(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparring.run.examples.make_check", lambda checker: lambda response, real: len(response) % 2)
+    monkeypatch.setattr("sparring.run.examples.make_check", lambda checker: lambda response, row: len(response) % 2)
     recipe = make_recipe("rft", generate={"samples": 2, "max_new_tokens": 32}, train={"epochs": 1})
     run = play(recipe, tmp_path / "run").run
     for t in range(2):

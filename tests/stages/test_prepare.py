@@ -229,7 +229,7 @@ def test_a_checker_with_nothing_to_check_is_refused(make_recipe: MakeRecipe, tmp
     rows = [{**row, "answer": "no number"} for row in good(20)]
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        UserError, match=r"evaluate\.checker: number finds no answer in any of 5 held-out rows.*'no number'"
+        UserError, match=r"evaluate\.checker: number finds no right answer in any of 5 held-out rows.*'no number'"
     ):
         run(tmp_path, make_recipe(data={"train": path, "held_out": 5}))
     rows = [*good(10), *({**row, "answer": "no number"} for row in good(20, start=10))]

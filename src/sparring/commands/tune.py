@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from sparring.commands.compare import check_comparison_settings, comparison_settings, parse_method, play_arm
 from sparring.commands.export import export_model
 from sparring.commands.forecast import empty_model
-from sparring.errors import UserError
+from sparring.errors import NothingToTrainOn, UserError
 from sparring.logging import info
 from sparring.model.load import resolve_model
 from sparring.recipe.load import Overrides, load_recipe
@@ -187,20 +187,26 @@ def search(
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         trial = Trial(study, running[0]._trial_id) if running else study.ask()  # one that was killed continues
         known = running[0].intermediate_values if running else {}
-        label, index, is_pruned = space.propose(trial), len(known), False
+        label, index, state = space.propose(trial), len(known), TrialState.COMPLETE
         trial.set_user_attr(LABEL, label)
         value = known.get(index, math.nan)
-        while index < iterations and not is_pruned:
+        while index < iterations and state == TrialState.COMPLETE:
             spent, longest = (study.user_attrs.get(key, 0.0) for key in (SECONDS, LONGEST))
             if spent + longest > budget and (trial.number or index):
                 return
-            value, seconds = play(label, index)
+            try:
+                value, seconds = play(label, index)
+            except NothingToTrainOn as error:
+                info(f"{label} ends here: {error}")
+                state = TrialState.FAIL
+                break
             study.set_user_attr(SECONDS, spent + seconds)
             study.set_user_attr(LONGEST, max(longest, seconds))
             index += 1
             trial.report(value, index)
-            is_pruned = trial.should_prune()
-        study.tell(trial, None if is_pruned else value, state=TrialState.PRUNED if is_pruned else TrialState.COMPLETE)
+            if trial.should_prune():
+                state = TrialState.PRUNED
+        study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
 
 
 class Trials:

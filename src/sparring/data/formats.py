@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ import xxhash
 
 from sparring.data.conversation import as_turns, extras, is_trained, text, tools, turn, turns, without_extras
 from sparring.data.read import BadRow, Row
-from sparring.errors import UserError
-from sparring.types import Example, Message
+from sparring.errors import CorruptedError, UserError
+from sparring.types import Example, Message, Rendered
 
 Turns = Literal["last", "first", "all"]
 
@@ -102,7 +103,7 @@ def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, so
         if column not in row:
             raise UserError(f"data.columns: {source} has no column '{column}'. It has {', '.join(map(str, row))}.")
     available = rename_columns(row, columns)
-    formats = (*FORMATS, RowFormat("text", ("text",), _splitter(split_on)))
+    formats = _formats(split_on)
     for row_format in formats:
         if all(name in available for name in row_format.columns) and set(columns) <= row_format.known:
             if row_format.name == "text" and split_on is None:
@@ -116,6 +117,21 @@ def detect_format(row: Row, columns: Mapping[str, str], split_on: str | None, so
         f"data: the columns of {source} ({', '.join(map(str, row))}) match no known format ({supported}). Map them "
         "with data.columns, for example {question: your_column, answer: other_column}."
     )
+
+
+def _formats(split_on: str | None) -> tuple[RowFormat, ...]:
+    return (*FORMATS, RowFormat("text", ("text",), _splitter(split_on)))
+
+
+def example_of(row: Rendered, columns: Mapping[str, str], split_on: str | None, which: Turns) -> Example:
+    """The example that a row was rendered from: the one of the user's row whose hash is the id."""
+    source = rename_columns(json.loads(row.source), columns)
+    for row_format in _formats(split_on):
+        with suppress(BadRow):
+            for example in examples(source, row.row, row_format, which):
+                if example.id == row.id:
+                    return example
+    raise CorruptedError(f"row {row.row}: no example of its source has the id {row.id}")
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:

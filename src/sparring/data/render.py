@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import xxhash
@@ -74,9 +74,8 @@ class Renderer:
         self.max_response = max_response
         self.declared_ends = declared_ends
         self.empty_thought = empty_thought
-        is_jinja = template is not None and ("{%" in template or "{{" in template)
-        self.text_template = None if is_jinja else template
-        self.chat_template = template if is_jinja else None
+        self.text_template = template if is_text_template(template) else None
+        self.chat_template = None if is_text_template(template) else template
         if self.text_template is not None and "{prompt}" not in self.text_template:
             raise UserError(f"data.template: {template!r} has no {{prompt}}. Add it where the prompt belongs.")
         if template is None and not tokenizer.chat_template:
@@ -126,13 +125,13 @@ class Renderer:
         """Token ids of a prompt that has no response yet. Raises `BadRow`."""
         if self.text_template is not None:
             return self._fill(messages)[1]
-        return self._tokenize(self._apply(messages, tools, add_generation_prompt=True))
+        return self._tokenize(self.apply_template(messages, tools, add_generation_prompt=True))
 
     # White space that the template writes after the end token ("<|im_end|>\n") is not part of the response: a model
     # stops at the end token, and real and generated responses must have the same form.
     def _render_chat(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
-        prompt = self._apply(messages[:-1], tools, add_generation_prompt=True)
-        whole = self._apply(messages, tools)
+        prompt = self.apply_template(messages[:-1], tools, add_generation_prompt=True)
+        whole = self.apply_template(messages, tools)
         prompt_ids, all_ids = self._tokenize(prompt), self._tokenize(whole)
         if not prompt_ids:
             raise BadRow("the prompt has no tokens")
@@ -143,7 +142,7 @@ class Renderer:
             if continued is None:
                 raise BadRow(self._first_difference(prompt_ids, all_ids))
             response, ids = continued, self._tokenize(continued)
-        left_out = find_losses(messages, tools, prompt + response, response, self._apply)
+        left_out = find_losses(messages, tools, prompt + response, response, self.apply_template)
         if not self.end.is_in_template:
             end = self._end_of_call(messages, tools, whole) if "tool_calls" in messages[-1] else self.end.id
             return RenderedChat(prompt, response, prompt_ids, [*ids, end], left_out)
@@ -186,7 +185,10 @@ class Renderer:
             raise BadRow("the prompt has no tokens")
         return prompt, prompt_ids, filled[len(prompt) :]
 
-    def _apply(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
+    def apply_template(
+        self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat template's text of a conversation. Raises `BadRow` if it refuses the conversation."""
         failed: CallFailed | None = None
         for form in _forms(messages):
             try:
@@ -245,7 +247,7 @@ class Renderer:
         if self.text_template is None:
             turns = [Message(role="user", content="?"), Message(role="assistant", content=PROBE)]
             try:
-                tail = self._tokenize(self._apply(turns).rpartition(PROBE)[2])
+                tail = self._tokenize(self.apply_template(turns).rpartition(PROBE)[2])
             except BadRow as problem:
                 raise UserError(f"data.template: {problem}") from problem
             special = self._special_ids()
@@ -280,7 +282,7 @@ class Renderer:
     ) -> int | None:
         """The end token with which the template begins the turn `following`, if the model declares it as one."""
         try:
-            longer = self._apply([*messages, following], tools)
+            longer = self.apply_template([*messages, following], tools)
             start = whole if whole is not None else longer[: longer.rfind(PROBE) + len(PROBE)]
         except BadRow:
             return None
@@ -333,11 +335,16 @@ def _as_template_reads(message: Message, arguments_as_text: bool, no_content: st
     return found
 
 
+def is_text_template(template: str | None) -> TypeGuard[str]:
+    """Whether data.template is a text with {prompt}: not the tokenizer's chat template (None), and not Jinja."""
+    return template is not None and "{%" not in template and "{{" not in template
+
+
 def chat_template_of(template: str | None, tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
     """The run's template as a chat template: data.template, or else the tokenizer's."""
     if template is None:
         return cast(str | None, tokenizer.chat_template)
-    if "{%" in template or "{{" in template:
+    if not is_text_template(template):
         return template
     bos = cast(str | None, tokenizer.bos_token)
     adds_bos = bos is not None and cast(list[int], tokenizer("x")["input_ids"])[:1] == [tokenizer.bos_token_id]

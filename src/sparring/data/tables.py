@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from sparring.types import Generation, Rendered, TokenIds
 
 IDS = pa.list_(pa.int32())
+TURNS = pa.list_(pa.json_())
+"""Messages as texts of JSON, which datasets decodes. Each keeps the keys that it has, and gets no others as null."""
 
 ROWS = pa.schema(
     {
@@ -25,6 +27,7 @@ ROWS = pa.schema(
         "real": pa.string(),
         "rejected_ids": IDS,
         "prompt_key": pa.string(),
+        "source": pa.string(),
     }
 )
 
@@ -48,8 +51,12 @@ OpponentScores = Mapping[tuple[str, str, int, int], float]
 
 
 def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
-    table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+    table = pa.table({name: _array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
     pq.write_table(table, path, write_page_checksum=True)
+
+
+def _array(values: Sequence[object] | np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.array(values, pa.list_(pa.string())).cast(kind) if kind == TURNS else pa.array(values, kind)
 
 
 def read_table(path: Path) -> pa.Table:

@@ -9,15 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 from pydantic import model_validator as validator
 from pydantic.config import JsonDict
 
@@ -201,6 +193,19 @@ class Regex(Strict):
         return value
 
 
+class JsonSchema(Strict):
+    json_schema: dict[str, Any]
+    """A response is right if it is JSON that this schema accepts."""
+
+
+class Function(Strict):
+    function: Annotated[str, Field(pattern=r".:\w+$")]
+    """file.py:function or module:function, called as function(prompt, answer, row); returns 0 (wrong) to 1 (right)."""
+
+
+Checker = Literal["number", "math", "exact"] | Regex | JsonSchema | Function
+
+
 class Harness(Strict):
     """Benchmarks of lm-evaluation-harness for the start and every iteration, each in its own process."""
 
@@ -226,8 +231,8 @@ class Harness(Strict):
 
 
 class Evaluate(Strict):
-    checker: Literal["number", "math", "exact"] | Regex | None = None
-    """How a response is checked: the number after ####, math-verify, the whole text, or what a pattern matches."""
+    checker: Checker | None = None
+    """How a response is checked: a number after ####, math-verify, the whole text, a pattern, a schema, a function."""
     save_best_by: Literal["held_out_nll", "greedy_accuracy", "sampled_accuracy"] = Field(
         default="held_out_nll", json_schema_extra=MAY_CHANGE
     )

@@ -264,7 +264,7 @@ def side_by_side(comparison: Comparison) -> list[Sample]:
         last = [(arm.label, samples[number].responses[-1]) for arm, samples in zip(arms, by_arm, strict=True)]
         sample.responses = [*sample.responses[:2], *(replace(response, source=label) for label, response in last)]
         sample.is_truncated = any(response.finish == "length" for _, response in last)
-        sample.is_wrong = any(response.is_correct is False for _, response in last)
+        sample.is_wrong = any(response.correctness not in (None, 1) for _, response in last)
         sample.margin, sample.is_misaligned = None, False
     return by_arm[0]
 

@@ -31,7 +31,7 @@ class Response:
     finish: str
     logprob: float | None = None  # under the model that generated it
     real_logprob: float | None = None  # of the real response, under the same model
-    is_correct: bool | None = None
+    correctness: float | None = None  # what the recipe's checker returned, 0 to 1
 
 
 @dataclass
@@ -59,12 +59,12 @@ def collect(results: Results) -> list[Sample]:
             continue
         source = "start (proto)" if iteration.index < 0 else f"iteration {iteration.index}"
         table = read_table(verified(folder, "answers.parquet")).slice(0, len(rows))
-        fields = ("finish", "logprob", "real_logprob", "is_correct")
+        fields = ("finish", "logprob", "real_logprob", "correctness")
         for sample, record in zip(samples, table.to_pylist(), strict=True):
             rest = {name: record[name] for name in fields}
             sample.responses.append(Response(source, record["text"], len(record["token_ids"]), **rest))
             sample.is_truncated = record["finish"] == "length"
-            sample.is_wrong = record["is_correct"] is False
+            sample.is_wrong = record["correctness"] not in (None, 1)
         if iteration.index >= 0 and is_committed(iteration.before().stage("evaluate")):
             add_margins(iteration, samples)
     return samples

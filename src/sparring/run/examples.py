@@ -13,10 +13,10 @@ from typing import cast
 
 import numpy as np
 
-from sparring.data.checkers import make_check
+from sparring.data.checkers import check_responses, make_check
 from sparring.data.tables import read_generations, read_scores, read_table
-from sparring.errors import RunError
-from sparring.recipe.schema import Regex
+from sparring.errors import NothingToTrainOn
+from sparring.recipe.schema import Checker
 from sparring.run.iteration import Iteration
 from sparring.types import Generation, Group, Rendered, Role, TokenIds, TrainingExample
 
@@ -75,24 +75,26 @@ def read_joined(iteration: Iteration) -> list[JoinedRow]:
 def accepted_rows(iteration: Iteration) -> list[Rendered]:
     """The training rows with an accepted response of the opponent in place of the real one, once for each of them.
 
-    Accepted is what has its end token and passes evaluate.checker. Raises `RunError` if nothing does.
+    Accepted is what has its end token and what evaluate.checker calls right, with a result of 1. Raises `RunError` if
+    nothing is.
     """
-    check = make_check(cast(str | Regex, iteration.recipe.evaluate.checker))
+    check = make_check(cast(Checker, iteration.recipe.evaluate.checker))
     paths = sorted(iteration.stage("generate").glob("part-*.parquet"))
     texts = [text for path in paths for text in read_table(path)["text"].to_pylist()]
-    by_row: dict[str, list[tuple[Generation, str]]] = {}
-    for generation, text in zip(read_generations(paths), texts, strict=True):
-        by_row.setdefault(generation.id, []).append((generation, text))
-    rows: list[Rendered] = []
-    for row in iteration.train_rows():
-        accepted = {
-            tuple(one.token_ids): replace(row, real_ids=one.token_ids, real=text, real_finish=one.finish)
-            for one, text in by_row.get(row.id, ())
-            if one.finish == "stop" and check(text, row.real)
-        }
-        rows += accepted.values()
+    train_rows = {row.id: row for row in iteration.train_rows()}
+    ended = [
+        replace(train_rows[one.id], real_ids=one.token_ids, real=text, real_finish=one.finish)
+        for one, text in zip(read_generations(paths), texts, strict=True)
+        if one.finish == "stop" and one.id in train_rows
+    ]
+    results = check_responses(check, [one.real for one in ended], [train_rows[one.id] for one in ended])
+    accepted: dict[str, dict[tuple[int, ...], Rendered]] = {id: {} for id in train_rows}
+    for one, result in zip(ended, results, strict=True):
+        if result == 1:
+            accepted[one.id][tuple(one.real_ids)] = one
+    rows = [one for of_row in accepted.values() for one in of_row.values()]
     if not rows:
-        raise RunError(
+        raise NothingToTrainOn(
             f"evaluate.checker accepts none of the opponent's {len(texts):,} responses, so "
             f"{iteration.recipe.method.name} has nothing to train on. Start from a model that answers some of the "
             "prompts, or raise generate.samples."

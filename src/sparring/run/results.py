@@ -152,7 +152,7 @@ class Results:
         return np.ones(len(self.held_out[0]), dtype=bool)
 
     def per_row(self, metric: str, index: int) -> Float[np.ndarray, " rows"]:
-        """The metric of each held-out row after an iteration: nats of the real response, 0 and 1 (NaN: unchecked), or,
+        """The metric of each held-out row after an iteration: nats of the real response, 0 to 1 (NaN: unchecked), or,
         for `length`, the tokens of the response."""
         if index not in self._answers:
             folder = Iteration(self.run, self.recipe, index).stage("evaluate")
@@ -162,7 +162,7 @@ class Results:
             return -table["real_logprob"].to_numpy().astype(np.float64)
         if metric == "length":
             return np.array([float(len(tokens)) for tokens in table["token_ids"].to_pylist()])
-        column = table["is_greedy_correct" if metric == "greedy_accuracy" else "is_correct"].to_pylist()
+        column = table["greedy_correctness" if metric == "greedy_accuracy" else "correctness"].to_pylist()
         return np.array([np.nan if value is None else float(value) for value in column])
 
     def estimate(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sparring.data.checkers import make_check, require_math_verify
+from sparring.data.checkers import make_check, source_files
 from sparring.data.formats import detect_format, exact_prompt_key, examples, prompt_key, rename_columns
 from sparring.data.read import BadRow, read_rows
 from sparring.data.render import Renderer
@@ -25,7 +25,7 @@ from sparring.model.load import check_weights, context_length, declared_end_ids,
 from sparring.model.optimizers import require_bitsandbytes
 from sparring.model.quantization import require_4bit
 from sparring.parallel import local_device
-from sparring.recipe.schema import Recipe
+from sparring.recipe.schema import JsonSchema, Recipe
 from sparring.run.iteration import DataSummary, seed_of
 from sparring.run.manifest import commit
 from sparring.run.rundir import RunDir
@@ -38,21 +38,22 @@ def check_dependencies(recipe: Recipe) -> None:
         check()
 
 
-def dependency_checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
+def dependency_checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
     if recipe.in_4bit:
         yield partial(require_4bit, local_device())
     if recipe.launch != "ray":  # there the devices are on other machines
         for optimizer in sorted(_optimizers(recipe)):
             yield partial(require_bitsandbytes, optimizer, local_device())
-    if recipe.evaluate.checker == "math":
-        yield require_math_verify
+    if recipe.evaluate.checker is not None:
+        yield partial(make_check, recipe.evaluate.checker)
 
 
 def optional_packages(recipe: Recipe) -> list[str]:
     """Extras that a run of the recipe computes with, whose versions are recorded."""
     quantizes = recipe.in_4bit or "adamw_8bit" in _optimizers(recipe)
-    checks_math = recipe.evaluate.checker == "math"
-    return [*(["bitsandbytes"] if quantizes else []), *(["math-verify"] if checks_math else [])]
+    checker = recipe.evaluate.checker
+    checks_with = "math-verify" if checker == "math" else "jsonschema" if isinstance(checker, JsonSchema) else None
+    return [*(["bitsandbytes"] if quantizes else []), *([checks_with] if checks_with else [])]
 
 
 def _optimizers(recipe: Recipe) -> set[str]:
@@ -95,6 +96,7 @@ def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
         num_checked=num_checked,
     )
     sources = [Path(source).resolve() for source in reader.sources if Path(source).exists()]
+    sources += source_files(recipe.evaluate.checker)
     with commit(run.data, input_digests=run.input_digests(model, *sources)) as folder:
         write_rows(folder / "train.parquet", [one.row for one in train])
         if self_play:
@@ -119,18 +121,27 @@ def make_renderer(recipe: Recipe, model: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def count_checked(recipe: Recipe, held_out: Sequence[Keyed]) -> int:
-    """How many held-out rows have an answer that evaluate.checker finds. Raises `UserError` if none has."""
-    if recipe.evaluate.checker is None or not held_out:
+    """How many held-out rows evaluate.checker can check. Raises `UserError` if it fails on a real response, or calls
+    none right."""
+    checker = recipe.evaluate.checker
+    if checker is None or not held_out:
         return 0
-    check = make_check(recipe.evaluate.checker)
-    found = sum(check(one.row.real, one.row.real) is not None for one in held_out)
-    if not found:
-        row = held_out[0].row
+    check, results = make_check(checker), list[float | None]()
+    for one in held_out:
+        try:
+            results.append(check(one.row.real, one.row))
+        except Exception as error:
+            raise UserError(
+                f"evaluate.checker: {str(checker)[:80]} fails on the real response of row {one.row.row}: "
+                f"{type(error).__name__}: {error}. Fix it, or choose another checker."
+            ) from error
+    if not any(results):
+        row, name = held_out[0].row, str(checker)[:80]  # a schema is long
         raise UserError(
-            f"evaluate.checker: {recipe.evaluate.checker} finds no answer in any of {len(held_out)} held-out rows. "
+            f"evaluate.checker: {name} finds no right answer in any of {len(held_out)} held-out rows. "
             f"The response of row {row.row} ends with {row.real[-60:]!r}. Choose another checker, or remove it."
         )
-    return found
+    return sum(result is not None for result in results)
 
 
 ON_ANOTHER_SIDE = "the prompt is also in the"
@@ -181,7 +192,8 @@ class DataReader:
                         raise found
                     if found.id in seen:
                         raise BadRow(f"a duplicate of row {seen[found.id]}")
-                    rendered = replace(self._render(found), prompt_key=prompt_key(found))
+                    source_text = json.dumps(found.source, default=str)
+                    rendered = replace(self._render(found), prompt_key=prompt_key(found), source=source_text)
                     taken.append(Keyed(rendered.prompt_key, exact_prompt_key(found), rendered))
                     seen[found.id] = number
                     self.left_out.update(rendered.left_out)
@@ -231,7 +243,7 @@ class DataReader:
                 for example in examples(
                     rename_columns(row, self.settings.columns), number, row_format, self.settings.turns
                 ):
-                    yield number, example
+                    yield number, replace(example, source=row)
             except BadRow as problem:
                 yield number, problem
 

@@ -11,12 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparring.commands.export.card import model_card
+from sparring.commands.export.modelfile import modelfile
 from sparring.data.render import chat_template_of
 from sparring.errors import UserError
 from sparring.model.load import load_model, load_tokenizer, save_merged, save_successor
 from sparring.model.lora import CONFIG, WEIGHTS, base_of, is_adapter
+from sparring.run.iteration import Iteration
 from sparring.run.manifest import Json, commit, hash_path, is_committed, remove_leftovers, write_json
 from sparring.run.results import Results
+from sparring.stages.prepare import make_renderer
 
 
 def export_model(
@@ -48,7 +51,13 @@ def export_model(
             save_merged(source, folder, dtype=target_dtype, quantized_in=run_dtype if results.recipe.in_4bit else None)
         else:
             save_successor(load_model(source, dtype=target_dtype, device=torch.device("cpu")), source, folder)
-        write_usage(results, load_tokenizer(source), base, folder)
+        tokenizer = load_tokenizer(source)
+        write_usage(results, tokenizer, base, folder)
+        if not is_adapter(folder):
+            recipe, data = results.recipe, Iteration(results.run, results.recipe, index).data
+            renderer = make_renderer(recipe, base, tokenizer)
+            text = modelfile(renderer, recipe.generate, data.end_ids, data.max_length)
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(model_card(results, index, is_adapter(folder)), encoding="utf-8")
     return index
 

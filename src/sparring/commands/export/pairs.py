@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sparring.commands.export.model import check_output
-from sparring.data.tables import write_table
+from sparring.data.formats import example_of
+from sparring.data.read import BadRow
+from sparring.data.render import Renderer, is_text_template
+from sparring.data.tables import TURNS, write_table
 from sparring.errors import UserError
 from sparring.model.load import load_tokenizer
+from sparring.recipe.schema import Data
 from sparring.recipe.yaml import dump
 from sparring.run.examples import join, read_iteration
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit, is_committed
 from sparring.run.results import Results
-from sparring.types import TokenIds
+from sparring.stages.prepare import make_renderer
+from sparring.types import Generation, Message, Rendered, TokenIds
 
-PAIRS = pa.schema(
-    {
-        "id": pa.string(),
-        "sample": pa.int16(),
-        "prompt": pa.string(),
-        "chosen": pa.string(),
-        "rejected": pa.string(),
-        "chosen_finish": pa.string(),  # "length": truncated, so it has no end token
-        "rejected_finish": pa.string(),
-    }
-)
+
+def schema(turns: pa.DataType) -> pa.Schema:
+    """The columns of pairs whose prompts and responses are of the type `turns`."""
+    tools = {"tools": pa.string()} if turns == TURNS else {}  # JSON, as TRL reads it
+    return pa.schema(
+        {
+            "id": pa.string(),
+            "sample": pa.int16(),
+            "prompt": turns,
+            "chosen": turns,
+            "rejected": turns,
+            **tools,
+            "chosen_finish": pa.string(),  # "length": truncated, so it has no end token
+            "rejected_finish": pa.string(),
+        }
+    )
+
 
 README = """---
 {metadata}---
@@ -37,10 +51,14 @@ README = """---
 # Pairs of {name}
 
 Real responses (`chosen`) and the opponent's (`rejected`), one split per iteration, in the columns that TRL's DPOTrainer
-reads. Texts are plain: prompts are rendered with the run's template, and the end token is left out because TRL adds it.
+reads. {form}
 A response whose `finish` is `length` was truncated. Drop those rows if the model must not learn to stop there.
 {num_inexact} of {num_texts} texts give different tokens than the run's when they are tokenized again.
 """
+TEXTS = """Texts are plain: prompts are rendered with the run's template, and the end token is left out because TRL adds
+it."""
+CHATS = """Prompts and responses are messages, which TRL renders with the chat template of its model. For the run's
+tokens, use a model that `sparring export` made: it has the run's template."""
 
 
 def export_pairs(results: Results, out: Path) -> int:
@@ -49,41 +67,79 @@ def export_pairs(results: Results, out: Path) -> int:
     generated = [t for t in range(results.recipe.iterations) if is_committed(results.run.stage(t, "generate"))]
     if results.data is None or not generated:
         raise UserError(f"--pairs: {results.run.root} has no generated responses yet.")
-    run = results.run
+    run, recipe = results.run, results.recipe
+    is_text = is_text_template(recipe.template)
+    make = text_pair if is_text else chat_pair
+    columns_of = schema(pa.string() if is_text else TURNS)
     tokenizer = load_tokenizer(Path(results.data.model))
-    num_pairs = num_texts = num_inexact = 0
+    renderer = make_renderer(recipe, Path(results.data.model), tokenizer)
+    num_pairs = num_inexact = 0
     with commit(
         out, input_digests=run.input_digests(run.data, *(run.stage(t, "generate") for t in generated))
     ) as folder:
         for t in generated:
-            iteration = Iteration(run, results.recipe.at(t), t)
-            columns: dict[str, list[object]] = {name: [] for name in PAIRS.names}
+            iteration = Iteration(run, recipe.at(t), t)
+            columns: dict[str, list[object]] = {name: [] for name in columns_of.names}
             for joined in join(iteration.train_rows(), {t: read_iteration(iteration, t)}):
                 row = joined.row
                 for response in joined.generated[t]:
-                    texts = (
-                        decode(tokenizer, row.prompt_ids, drop_bos=True),
-                        decode(tokenizer, without_end(row.real_ids, row.real_finish)),
-                        decode(tokenizer, without_end(response.token_ids, response.finish)),
-                    )
-                    num_texts += len(texts)
-                    num_inexact += sum(not is_exact for _, is_exact in texts)
-                    prompt, chosen, rejected = (text for text, _ in texts)
-                    values = (row.id, response.sample, prompt, chosen, rejected, row.real_finish, response.finish)
-                    for name, value in zip(PAIRS.names, values, strict=True):
+                    pair, inexact = make(renderer, recipe.data, row, response)
+                    num_inexact += inexact
+                    ends = {"chosen_finish": row.real_finish, "rejected_finish": response.finish}
+                    for name, value in {"id": row.id, "sample": response.sample, **pair, **ends}.items():
                         columns[name].append(value)
-            write_table(folder / f"iteration-{t:02d}.parquet", PAIRS, columns)
+            write_table(folder / f"iteration-{t:02d}.parquet", columns_of, columns)
             num_pairs += len(columns["id"])
         splits = [{"split": f"iteration_{t:02d}", "path": f"iteration-{t:02d}.parquet"} for t in generated]
         metadata = {"configs": [{"config_name": "default", "data_files": splits}], "tags": ["sparring", "preference"]}
         readme = README.format(
             metadata=dump(metadata),
             name=run.root.name,
+            form=TEXTS if is_text else CHATS,
             num_inexact=num_inexact,
-            num_texts=num_texts,
+            num_texts=3 * num_pairs,
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
     return num_pairs
+
+
+Pair = tuple[dict[str, object], int]
+"""Columns of a pair, and how many of its three texts give other tokens than the run's."""
+
+
+def text_pair(renderer: Renderer, settings: Data, row: Rendered, response: Generation) -> Pair:
+    """Prompt and responses as texts, the prompt rendered."""
+    prompt, chosen, rejected = (
+        decode(renderer.tokenizer, row.prompt_ids, drop_bos=True),
+        decode(renderer.tokenizer, without_end(row.real_ids, row.real_finish)),
+        decode(renderer.tokenizer, without_end(response.token_ids, response.finish)),
+    )
+    pair = {"prompt": prompt[0], "chosen": chosen[0], "rejected": rejected[0]}
+    return pair, sum(not is_exact for _, is_exact in (prompt, chosen, rejected))
+
+
+def chat_pair(renderer: Renderer, settings: Data, row: Rendered, response: Generation) -> Pair:
+    """Prompt and responses as messages. The user's own, unless the real response was truncated."""
+    example = example_of(row, settings.columns, settings.split_on, settings.turns)
+    *prompt, chosen = example.messages
+    if row.real_finish == "length":
+        chosen = answer_turn(renderer, row.real_ids, row.real_finish)
+    rejected = answer_turn(renderer, response.token_ids, response.finish)
+    inexact = 0
+    for turn, ids in ((chosen, row.real_ids), (rejected, response.token_ids)):
+        try:
+            again = renderer(replace(example, messages=(*prompt, turn), rejected=None))
+            pieces = ((again.prompt_ids, row.prompt_ids), (again.real_ids[: len(ids)], ids))
+            inexact += not all(np.array_equal(*piece) for piece in pieces)
+        except BadRow:
+            inexact += 1
+    columns = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+    tools = json.dumps(example.tools) if example.tools else None
+    return {**{name: [json.dumps(one) for one in turns] for name, turns in columns.items()}, "tools": tools}, inexact
+
+
+def answer_turn(renderer: Renderer, ids: TokenIds, finish: str) -> Message:
+    return Message(role="assistant", content=decode(renderer.tokenizer, without_end(ids, finish))[0])
 
 
 def without_end(ids: TokenIds, finish: str) -> TokenIds:

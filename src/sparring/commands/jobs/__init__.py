@@ -12,14 +12,22 @@ import jinja2
 
 from sparring.errors import UserError
 
-Scheduler = Literal["slurm", "kubernetes"]
-FILES = {"slurm": "slurm.sh.j2", "kubernetes": "kubernetes.yaml.j2"}
+Scheduler = Literal["slurm", "kubernetes", "sky"]
+FILES: dict[Scheduler, str] = {"slurm": "slurm.sh.j2", "kubernetes": "kubernetes.yaml.j2", "sky": "sky.yaml.j2"}
 
 
 def job_file(
-    scheduler: Scheduler, recipe: Path, run_dir: Path, *, nodes: int, gpus: int, image: str | None, claim: str | None
+    scheduler: Scheduler,
+    recipe: Path,
+    run_dir: Path,
+    *,
+    nodes: int,
+    gpus: int,
+    gpu: str | None = None,
+    image: str | None = None,
+    claim: str | None = None,
 ) -> str:
-    """A Slurm script or Kubernetes manifests that run `sparring run RECIPE RUN_DIR` on `nodes` machines.
+    """A Slurm script, Kubernetes manifests or a SkyPilot task for `sparring run RECIPE RUN_DIR` on `nodes` machines.
 
     The paths are paths on the cluster. Nothing is read here.
     """
@@ -31,6 +39,10 @@ def job_file(
             "--print kubernetes needs --image, a container image with sparring, and --claim, a ReadWriteMany "
             "PersistentVolumeClaim with the recipe, the model, the data and the run directory."
         )
+    if scheduler == "sky" and gpus and gpu is None:
+        raise UserError("--print sky needs --gpu, SkyPilot's name of the accelerator, such as H100. Or set --gpus 0.")
+    if scheduler == "sky" and nodes > 1 and claim is None:
+        raise UserError("--print sky needs --claim for several machines: a volume that all of them mount.")
     environment = jinja2.Environment(  # noqa: S701  (not HTML; a filter quotes every value)
         loader=jinja2.PackageLoader("sparring.commands.jobs", "."),
         undefined=jinja2.StrictUndefined,
@@ -45,6 +57,7 @@ def job_file(
         command=["sparring", "run", str(recipe), str(run_dir)],
         nodes=nodes,
         gpus=gpus,
+        gpu=gpu,
         image=image,
         claim=claim,
         volume=str(Path(*run_dir.parts[:2])),

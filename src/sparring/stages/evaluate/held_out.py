@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sparring.data.checkers import make_check
+from sparring.data.checkers import check_responses, make_check
 from sparring.data.tables import IDS, id_lists, read_generations, read_table, write_generations, write_table
 from sparring.errors import RunError
 from sparring.logging import track
@@ -52,8 +52,8 @@ ANSWERS = pa.schema(
         "opponent_logprob": pa.float32(),  # of the opponent's response, under the policy
         "proto_logprob": pa.float32(),  # of the starting model's response, under the policy
         "greedy_text": pa.string(),
-        "is_correct": pa.bool_(),
-        "is_greedy_correct": pa.bool_(),
+        "correctness": pa.float32(),  # what evaluate.checker returns: 0 to 1
+        "greedy_correctness": pa.float32(),
     }
 )
 
@@ -66,11 +66,11 @@ def evaluate(iteration: Iteration, open_backend: OpenBackend, parallel: Parallel
     parallel.barrier()
     rows = iteration.held_out_rows()
     fresh, greedy = answers(iteration, open_backend, rows, parallel, is_checked=recipe.evaluate.checker is not None)
-    columns, metrics = check_answers(iteration, rows, fresh, greedy)
     opponent, proto = (Answers.read(folder) for folder in earlier) if earlier else (None, None)
     scores = score_answers(iteration, rows, fresh, opponent, proto, parallel)
     if not parallel.is_main:
         return
+    columns, metrics = check_answers(iteration, rows, fresh, greedy)
     own_logprob = scores["generated"][:, 0]
     metrics |= likelihood(rows, scores["real"])
     metrics["entropy"] = float(-own_logprob.sum() / sum(len(answer.token_ids) for answer in fresh))
@@ -104,16 +104,15 @@ def check_answers(
         "finish": [answer.finish for answer in fresh],
         "text": texts,
         "greedy_text": nothing,
-        "is_correct": nothing,
-        "is_greedy_correct": nothing,
+        "correctness": nothing,
+        "greedy_correctness": nothing,
     }
     metrics = text_metrics(fresh, [row.real_ids for row in rows]) | real_form(rows)
     if checker is not None:
         check, greedy_texts = make_check(checker), decode_answers(tokenizer, greedy)
-        correct = [check(text, row.real) for text, row in zip(texts, rows, strict=True)]
-        greedy_correct = [check(text, row.real) for text, row in zip(greedy_texts, rows, strict=True)]
-        metrics |= accuracy("sampled", rows, correct) | accuracy("greedy", rows, greedy_correct)
-        columns |= {"greedy_text": greedy_texts, "is_correct": correct, "is_greedy_correct": greedy_correct}
+        sampled_results, greedy_results = (check_responses(check, some, rows) for some in (texts, greedy_texts))
+        metrics |= accuracy("sampled", rows, sampled_results) | accuracy("greedy", rows, greedy_results)
+        columns |= {"greedy_text": greedy_texts, "correctness": sampled_results, "greedy_correctness": greedy_results}
     return columns, metrics
 
 
@@ -222,9 +221,9 @@ def likelihood(rows: Sequence[Rendered], real_logprob: np.ndarray) -> dict[str, 
     return {**nll.named("held_out_nll"), "real_logprob": float(real_logprob.mean())}
 
 
-def accuracy(name: str, rows: Sequence[Rendered], correct: Sequence[bool | None]) -> dict[str, float]:
-    """Fraction of correct responses among the rows that can be checked, with its interval over prompts."""
-    values = np.array([np.nan if c is None else float(c) for c in correct])
+def accuracy(name: str, rows: Sequence[Rendered], results: Sequence[float | None]) -> dict[str, float]:
+    """Mean result of the checker over the rows that can be checked, with its interval over prompts."""
+    values = np.array([np.nan if result is None else result for result in results])
     return estimate(values, clusters=prompts(rows), bounds=FRACTION).named(f"{name}_accuracy")
 
 
