@@ -39,6 +39,7 @@ LONG = {
     "demo": "commands/test_demo",
     "launch": "commands/test_jobs",
     "judge": "stages/test_mt_bench",
+    "tune": "commands/test_tune",
 }
 """Commands that need a cluster or a judge, or play for minutes, and the tests that run them."""
 

@@ -75,8 +75,8 @@ def read_joined(iteration: Iteration) -> list[JoinedRow]:
 def accepted_rows(iteration: Iteration) -> list[Rendered]:
     """The training rows with an accepted response of the opponent in place of the real one, once for each of them.
 
-    Accepted is what has its end token and what evaluate.checker calls right, with a result of 1. Raises `RunError` if
-    nothing is.
+    Accepted is what has its end token and what evaluate.checker calls right, with a result of 1. Raises
+    `NothingToTrainOn` if nothing is.
     """
     check = make_check(cast(Checker, iteration.recipe.evaluate.checker))
     paths = sorted(iteration.stage("generate").glob("part-*.parquet"))
