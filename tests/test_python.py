@@ -104,6 +104,7 @@ def test_a_start_that_was_killed_before_the_data_stage_leaves_nothing_in_the_way
     run = RunDir(tmp_path / "run")
     keep_rows(run, {"train": rows})
     keep_rows(run, {"train": rows[:5], "held_out": rows[5:7]})
+    keep_rows(run, {"train": rows[:5]})  # the held-out rows by their path
     assert [len((run.rows / f"{n}.jsonl").read_bytes().splitlines()) for n in ("train", "held_out")] == [5, 2]
 
 

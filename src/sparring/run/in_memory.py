@@ -84,13 +84,13 @@ def keep_rows(run: RunDir, rows: Mapping[str, Rows]) -> None:
         digests[f"{name}.jsonl"] = digest.hexdigest()
     if is_done(run, run.rows):
         kept = {name: file["xxh3"] for name, file in read_manifest(run.rows).files.items()}
-        if kept == digests:
+        changed = [name.removesuffix(".jsonl") for name in digests if kept.get(name) != digests[name]]
+        if not changed:
             return
         if run.has_begun:
-            other = " and ".join(name.removesuffix(".jsonl") for name in digests if kept.get(name) != digests[name])
             raise RunMismatch(
-                f"{other}: the rows differ from those in {run.rows}, from which the run was started. Use another run "
-                "directory, or pass the same rows."
+                f"{' and '.join(changed)}: the rows differ from those in {run.rows}, from which the run was "
+                "started. Use another run directory, or pass the same rows."
             )
         shutil.rmtree(run.rows)  # of an attempt that was refused
     with commit(run.rows) as folder:
