@@ -200,7 +200,7 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also upload to the hub, private.")] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: a public repository.")] = False,
 ) -> None:
-    """Export a model for transformers and vLLM, with its card, or preference pairs."""
+    """Export a model for transformers, vLLM and Ollama, with its card, or preference pairs."""
     from sparring.commands.export import export_model, export_pairs, push_folder
     from sparring.run.results import Results
 

@@ -114,7 +114,7 @@ def text_pair(renderer: Renderer, settings: Data, row: Rendered, response: Gener
         decode(renderer.tokenizer, without_end(row.real_ids, row.real_finish)),
         decode(renderer.tokenizer, without_end(response.token_ids, response.finish)),
     )
-    pair = {"prompt": prompt[0], "chosen": chosen[0], "rejected": rejected[0]}
+    pair: dict[str, object] = {"prompt": prompt[0], "chosen": chosen[0], "rejected": rejected[0]}
     return pair, sum(not is_exact for _, is_exact in (prompt, chosen, rejected))
 
 
