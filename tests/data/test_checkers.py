@@ -238,7 +238,7 @@ def test_a_run_with_a_function(make_recipe: MakeRecipe, tiny: Path, tmp_path: Pa
         "def score(prompt, answer, row):\n    return 1 if answer == row['answer'] else len(answer) % 2 / 2\n"
     )
     recipe = make_recipe("sft", iterations=1, evaluate={"checker": {"function": f"{file}:score"}})
-    run = play(recipe, tmp_path / "run")
+    run = play(recipe, tmp_path / "run").run
     rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
     held_out = read_rendered(run.data / "held_out.parquet")
     assert [json.loads(one.source) for one in held_out] == [rows[one.row - 1] for one in held_out]
