@@ -13,6 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
+    from sparring.commands.trainer import SelfPlayConfig, SelfPlayTrainer
     from sparring.commands.tune import tune
     from sparring.errors import RunError, RunMismatch, UserError
     from sparring.loop import play
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from sparring.recipe.schema import Recipe
     from sparring.report.comparison import compare
     from sparring.run.results import Results
-    from sparring.trainer import SelfPlayConfig, SelfPlayTrainer
 
 _HOMES = {
     "OBJECTIVES": "sparring.objectives",
@@ -29,8 +29,8 @@ _HOMES = {
     "Results": "sparring.run.results",
     "RunError": "sparring.errors",
     "RunMismatch": "sparring.errors",
-    "SelfPlayConfig": "sparring.trainer",
-    "SelfPlayTrainer": "sparring.trainer",
+    "SelfPlayConfig": "sparring.commands.trainer",
+    "SelfPlayTrainer": "sparring.commands.trainer",
     "UserError": "sparring.errors",
     "compare": "sparring.report.comparison",
     "load_recipe": "sparring.recipe.load",
