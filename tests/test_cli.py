@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     names = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    commands = "run init doctor preview plan launch status report export judge compare demo"
+    commands = "run init doctor preview plan launch status report export judge compare tune demo"
     assert sorted(names) == sorted(commands.split())
 
 

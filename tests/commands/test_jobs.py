@@ -44,7 +44,7 @@ def fake_cluster(tmp_path: Path) -> dict[str, str]:
         program.write_text(
             f'#!/bin/bash\nline=$(printf "%s" {name}; printf " [%s]" "$@")\necho "$line" >> "$CALLS"\n'
             f'[ {name} = sparring ] && [ -n "${{STUCK:-}}" ] && {{ trap "exit 143" TERM; kill -TERM $PPID; '
-            f"sleep 30 & wait; }}\n{ending}\n"
+            f"sleep 30 > /dev/null 2>&1 & wait; }}\n{ending}\n"
         )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "17"}
