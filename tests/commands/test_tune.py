@@ -1,4 +1,4 @@
-"""`sparring tune`: what it plays, that it continues, and when it returns a game."""
+"""`sparring tune`: what it plays, that it continues, and when it returns another method than SFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sparring.commands.tune
 from sparring.commands.tune import Space, Trials, open_study, parse_budget, rate_range, search, tune
-from sparring.errors import NothingToTrainOn, UserError
+from sparring.errors import UserError
 from sparring.recipe.load import load_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.tuning import Played, Tuning
@@ -43,7 +43,7 @@ class Clock:
         self.dies_at = 0
         real = Trials.play
 
-        def play(trials: Trials, label: str, index: int) -> tuple[float, float]:
+        def play(trials: Trials, label: str, index: int) -> tuple[float | None, float]:
             self.played.append((label, index))
             if len(self.played) == self.dies_at:
                 raise KeyboardInterrupt
@@ -94,7 +94,7 @@ def test_a_killed_tuning_continues_and_returns_what_it_judged(
         ("greedy_accuracy", -0.3, -0.1, "sft"),
     ],
 )
-def test_a_game_is_returned_only_if_its_interval_says_so(
+def test_another_method_is_returned_only_if_its_interval_says_so(
     played: Callable[[str], Any],
     metric: str,
     low: float,
@@ -109,7 +109,7 @@ def test_a_game_is_returned_only_if_its_interval_says_so(
     trials = [Played(f"{name}:train.learning_rate=1e-4", 3, 0.5, Results(run.root)) for name in ("sft", "spin")]
     tuning = Tuning(Path(), recipe.model_copy(update={"evaluate": evaluate}), trials, (1e-5, 1e-3), 1.0)
     assert tuning.returned.method == expected
-    assert tuning.verdict.startswith("spin" if expected == "spin" else "No game is better than tuned SFT")
+    assert tuning.verdict.startswith("spin" if expected == "spin" else "No other method is better than tuned SFT")
 
 
 def test_the_first_trials_are_the_same_for_every_method() -> None:
@@ -152,20 +152,30 @@ def test_one_trial_of_sft_is_played_whatever_the_budget() -> None:
     assert len(played) == 1 and played[0].startswith("sft")
 
 
-def test_a_method_that_cannot_play_does_not_end_the_search(capfd: pytest.CaptureFixture[str]) -> None:
-    """rft on a model that answers nothing right yet."""
+def test_a_method_that_cannot_play_ends_its_trial_only(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """rft on a model that answers nothing right yet. Its seconds count."""
+    clock = Clock(monkeypatch)
+    tuning = tune(recipe, tmp_path / "tuning", "50s", methods=("rft", "sft"))
+    played = [label.partition(":")[0] for label, _ in clock.played]
+    assert played[0] == "sft" and "rft" in played and played[-1] == "sft" and len(played) == 5
+    assert "ends here: evaluate.checker accepts none" in capfd.readouterr().err
+    assert {one.method for one in tuning.trials} == {"sft"} and "No other method was tried" in tuning.verdict
+    with pytest.raises(UserError, match=r"was started with sft,rft\. Use these"):
+        tune(recipe, tmp_path / "tuning", "50s", methods=("sft", "space"))
+
+
+def test_a_continued_search_does_not_repeat_itself(tmp_path: Path) -> None:
     played: list[str] = []
 
     def play(label: str, index: int) -> tuple[float, float]:
-        played.append(label.partition(":")[0])
-        if played[-1] == "rft":
-            raise NothingToTrainOn("accepts none")
-        return 1.0, 10.0
+        played.append(label)
+        return 1.0, 1.0
 
-    study = open_study(None, True, 2, 0)
-    search(study, Space(("sft", "rft"), 1e-5, 1e-3), 2, play, 100.0)
-    assert "rft" in played and played.count("sft") > 4
-    assert "rft:train.learning_rate=0.0001 ends here: accepts none" in capfd.readouterr().err
+    for budget in (9.0, 12.0):
+        search(open_study(tmp_path / "log", True, 1, 0), SPACE, 1, play, budget)
+    assert len(played) == len(set(played)) == 12
 
 
 def test_the_range_of_rates_follows_the_model() -> None:
@@ -206,7 +216,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_landscapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/tune_landscapes.py on a few: the rule can return a game, and the kept result holds its promise."""
+    """benchmarks/tune_landscapes.py on a few: the rule can return another method, and the kept result holds its promise."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = runpy.run_path(str(ROOT / "benchmarks" / "tune_landscapes.py"))
     land = script["Landscape"](0, 0.0)

@@ -2,13 +2,12 @@
 
 A trial is an ordinary run directory that grows by one iteration at a time. Optuna proposes its settings, and ends it
 early where others were better after as many iterations (Hyperband, arXiv 1603.06560). The first trials are a grid, the
-same for every method. One half of the held-out prompts chooses; the other judges the best game against the best SFT,
-once.
+same for every method. One half of the held-out prompts chooses; the other judges the best other method against the best
+SFT, once.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from sparring.commands.compare import check_comparison_settings, comparison_settings, parse_method, play_arm
 from sparring.commands.export import export_model
 from sparring.commands.forecast import empty_model
+from sparring.data.tables import read_rendered
 from sparring.errors import NothingToTrainOn, UserError
 from sparring.logging import info
 from sparring.model.load import resolve_model
@@ -28,7 +28,6 @@ from sparring.recipe.load import Overrides, load_recipe
 from sparring.recipe.schema import Recipe
 from sparring.report.bars import format_duration
 from sparring.report.tuning import Played, Tuning, write_tuning
-from sparring.run.iteration import DataSummary
 from sparring.run.results import Results
 from sparring.run.rundir import RunDir
 from sparring.run.session import is_done
@@ -42,7 +41,7 @@ COEFFICIENTS = {"spin": ("lambda", 0.1), "tspin": ("alpha", 1.0)}
 """Method -> its tuned coefficient and the paper's value; the range is a factor of 10 to both sides."""
 GRID = (0.5, 0.25, 0.75)
 """Where in the range of learning rates, on its logarithmic scale, the first trials of every method lie."""
-STUDY, LABEL, SECONDS, LONGEST = "tune", "label", "seconds", "longest"
+LABEL, METHODS, SECONDS, LONGEST = "label", "methods", "seconds", "longest"
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def tune(
 ) -> Tuning:
     """Plays trials for `budget` ("2h", "1h30m"), then writes the report, the best recipe and the best model.
 
-    The same call continues, and a larger budget adds to it. Raises `UserError` without Optuna, without held-out rows,
-    or if the methods lack sft.
+    The same call continues, and a larger budget adds to it. Raises `UserError` without Optuna or held-out rows, if the
+    methods lack sft, or if they are not those that the directory was started with.
     """
     if find_spec("optuna") is None:
         raise UserError("sparring tune needs Optuna. Run pip install 'sparring[tune]'.")
@@ -110,24 +109,29 @@ def tune(
     seconds = parse_budget(budget)
     shared = RunDir(root)
     recipe = comparison_settings(shared, recipe)
-    wanted = tuple(methods or default_methods(recipe))
+    wanted = tuple(dict.fromkeys(methods or default_methods(recipe)))
     for label in wanted:
         if parse_method(label).settings:
             raise UserError(f"--methods {label}: tune chooses the settings itself. Give names only.")
     if "sft" not in wanted:
-        raise UserError("--methods: sft must be among them, since the best game is judged against tuned SFT.")
+        raise UserError("--methods: sft must be among them, since all others are judged against tuned SFT.")
+    wanted = ("sft", *(name for name in wanted if name != "sft"))  # it is played whatever the budget
     with shared.own():
         check_comparison_settings(shared, recipe)
         if not is_done(shared, shared.data):
             prepare(shared, recipe)
-        summary = DataSummary.read(shared.data / "summary.json")
-        if summary.num_held_out < 4:
-            raise UserError("data.held_out: tune chooses on one half and judges on the other. Set it above 0.")
+        if len({row.prompt_key for row in read_rendered(shared.data / "held_out.parquet")}) < 4:
+            raise UserError("data.held_out: tune chooses on one half and judges on the other, so it needs 4 prompts.")
         model = empty_model(resolve_model(recipe.model))
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         space = Space(wanted, *rate_range(num_parameters, is_adapter=recipe.adapter is not None))
         trials = Trials(shared, recipe)
         study = open_study(shared.root / "tune.log", trials.is_lower_better, recipe.iterations, recipe.seed)
+        if (others := study.user_attrs.get(METHODS, list(wanted))) != list(wanted):
+            raise UserError(
+                f"--methods: {shared.root} was started with {','.join(others)}. Use these, or another folder."
+            )
+        study.set_user_attr(METHODS, list(wanted))
         search(study, space, recipe.iterations, trials.play, seconds)
         tuning = trials.judge(study, space)
         export_best(tuning)
@@ -160,23 +164,27 @@ def open_study(file: Path | None, is_lower_better: bool, iterations: int, seed: 
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name=STUDY,
+    study = optuna.create_study(
+        study_name="tune",
         storage=None if file is None else JournalStorage(JournalFileBackend(str(file))),
         load_if_exists=True,
         direction="minimize" if is_lower_better else "maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed, group=True, multivariate=True, warn_independent_sampling=False),
         pruner=optuna.pruners.HyperbandPruner(max_resource=max(2, iterations), reduction_factor=2),
     )
+    seed += len(study.trials)  # continued with the same one, it would propose what it has tried
+    study.sampler = optuna.samplers.TPESampler(
+        seed=seed, group=True, multivariate=True, warn_independent_sampling=False
+    )
+    return study
 
 
 def search(
-    study: Study, space: Space, iterations: int, play: Callable[[str, int], tuple[float, float]], budget: float
+    study: Study, space: Space, iterations: int, play: Callable[[str, int], tuple[float | None, float]], budget: float
 ) -> None:
     """Plays trials until the budget, in seconds, has no room for another iteration as long as the longest one.
 
     `play(label, index)` plays an iteration of a trial, and returns the trial's best value so far and the seconds it
-    took. The first trial, of sft, is played in any case.
+    took; None if the method has nothing to train on, which ends the trial. The first one is played in any case.
     """
     from optuna.trial import Trial, TrialState
 
@@ -189,20 +197,18 @@ def search(
         known = running[0].intermediate_values if running else {}
         label, index, state = space.propose(trial), len(known), TrialState.COMPLETE
         trial.set_user_attr(LABEL, label)
-        value = known.get(index, math.nan)
+        value = known.get(index)
         while index < iterations and state == TrialState.COMPLETE:
             spent, longest = (study.user_attrs.get(key, 0.0) for key in (SECONDS, LONGEST))
             if spent + longest > budget and (trial.number or index):
                 return
-            try:
-                value, seconds = play(label, index)
-            except NothingToTrainOn as error:
-                info(f"{label} ends here: {error}")
-                state = TrialState.FAIL
-                break
+            value, seconds = play(label, index)
             study.set_user_attr(SECONDS, spent + seconds)
             study.set_user_attr(LONGEST, max(longest, seconds))
             index += 1
+            if value is None:
+                state = TrialState.FAIL
+                break
             trial.report(value, index)
             if trial.should_prune():
                 state = TrialState.PRUNED
@@ -220,7 +226,7 @@ class Trials:
     def run(self, label: str) -> RunDir:
         return RunDir(self.folder / parse_method(label).folder)
 
-    def play(self, label: str, index: int) -> tuple[float, float]:
+    def play(self, label: str, index: int) -> tuple[float | None, float]:
         """Plays a trial up to iteration `index`; returns its best value on the prompts that choose, and seconds."""
         info(f"\n{label}, iteration {index}")
         start = time.monotonic()
@@ -228,14 +234,18 @@ class Trials:
         run = self.run(label)
         others = [RunDir(recipe.parent) for recipe in sorted(self.folder.glob("*/recipe.yaml"))]
         donors = [other for other in others if other.root != run.root]
-        play_arm(self.shared, run, settings.model_copy(update={"iterations": index + 1}), 1.0, donors)
+        try:
+            play_arm(self.shared, run, settings.model_copy(update={"iterations": index + 1}), 1.0, donors)
+        except NothingToTrainOn as error:
+            info(f"{label} ends here: {error}")
+            return None, time.monotonic() - start
         results = Results(run.root)
         choosing, _ = results.halves
         best = results.best_of(range(-1, index + 1), choosing)
         return results.value(self.recipe.evaluate.save_best_by, best, choosing).mean, time.monotonic() - start
 
     def judge(self, study: Study, space: Space) -> Tuning:
-        """Compares the best trial of a game with the best one of sft, on the prompts that chose neither."""
+        """Compares the best trial of another method with the best one of sft, on the prompts that chose neither."""
         played = [
             Played(
                 label=trial.user_attrs[LABEL],
@@ -246,7 +256,7 @@ class Trials:
             for trial in study.get_trials(deepcopy=False)
             if trial.intermediate_values
         ]
-        unique = list({one.label: one for one in played}.values())
+        unique = list({one.label: one for one in sorted(played, key=lambda one: one.iterations)}.values())
         return Tuning(self.shared.root, self.recipe, unique, (space.low, space.high), study.user_attrs[SECONDS])
 
 

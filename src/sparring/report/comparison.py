@@ -217,7 +217,7 @@ def check_comparable(arms: Sequence[Arm]) -> None:
             if first.setdefault(name, value) != value:
                 raise UserError(
                     f"{arm.run.root} cannot be compared with {arms[0].run.root}: {name} differs. Move it away, or "
-                    "play it again with the same."
+                    "play it again with the same settings."
                 )
 
 

@@ -1,8 +1,8 @@
 """Judges the trials of `sparring tune`, as JSON and as one HTML file.
 
-The best trial of each kind is chosen on one half of the held-out prompts. The best game is compared with the best SFT
-on the other half, once, and returned only if the 95% interval of the difference excludes 0. So a model that is truly
-worse than tuned SFT is returned in at most 2.5% of tunings.
+The best trial of SFT and the best of the other methods are chosen on one half of the held-out prompts, and compared on
+the other half, once. SFT is returned unless the 95% interval of the difference says that the other one is better. So a
+model that is truly worse than tuned SFT is returned in at most 2.5% of tunings.
 """
 
 from __future__ import annotations
@@ -66,21 +66,21 @@ class Tuning:
         self.sign = -1 if self.metric == "held_out_nll" else 1
         self.trials = sorted(trials, key=lambda trial: -self.sign * trial.value)
         self.sft = next(trial for trial in self.trials if trial.method == "sft")
-        self.game = next((trial for trial in self.trials if trial.method != "sft"), None)
+        self.other = next((trial for trial in self.trials if trial.method != "sft"), None)
 
     @cached_property
     def judged(self) -> Estimate | None:
-        """The best game minus the best SFT, on the prompts that chose neither. None without a game."""
-        if self.game is None:
+        """The best other method minus the best SFT, on the prompts that chose neither. None without another."""
+        if self.other is None:
             return None
-        game, sft = (one.results.per_row(self.metric, one.iteration) for one in (self.game, self.sft))
-        return self.sft.results.estimate(self.metric, game - sft, self.sft.results.halves[1], is_change=True)
+        other, sft = (one.results.per_row(self.metric, one.iteration) for one in (self.other, self.sft))
+        return self.sft.results.estimate(self.metric, other - sft, self.sft.results.halves[1], is_change=True)
 
     @property
     def returned(self) -> Played:
-        """The best game if it is better than the best SFT, by its interval; else that SFT."""
-        is_better = self.game is not None and self.judged is not None and self.judged.sign == self.sign
-        return self.game if self.game is not None and is_better else self.sft
+        """The best other method if it is better than the best SFT, by its interval; else that SFT."""
+        is_better = self.other is not None and self.judged is not None and self.judged.sign == self.sign
+        return self.other if self.other is not None and is_better else self.sft
 
     def gain(self, *, choosing: bool) -> Estimate:
         """The change that the returned trial makes to the starting model, on the half that chooses or the other one."""
@@ -89,14 +89,14 @@ class Tuning:
 
     @property
     def verdict(self) -> str:
-        if self.game is None or self.judged is None:
-            return f"Tuned SFT is the best that was played: {describe(self.sft)}. No game was tried in this budget."
+        if self.other is None or self.judged is None:
+            return f"No other method was tried in this budget. The best trial of SFT is {describe(self.sft)}."
         by = f"{NAMES[self.metric]} {with_interval(self.judged)} on {self.judged.clusters} prompts that chose neither"
-        if self.returned is self.game:
-            return f"{describe(self.game)} is better than tuned SFT, {describe(self.sft)}: {by}."
+        if self.returned is self.other:
+            return f"{describe(self.other)} is better than tuned SFT, {describe(self.sft)}: {by}."
         return (
-            f"No game is better than tuned SFT, {describe(self.sft)}. The best one, {describe(self.game)}, differs by "
-            f"{by}."
+            f"No other method is better than tuned SFT, {describe(self.sft)}. "
+            f"The best of them, {describe(self.other)}, differs by {by}."
         )
 
     @property
@@ -128,7 +128,7 @@ class Tuning:
             "returned": self.returned.label,
             "seconds": self.seconds,
             "learning_rates": list(self.rates),
-            "game_minus_sft": None
+            "other_minus_sft": None
             if self.judged is None
             else {"mean": self.judged.mean, "low": self.judged.low, "high": self.judged.high},
             "prompts_that_judge": 0 if self.judged is None else self.judged.clusters,
