@@ -4,8 +4,9 @@
 
 The search and the rule that returns another method than SFT are the real ones; only playing is replaced. A landscape
 has, for every method, a best learning rate, a width, a gain and a coefficient's influence, drawn at random; too high a
-rate declines with iterations. A model's loss on a row is its true loss plus the row's difficulty plus noise of its own. In "equal"
-landscapes all methods reach the same loss; in "different" ones their best losses have a standard deviation of 0.02.
+rate declines with iterations. A model's loss on a row is its true loss plus the row's difficulty plus noise of its own.
+In "equal" landscapes all methods reach the same loss; in "different" ones their best losses have a standard deviation
+of 0.02.
 
 The full grid spends the same seconds on rates that lie evenly in the range, all methods alike, coefficients of the
 papers, and every iteration.

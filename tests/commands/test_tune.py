@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_landscapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/tune_landscapes.py on a few: the rule can return another method, and the kept result holds its promise."""
+    """benchmarks/tune_landscapes.py on a few: the rule can return another method. The kept result holds its promise."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = runpy.run_path(str(ROOT / "benchmarks" / "tune_landscapes.py"))
     land = script["Landscape"](0, 0.0)
