@@ -128,13 +128,13 @@ STORIES = Task(
     checker=None,
 )
 FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
-REAL_ROWS, REAL_HELD_OUT = 192, 160
-REAL_TRAIN = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "warmup_ratio": 0.05, "epochs": 1}
+REAL_ROWS, REAL_HELD_OUT = 128, 160
+REAL_TRAIN = {"optimizer": "adamw", "batch_size": 8, "max_length": 128, "warmup_ratio": 0.05, "epochs": 1}
 # the model's own chat format without the system prompt of 25 tokens, which a CPU would spend a third of its time on
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 REAL = Task(
     "SmolLM2",
-    (1e-5, 3e-5, 1e-4),
+    (3e-5, 1e-4, 3e-4),
     3,
     2,
     1,
