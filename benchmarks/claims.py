@@ -1,12 +1,13 @@
 """Tests the papers' claims at a small size, for docs/results.md.
 
     python benchmarks/claims.py play FOLDER [--stories FILE --model FOLDER] [--smollm2 FOLDER] [--minutes 4]
+    python benchmarks/claims.py sample FOLDER --chats FILE   SmolLM2's finished plays: temperatures, pass@8, forgetting
     python benchmarks/claims.py gather FOLDER          adds to benchmarks/results/claims.json
 
 `play` plays the trials that neither FOLDER nor claims.json has, until the time is up, and resumes when it is run again.
 Several processes may share a folder. The stories are TinyStories as JSON lines with the field `text`; the model is the
 260,000-parameter Llama of llama2.c in the Hugging Face layout; SmolLM2 is what `make real` leaves in
-runs/real/task/model. Without them only the demo's problems are played.
+runs/real/task/model. Without them only the demo's problems are played. The chats are instruction rows in any format.
 
 Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
 lowest held-out NLL at the best iteration. Reported seeds (0 and up) are played at that rate. The best iteration is
@@ -29,6 +30,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from claims_samples import measure_samples
 from demo_seeds import cpu_name
 
 from sparring.commands.compare import copy_rows, reuse_stages
@@ -129,12 +131,13 @@ STORIES = Task(
 )
 FRESH = Task("fresh rows", (1e-4, 3e-4, 1e-3), 3, 5, 2, (SFT, *(replace(quarter(arm), rate_of=None) for arm in MAIN)))
 REAL_ROWS, REAL_HELD_OUT = 128, 160
+TRANSFER, LARGER_NUMBERS = 96, 5 * REAL_LARGEST
 REAL_TRAIN = {"optimizer": "adamw", "batch_size": 8, "max_length": 128, "warmup_ratio": 0.05, "epochs": 1}
 # the model's own chat format without the system prompt of 25 tokens, which a CPU would spend a third of its time on
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 REAL = Task(
     "SmolLM2",
-    (3e-5, 1e-4, 3e-4),
+    (1e-5, 3e-5, 1e-4),
     3,
     2,
     1,
@@ -191,8 +194,10 @@ class Place:
 
     def result(self, one: Trial) -> dict[str, object] | None:
         path = one.folder(self.root) / "result.json"
+        samples = path.with_name("samples.json")
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            more = {"samples": json.loads(samples.read_text(encoding="utf-8"))} if samples.is_file() else {}
+            return json.loads(path.read_text(encoding="utf-8")) | more
         return self.gathered.get((one.task.name, one.arm.label, one.rate, one.seed))
 
 
@@ -333,6 +338,18 @@ def play_one(place: Place, one: Trial) -> None:
     replace_file(one.folder(place.root) / "result.json", json.dumps(result))
 
 
+def sample(place: Place, chats: Path) -> None:
+    """Writes samples.json beside the result of each finished play of SmolLM2 that is reported."""
+    for path in sorted((place.root / REAL.name).glob("seed-*/*/result.json")):
+        seed, target = int(path.parts[-3].removeprefix("seed-")), path.with_name("samples.json")
+        with only_one(path.parent / "lock") as is_mine:
+            if not is_mine or target.is_file() or seed == SWEEP_SEED:
+                continue
+            transfer = path.parents[1] / "transfer.jsonl"
+            write_rows(transfer, problems(TRANSFER, 1000 + seed, LARGER_NUMBERS, in_words=True))
+            replace_file(target, json.dumps(measure_samples(path.parent / "run", transfer, chats)))
+
+
 def measure(run: RunDir) -> dict[str, object]:
     """Returns the budget, the share of copies among the first answers, and metrics per evaluation, the start first."""
     results = Results(run.root)
@@ -410,16 +427,20 @@ def gather(place: Place) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The papers' claims at a small size.")
-    parser.add_argument("what", choices=("play", "gather"))
+    parser.add_argument("what", choices=("play", "sample", "gather"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stories", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--chats", type=Path)
     parser.add_argument("--minutes", type=float, default=1e9)
     arguments = parser.parse_args()
     place = Place(arguments.folder.resolve(), arguments.stories, arguments.model, arguments.smollm2)
     if arguments.what == "gather":
         gather(place)
+        return
+    if arguments.what == "sample":
+        sample(place, arguments.chats)
         return
     end = time.monotonic() + 60 * arguments.minutes
     for one in to_play(place):

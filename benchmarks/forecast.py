@@ -1,8 +1,7 @@
 """The forecast of training memory against a trace of every layer, the rule of thumb before it, and measured steps.
 
 The trace runs all layers on fake tensors, where the forecast has two depths. The measured steps are of a real model on
-this CPU: two optimizer steps with two micro-batches each, the second while a checkpoint waits for a slow disk, in a
-process of its own.
+this CPU: two optimizer steps with two micro-batches each, with a checkpoint between them, in a process of its own.
 
     python benchmarks/forecast.py --model FOLDER --out benchmarks/results/forecast.json
 """
@@ -18,8 +17,6 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from threading import Event
-from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
@@ -166,13 +163,6 @@ def measure_steps(folder: Path, optimizer: str) -> dict[str, float]:
         forward_backward(policy, recipe.method, [example(), example()], CPU_TOKENS, 0.0, here)
         here.optimizer_step(policy.forward, policy.optimizer, 1.0)
 
-    is_over, save = Event(), checkpoint.save_file
-
-    def save_slowly(*arguments: Any) -> None:
-        is_over.wait()
-        save(*arguments)
-
-    checkpoint.save_file = save_slowly
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as work:
         metrics = Path(work) / "metrics.jsonl"
         metrics.write_text("")
@@ -180,7 +170,6 @@ def measure_steps(folder: Path, optimizer: str) -> dict[str, float]:
         with checkpoint.Checkpointer(metrics.parent, policy.model, policy.optimizer, metrics, here) as checkpoints:
             checkpoints.save(1)
             step()
-            is_over.set()
     return {"measured_gib": round(peak_memory_mib(cpu) / 1024, 3)}
 
 

@@ -27,6 +27,8 @@ from sparring.stages.train import checkpoint
 from sparring.stages.train.checkpoint import Checkpointer
 
 SECONDS = 30.0
+ON_GPU = SingleProcess(device=torch.device("cuda"))
+"""Copies tensors and writes them in a thread; none of them has to be there."""
 Outcome = TypeVar("Outcome")
 
 
@@ -120,7 +122,7 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkey
     (tmp_path / "metrics.jsonl").touch()
     model, optimizer = trained(0)
     before = [tensor.clone() for tensor in state_of(model, optimizer)]
-    with Checkpointer(tmp_path, model, optimizer, tmp_path / "metrics.jsonl", SingleProcess()) as checkpoints:
+    with Checkpointer(tmp_path, model, optimizer, tmp_path / "metrics.jsonl", ON_GPU) as checkpoints:
         checkpoints.save(1)
         optimizer.step()
         checkpoints.check()
@@ -134,6 +136,23 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkey
     assert Checkpointer(tmp_path, *restored, tmp_path / "metrics.jsonl", SingleProcess()).load() == 1
     assert all(torch.equal(old, new) for old, new in zip(before, state_of(*restored), strict=True))
     assert hashed.count("rank-00000.safetensors") == 3, "when the two were written, and when one was read"
+
+
+def test_on_a_cpu_a_checkpoint_is_written_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, int] = {}
+
+    def note(tensors: dict[str, Tensor], *others: object) -> None:
+        written.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
+        save_file(tensors, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save_file", note)
+    (tmp_path / "metrics.jsonl").touch()
+    model, optimizer = trained(0)
+    with Checkpointer(tmp_path, model, optimizer, tmp_path / "metrics.jsonl", SingleProcess()) as checkpoints:
+        checkpoints.save(1)
+        assert set(written.values()) == {tensor.data_ptr() for tensor in state_of(model, optimizer)}
+        checkpoints.wait()
+    assert (tmp_path / "step-00000001" / "MANIFEST.json").is_file()
 
 
 def test_a_checkpoint_is_committed_when_every_rank_has_written(tmp_path: Path) -> None:
@@ -150,16 +169,19 @@ def test_a_checkpoint_is_committed_when_every_rank_has_written(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half written is left"
 
 
-def test_a_failed_write_is_raised_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [SingleProcess(), ON_GPU], ids=["cpu", "gpu"])
+def test_a_failed_write_is_raised_by_the_next_step(
+    device: SingleProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     (tmp_path / "metrics.jsonl").touch()
-    with Checkpointer(tmp_path, *trained(0), tmp_path / "metrics.jsonl", SingleProcess()) as checkpoints:
-        checkpoints.save(1)
+    with Checkpointer(tmp_path, *trained(0), tmp_path / "metrics.jsonl", device) as checkpoints:
         deadline = time.monotonic() + SECONDS
         with pytest.raises(RunError, match=r"step-00000001\S+ could not be written: the disk is full"):
+            checkpoints.save(1)
             while time.monotonic() < deadline:
                 checkpoints.check()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "its room is free again"

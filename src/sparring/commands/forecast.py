@@ -105,9 +105,6 @@ def training_bytes(recipe: Recipe, folder: Path, device: str, num_ranks: int, to
         total += 4 * trained_tensors(empty_model(folder), recipe.adapter).total  # DDP's buckets
     if device == "cpu":
         total += round(peak_memory_mib(torch.device("cpu")) * 2**20)  # this process has loaded the same libraries
-        trained = trained_tensors(empty_model(folder), recipe.adapter)
-        moments = optimizer_state_bytes(train.optimizer, trained.sizes, trained.embedding)
-        total += 4 * trained.total + moments  # a checkpoint is written from a copy while it trains
     return total
 
 

@@ -2,9 +2,9 @@
 
 There is no random state and no data-loader state: both are functions of the step. No pickle.
 
-Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`, in a thread while it trains. The
-main rank commits once every rank's file is there. Any number of ranks can continue from these files: each reads the
-rows that it holds then, whichever file has them.
+Each rank writes its rows of every tensor to its own file, `rank-00000.safetensors`: from a GPU a copy of them, in a
+thread while it trains. The main rank commits once every rank's file is there. Any number of ranks can continue from
+these files: each reads the rows that it holds then, whichever file has them.
 """
 
 from __future__ import annotations
@@ -63,19 +63,27 @@ class Checkpointer:
     def save(self, step: int) -> None:
         """Begins to write work/step-N, and returns once this rank's part is copied to CPU memory.
 
+        On a CPU it returns once that part is written: a copy would cost as much memory as the weights and the
+        optimizer's state, and writing it would take the cores from training.
+
         At most one checkpoint is being written: the next one waits for it. Raises why that one could not be written.
         """
         self.wait()
+        is_on_cpu = self.parallel.device.type == "cpu"
         tensors: dict[str, Tensor] = {}
         first_rows: dict[str, int] = {}
         for name, tensor in self._named_tensors():
             rows, first = self.parallel.local_rows(tensor).to_write()
             if len(rows):
-                tensors[name] = rows.to("cpu", copy=True).contiguous()
+                tensors[name] = rows.to("cpu", copy=not is_on_cpu).contiguous()
                 first_rows[name] = first
         num_bytes = sum(tensor.nbytes for tensor in tensors.values()) * self.parallel.num_ranks
         folder = self.work / self.parallel.broadcast_from_main(lambda: self._make_folder(step, num_bytes))
-        self._in_flight = folder, self._thread.submit(self._write, step, folder, tensors, first_rows)
+        written = self._thread.submit(self._write, folder, tensors, first_rows)
+        self._in_flight = folder, self._thread.submit(self._commit, step, folder, written)
+        del tensors
+        if is_on_cpu:
+            written.result()
 
     def wait(self) -> None:
         """Until the checkpoint in flight, if there is one, is on disk. Raises why it could not be written."""
@@ -124,13 +132,16 @@ class Checkpointer:
             raise
         return folder.name
 
-    def _write(self, step: int, folder: Path, tensors: dict[str, Tensor], first_rows: dict[str, int]) -> None:
-        """In the thread. On the main rank it also waits for the others and commits, so that training need not."""
-        own = folder / _file_name(self.parallel.rank)
+    def _write(self, folder: Path, tensors: dict[str, Tensor], first_rows: dict[str, int]) -> None:
+        """In the thread: this rank's file."""
         metadata = {FIRST_ROWS: json.dumps(first_rows)}
-        commit_part(own, lambda path: save_file(tensors, path, metadata))
+        commit_part(folder / _file_name(self.parallel.rank), lambda path: save_file(tensors, path, metadata))
         tensors.clear()
         failpoint("checkpoint-rank")
+
+    def _commit(self, step: int, folder: Path, written: Future[None]) -> None:
+        """In the thread: the main rank waits for the others' files and commits, so that training need not."""
+        written.result()
         if not self.parallel.is_main:
             return
         every = [folder / _file_name(rank) for rank in range(self.parallel.num_ranks)]
