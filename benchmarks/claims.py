@@ -10,7 +10,8 @@ Several processes may share a folder. The stories are TinyStories as JSON lines 
 runs/real/task/model. Without them only the demo's problems are played. The chats are instruction rows in any format.
 
 Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
-lowest held-out NLL at the best iteration. Reported seeds (0 and up) are played at that rate. The best iteration is
+lowest held-out NLL at the best iteration. Of SmolLM2 the rates of each arm are tried upwards until one is worse than
+the one before. Reported seeds (0 and up) are played at the chosen rate. The best iteration is
 chosen on one half of the held-out rows and evaluated on the other.
 """
 
@@ -107,6 +108,8 @@ class Task:
     max_new_tokens: int = 24
     data: Mapping[str, object] = field(default_factory=dict)
     checker: str | None = "number"
+    stops_at_worse: bool = False
+    """The sweep of an arm ends at the first rate that is worse than the one below it."""
 
     def arms(self) -> tuple[Arm, ...]:
         return (*self.swept, *self.further)
@@ -145,6 +148,7 @@ REAL = Task(
     train=REAL_TRAIN,
     max_new_tokens=32,
     data={"template": CHAT, "end_token": "<|im_end|>"},
+    stops_at_worse=True,
 )
 REAL_START = {**REAL_TRAIN, "learning_rate": 1e-4, "schedule": "constant", "epochs": 2}
 TASKS = (PROBLEMS, STORIES, FRESH, REAL)
@@ -205,23 +209,36 @@ def sweep_trials(task: Task) -> list[Trial]:
     return [Trial(task, arm, rate, SWEEP_SEED) for arm in (*task.swept, *task.only_swept) for rate in task.rates]
 
 
-def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
-    """The rate with the lowest held-out NLL at its best iteration. None if the sweep is not finished."""
+def swept_so_far(place: Place, task: Task, arm: Arm) -> tuple[dict[float, float], Trial | None]:
+    """(lowest held-out NLL by rate, next trial of the sweep), of the arm whose rate this one uses."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
     for one in sweep_trials(task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
-                return None
+                return found, one
             found[one.rate] = min(result["metrics"]["nll"])  # type: ignore[index]
-    return min(found, key=lambda rate: found[rate])
+            *before, last = found.values()
+            if task.stops_at_worse and before and last > before[-1]:
+                break
+    return found, None
+
+
+def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:
+    """The rate with the lowest held-out NLL at its best iteration. None if the sweep is not finished."""
+    found, following = swept_so_far(place, task, arm)
+    return min(found, key=lambda rate: found[rate]) if following is None else None
 
 
 def to_play(place: Place) -> Iterator[Trial]:
     """Trials that can be played now: sweeps, then reported seeds, most important first."""
     for task in place.tasks:
-        yield from (one for one in sweep_trials(task) if one.arm in task.swept)
+        for _ in task.rates:
+            for arm in task.swept:
+                following = swept_so_far(place, task, arm)[1]
+                if following is not None:
+                    yield following
     wanted = ((REAL, MAIN), (PROBLEMS, MAIN), (PROBLEMS, PROBLEMS.further[:1]), (FRESH, FRESH.swept), (STORIES, MAIN))
     for task, arms in (*wanted, (STORIES, STORIES.further), (PROBLEMS, PROBLEMS.further)):
         for seed in range(task.seeds) if task in place.tasks else ():
