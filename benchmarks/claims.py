@@ -31,6 +31,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from claims_samples import measure_samples
 from demo_seeds import cpu_name
 
@@ -42,7 +43,7 @@ from sparring.recipe.schema import Recipe
 from sparring.report.comparison import Arm as Played
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest, replace_file
-from sparring.run.results import Results
+from sparring.run.results import MEASURED, Results
 from sparring.run.rundir import RunDir
 from sparring.run.session import check_settings
 
@@ -391,7 +392,23 @@ def measure(run: RunDir) -> dict[str, object]:
         "budget": {name: round(value) for name, value in budget.items()},
         "copies_of_the_start": copies,
         "metrics": metrics,
+        "judged": judged(results),
     }
+
+
+def judged(results: Results) -> dict[str, list[float]]:
+    """Each judging row's value at the iteration that the metric chooses on the other half, and its tokens.
+
+    In the order of the held-out rows, which is the same for every arm of a seed.
+    """
+    choosing, judging = results.halves
+    found = {"tokens": results.held_out[1][judging].tolist()}
+    for metric in MEASURED[: 1 if results.recipe.evaluate.checker is None else 3]:
+        sign = 1 if metric == "held_out_nll" else -1
+        values = {index: sign * results.value(metric, index, choosing).mean for index in results.evaluations()}
+        best = min(values, key=lambda index: values[index])
+        found[metric] = np.round(results.per_row(metric, best)[judging], 4).tolist()
+    return found
 
 
 def gather(place: Place) -> None:

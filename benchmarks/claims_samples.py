@@ -29,7 +29,9 @@ CHATS, CHAT_TOKENS = 48, 384
 
 
 def measure_samples(run: Path, transfer: Path, chats: Path) -> dict[str, object]:
-    """`transfer`: other problems, question and answer. `chats`: rows of another kind, whose NLL tells of forgetting."""
+    """Values of single rows are those of the judging half, in one order for all arms of a seed.
+
+    `transfer`: other problems, question and answer. `chats`: rows of another kind, whose NLL tells of forgetting."""
     results = Results(run)
     best = results.best()
     assert best is not None
@@ -39,20 +41,20 @@ def measure_samples(run: Path, transfer: Path, chats: Path) -> dict[str, object]
     dev = [row for row, is_chosen in zip(held_out, choosing, strict=True) if is_chosen]
     test = [row for row, is_chosen in zip(held_out, judging, strict=True) if is_chosen]
     model = load_model(iteration.policy, dtype=torch.float32, device=torch.device("cpu"))
-    sampled: dict[str, list[float]] = {}
+    chosen_on, judged = {"1": results.value("sampled_accuracy", best, choosing).mean}, {}
     for temperature in TEMPERATURES:
-        halves = [correct(iteration, model, rows, temperature, 1).mean() for rows in (dev, test)]
-        sampled[f"{temperature:g}"] = [round(float(value), 4) for value in halves]
-    ones = correct(iteration, model, test, 1.0, SAMPLES)
-    own = results.value("sampled_accuracy", best, choosing).mean
-    sampled["1"] = [round(own, 4), round(float(ones.mean()), 4)]
+        chosen_on[f"{temperature:g}"] = float(correct(iteration, model, dev, temperature, 1).mean())
+        judged[f"{temperature:g}"] = correct(iteration, model, test, temperature, 1)
+    judged["1"] = correct(iteration, model, test, 1.0, SAMPLES)
     others = rows_of(iteration, transfer, None)
     greedy = correct(iteration, model, others, 0.0, 1).mean()
-    nll = nll_of(Scorer(model), {"transfer": others, "chats": rows_of(iteration, chats, CHATS)})
+    every = {"transfer": others, "chats": rows_of(iteration, chats, CHATS)}
+    nll = nll_of(Scorer(model), every)
     return {
         "iteration": best,
-        "sampled": sampled,
-        f"pass_at_{SAMPLES}": round(float(ones.max(axis=1).mean()), 4),
+        "choosing": {name: round(value, 4) for name, value in chosen_on.items()},
+        "judging": {name: values.mean(axis=1).tolist() for name, values in judged.items()},
+        f"pass_at_{SAMPLES}": judged["1"].max(axis=1).tolist(),
         "transfer_greedy": round(float(greedy), 4),
         **{f"{name}_nll": round(value, 5) for name, value in nll.items()},
     }
