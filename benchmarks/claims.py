@@ -10,8 +10,8 @@ Several processes may share a folder. The stories are TinyStories as JSON lines 
 runs/real/task/model. Without them only the demo's problems are played. The chats are instruction rows in any format.
 
 Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
-lowest held-out NLL at the best iteration. Of SmolLM2 the rates of each arm are tried upwards until one is worse than
-the one before. Reported seeds (0 and up) are played at the chosen rate. The best iteration is
+lowest held-out NLL at the best iteration. SmolLM2's sweep of an arm begins at 1e-5 and ends when both neighbors of the
+best rate are worse. Reported seeds (0 and up) are played at the chosen rate. The best iteration is
 chosen on one half of the held-out rows and evaluated on the other.
 """
 
@@ -109,8 +109,8 @@ class Task:
     max_new_tokens: int = 24
     data: Mapping[str, object] = field(default_factory=dict)
     checker: str | None = "number"
-    stops_at_worse: bool = False
-    """The sweep of an arm ends at the first rate that is worse than the one below it."""
+    first_rate: float | None = None
+    """The sweep of an arm begins here and ends when both neighbors of its best rate are worse. None: all rates."""
 
     def arms(self) -> tuple[Arm, ...]:
         return (*self.swept, *self.further)
@@ -141,7 +141,7 @@ REAL_TRAIN = {"optimizer": "adamw", "batch_size": 8, "max_length": 128, "warmup_
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 REAL = Task(
     "SmolLM2",
-    (1e-5, 3e-5, 1e-4),
+    (1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
     3,
     2,
     1,
@@ -149,7 +149,7 @@ REAL = Task(
     train=REAL_TRAIN,
     max_new_tokens=32,
     data={"template": CHAT, "end_token": "<|im_end|>"},
-    stops_at_worse=True,
+    first_rate=1e-5,
 )
 REAL_START = {**REAL_TRAIN, "learning_rate": 1e-4, "schedule": "constant", "epochs": 2}
 TASKS = (PROBLEMS, STORIES, FRESH, REAL)
@@ -214,16 +214,22 @@ def swept_so_far(place: Place, task: Task, arm: Arm) -> tuple[dict[float, float]
     """(lowest held-out NLL by rate, next trial of the sweep), of the arm whose rate this one uses."""
     label = arm.rate_of or arm.label
     found: dict[float, float] = {}
+    left: dict[float, Trial] = {}
     for one in sweep_trials(task):
         if one.arm.label == label:
             result = place.result(one)
             if result is None:
-                return found, one
-            found[one.rate] = min(result["metrics"]["nll"])  # type: ignore[index]
-            *before, last = found.values()
-            if task.stops_at_worse and before and last > before[-1]:
-                break
-    return found, None
+                left[one.rate] = one
+            else:
+                found[one.rate] = min(result["metrics"]["nll"])  # type: ignore[index]
+    if task.first_rate is None:
+        wanted = list(task.rates)
+    elif not found:
+        wanted = [task.first_rate]
+    else:  # the neighbors of the best, the higher one first
+        best = task.rates.index(min(found, key=lambda rate: found[rate]))
+        wanted = [*task.rates[best + 1 : best + 2], *task.rates[max(0, best - 1) : best]]
+    return found, next((left[rate] for rate in wanted if rate in left), None)
 
 
 def chosen_rate(place: Place, task: Task, arm: Arm) -> float | None:

@@ -1,8 +1,10 @@
 """Measures the throughput of each engine, and the overhead of the generate stage over vLLM alone.
 
     python benchmarks/generate.py VLLM_PYTHON --rounds 8      writes benchmarks/results/generate.json
+    python benchmarks/generate.py VLLM_PYTHON --model FOLDER --rows 192 --out benchmarks/results/generate_smollm2.json
 
-One Llama with random weights, float32, the same prompts for all, engines already running. Each round gives every engine
+A Llama with random weights, or the chat model in FOLDER with word problems; float32, the same prompts for all, engines
+already running. Each round gives every engine
 one turn, so that other load affects all of them, and overhead is paired by round. The stage is the real one: prompts
 from the run's data, answers decoded and committed part by part. It asks vLLM for log-probs of the first 64 answers;
 meanwhile vLLM computes them for every answer in the batch. The arm without them isolates that cost.
@@ -41,7 +43,7 @@ from sparring.stages.generate.vllm import VllmBackend
 from sparring.stages.prepare import prepare
 from sparring.types import Backend
 
-MAX_NEW_TOKENS = 64
+NEW_TOKENS = 64
 MODEL = {
     "vocab_size": 16000,
     "hidden_size": 256,
@@ -52,21 +54,24 @@ MODEL = {
 }
 
 
-def make_task(folder: Path, num_rows: int) -> None:
-    rows = problems(num_rows, seed=0, largest=40)
-    tokenizer = make_tokenizer(rows)
-    torch.manual_seed(0)
-    save_model(LlamaForCausalLM(LlamaConfig(**MODEL, eos_token_id=3, pad_token_id=0)), tokenizer, folder / "model")
+def make_task(folder: Path, num_rows: int, model: Path | None) -> Path:
+    """Writes rows, and a model unless there is one; returns the model's folder."""
+    rows = problems(num_rows, seed=0, largest=40, in_words=model is not None)
+    if model is None:
+        model, tokenizer = folder / "model", make_tokenizer(rows)
+        torch.manual_seed(0)
+        save_model(LlamaForCausalLM(LlamaConfig(**MODEL, eos_token_id=3, pad_token_id=0)), tokenizer, model)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return model
 
 
-def make_iteration(folder: Path, name: str, **settings: object) -> Iteration:
+def make_iteration(folder: Path, model: Path, name: str, **settings: object) -> Iteration:
     recipe = Recipe.model_validate(
         {
-            "model": str(folder / "model"),
+            "model": str(model),
             "method": "space",
             "data": {"train": str(folder / "rows.jsonl"), "held_out": 0},
-            "generate": {"max_new_tokens": MAX_NEW_TOKENS, "backend": name, **settings},
+            "generate": {"max_new_tokens": NEW_TOKENS, "backend": name, **settings},
             "train": {"dtype": "float32", "max_length": 256},
         }
     )
@@ -103,6 +108,18 @@ class Stage:
         return {"seconds": seconds, "cpu_seconds": cpu, "tokens": info["tokens"]}
 
 
+class EagerStage(Stage):
+    """As `Stage`, with transformers' eager attention in place of torch's fused one."""
+
+    def turn(self) -> dict[str, float]:
+        model = self.engine.model  # type: ignore[attr-defined]
+        model.set_attn_implementation("eager")
+        try:
+            return super().turn()
+        finally:
+            model.set_attn_implementation("sdpa")
+
+
 class Bare:
     def __init__(self, python: str, task: Path) -> None:
         script = Path(__file__).with_name("bare_vllm.py")
@@ -130,6 +147,7 @@ class Bare:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("python", help="the interpreter that has vLLM")
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.json")
@@ -137,19 +155,21 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        make_task(folder, arguments.rows)
-        hf = make_iteration(folder, "hf", batch_size=256)
-        vllm = make_iteration(folder, "vllm", batch_size=256, python=arguments.python)
+        model = make_task(folder, arguments.rows, arguments.model)
+        hf = make_iteration(folder, model, "hf", batch_size=256 if arguments.model is None else 64)
+        vllm = make_iteration(folder, model, "vllm", batch_size=256, python=arguments.python)
         task = {
-            "model": str(folder / "model"),
+            "model": str(model),
             "prompts": [row.prompt_ids.tolist() for row in vllm.train_rows()],
-            "max_tokens": MAX_NEW_TOKENS,
+            "max_tokens": NEW_TOKENS,
             "max_length": vllm.data.max_length,
             "max_num_seqs": 256,
         }
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
 
         def engine(iteration: Iteration) -> Any:
+            # token 3 ends the answers of the model with random weights; SmolLM2 hardly ever samples it, so that all of
+            # its answers have the full length
             return open_backend(
                 Path(iteration.data.model), iteration.recipe.generate, "float32", (3,), iteration.data.max_length
             )
@@ -159,6 +179,8 @@ def main() -> None:
             arms = {"bare vllm": bare, "vllm": Stage(vllm, vllm_engine)}
             arms["vllm, no log-probs"] = Stage(vllm, vllm_engine, num_checked=0)
             arms["hf"] = Stage(hf, hf_engine)
+            if arguments.model is not None:
+                arms["hf, eager attention"] = EagerStage(hf, hf_engine)
             for arm in arms.values():
                 arm.turn()  # starts engines, warms caches
             turns: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
@@ -177,8 +199,8 @@ def main() -> None:
         check=True,
     ).stdout.strip()
     result = {
-        "what": f"{arguments.rows} prompts, {MAX_NEW_TOKENS} new tokens, float32, {arguments.rounds} rounds",
-        "model": MODEL,
+        "what": f"{arguments.rows} prompts, {NEW_TOKENS} new tokens, float32, {arguments.rounds} rounds",
+        "model": MODEL if arguments.model is None else "SmolLM2-135M-Instruct",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores; load average {os.getloadavg()[1]:.1f} at the end",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers")}

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from sparring.run.estimate import DIFFERENCE, estimate
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FIGURE = ROOT / "docs" / "claims.svg"
@@ -68,23 +70,6 @@ def demo() -> Table:
     for method, label in labels.items():
         nll = values(method, "held_out_nll", "start", "0", "1", "2")
         rows.append([label, nll, values(method, "greedy_accuracy", "start", "2")])
-    return rows
-
-
-def six_seeds() -> Table:
-    arms = results("demo_seeds")["arms"]
-    rows = [["", "rate", "held-out NLL: start, then iterations", "last - best", "greedy accuracy", "last - best"]]
-    for method, label in (("sft", "sft"), ("spin", "spin 0.1"), ("tspin", "tspin 1"), ("space", "space 1")):
-        for rate in ("3e-05", "0.0001", "0.0003"):
-            cells: list[str] = []
-            for metric, sign, digits in (("held_out_nll", 1, 4), ("greedy_accuracy", -1, 3)):
-                by_iteration = arms[f"{method}, {rate}"]["by_iteration"][metric]
-                values = np.array([one["seeds"] for one in by_iteration.values()])  # [iteration, seed]
-                means = values.mean(axis=1)
-                best = int((sign * means).argmin())
-                cells.append(in_bold(means, best, 3))
-                cells.append(plus_minus((values[-1] - values[best]).tolist(), digits) if best < len(means) - 1 else "0")
-            rows.append([arm_name(label), rate, *cells])
     return rows
 
 
@@ -175,18 +160,21 @@ def epoch() -> Table:
 # Engines, scale, first commands, memory of an adapter: docs/engines.md, clusters.md, performance.md, adapters.md.
 
 
-def engines() -> Table:
-    found = results("generate")
+def engines(name: str) -> Table:
+    found = results(name)
     labels = {
         "bare vllm": "vLLM alone",
         "vllm": "`vllm`",
         "vllm, no log-probs": "`vllm`, without the 64 checked log-probs",
         "hf": "`hf`",
+        "hf, eager attention": "`hf` with eager attention",
     }
     rows = [["", "tokens/s", "over vLLM alone"]]
-    for arm, label in labels.items():
+    for arm in found["tokens_per_second"]:
         over = found["overhead_over_bare_vllm"].get(arm)
-        rows.append([label, around(found["tokens_per_second"][arm], 1, ",.0f"), percent(over["wall"]) if over else ""])
+        rows.append(
+            [labels[arm], around(found["tokens_per_second"][arm], 1, ",.0f"), percent(over["wall"]) if over else ""]
+        )
     return rows
 
 
@@ -283,7 +271,6 @@ ARM_NAMES = {
     "space 3": "SPACE, mu 3",
     "space 7": "SPACE, mu 7",
 }
-LARGER_MU = ("space 3", "space 7")
 TITLES = {"nll": ("NLL", 4), "greedy": ("greedy accuracy", 3), "sampled": ("sampled accuracy", 3)}
 COLORS = {"sft": "#555555", "spin 0.1": "#D55E00", "tspin 1": "#009E73", "space 1": "#0072B2"}
 
@@ -357,7 +344,10 @@ def sweep(task: str) -> Table:
             continue
         cells = []
         for rate in tasks()[task]["rates"]:
-            metrics = found[arm["label"], rate]
+            metrics = found.get((arm["label"], rate))
+            if metrics is None:  # the sweep did not come here
+                cells.append("")
+                continue
             text = f"{min(metrics['nll']):.4f}"
             text = f"**{text}**" if arm.get("chosen_rate") == rate else text
             text += f", then {metrics['nll'][-1]:.4f}" if metrics["nll"][-1] != min(metrics["nll"]) else ""
@@ -368,21 +358,16 @@ def sweep(task: str) -> Table:
 
 
 def curves(task: str) -> Table:
-    """Claim (a): NLL and accuracy by iteration, and how far the last iteration is behind the chosen one."""
-    metrics = [metric for metric in metrics_of(task) if metric != "sampled"]
-    titles = {"nll": "held-out NLL: start, then iterations", "greedy": "greedy accuracy"}
-    rows = [["", "rate", *(title for metric in metrics for title in (titles[metric], "last - best"))]]
+    """Claim (a): means over seeds by iteration, on all held-out rows."""
+    rows = [["", "rate", *(f"{TITLES[metric][0]}: start, then iterations" for metric in metrics_of(task))]]
     for arm in arms_of(task):
         plays = list(reported(task, arm).values())
-        if not plays or "25 %" in arm:
-            continue
-        cells = []
-        for metric in metrics:
-            means = np.mean([p["metrics"][metric] for p in plays], axis=0)
-            best = int(means.argmin() if metric == "nll" else means.argmax())
-            fall = [p["metrics"][f"{metric}_test"][-1] - chosen(p, metric) for p in plays]
-            cells += [in_bold(means, best, 3), plus_minus(fall, TITLES[metric][1])]
-        rows.append([arm_name(arm), f"{chosen_rate(task, arm):g}", *cells])
+        if plays:
+            cells = []
+            for metric in metrics_of(task):
+                means = np.mean([p["metrics"][metric] for p in plays], axis=0)
+                cells.append(in_bold(means, int(means.argmin() if metric == "nll" else means.argmax()), 3))
+            rows.append([arm_name(arm), f"{chosen_rate(task, arm):g}", *cells])
     return rows
 
 
@@ -408,64 +393,88 @@ def quadrants(task: str) -> Table:
     return rows
 
 
-def history(task: str) -> Table:
-    """Claim (c): T-SPIN with and without its historical term, at the rate chosen with it."""
-    rows = [["", "mean step of the NLL", "last NLL", "with the term - without", "KL from start", "entropy"]]
-    ours, theirs = (reported(task, arm) for arm in ("tspin 1", "tspin 1, beta 0"))
-    gap = [ours[s]["metrics"]["nll"][-1] - theirs[s]["metrics"]["nll"][-1] for s in sorted(ours.keys() & theirs.keys())]
-    for arm, plays in (("tspin 1", ours), ("tspin 1, beta 0", theirs)):
-        metrics = [play["metrics"] for play in plays.values()]
-        swing = [float(np.abs(np.diff(m["nll"][1:])).mean()) for m in metrics]
-        last = [mean([m[key][-1] for m in metrics], digits) for key, digits in (("kl_from_start", 2), ("entropy", 3))]
-        cells = [plus_minus(swing, 4, signed=False), mean([m["nll"][-1] for m in metrics], 4)]
-        cells += [plus_minus(gap, 4) if arm == "tspin 1" else "", *last]
-        rows.append([f"{arm_name(arm)}, {chosen_rate(task, arm):g}", *cells])
-    return rows
+def against_sft(task: str, arm: str, metric: str) -> str:
+    """The difference from SFT on rows that chose neither iteration, with its 95 % interval over all seeds' prompts."""
+    ours, theirs = reported(task, arm), reported(task, "sft")
+    seeds = sorted(ours.keys() & theirs.keys())
+    judged = [(ours[seed]["judged"], theirs[seed]["judged"]) for seed in seeds]
+    differences = np.concatenate([np.subtract(one[metric], other[metric]) for one, other in judged])
+    return with_interval(differences, metric, np.concatenate([one["tokens"] for one, _ in judged]))
 
 
-def mu(task: str) -> Table:
-    """Claim (d): SPACE with as many answers per prompt as mu, paired by seed with mu 1."""
-    metrics = [metric for metric in metrics_of(task) if metric != "sampled"]
-    titles = [title for m in metrics for title in (f"{TITLES[m][0]} after iterations", "last, against mu 1")]
-    rows = [["", *titles, "tokens trained on, per iteration"]]
-    first = reported(task, "space 1")
-    for arm in ("space 1", *(arm for arm in LARGER_MU if arm in arms_of(task))):
-        plays = reported(task, arm)
-        seeds = sorted(plays.keys() & first.keys())
-        cells: list[str] = []
-        for metric in metrics:
-            digits = TITLES[metric][1]
-            values = [plays[seed]["metrics"][metric][1:3] for seed in seeds]
-            cells.append(", ".join(f"{v:.{digits}f}" for v in np.mean(values, axis=0)))
-            against = [plays[seed]["metrics"][metric][2] - first[seed]["metrics"][metric][2] for seed in seeds]
-            cells.append("" if arm == "space 1" else plus_minus(against, digits))
-        rows.append([arm_name(arm), *cells, tokens([plays[seed] for seed in seeds])])
-    return rows
-
-
-def against(task: str, control: str, compared: Sequence[str]) -> Table:
-    """Claims (e) and (f): each arm at its chosen iteration, paired by seed with the control at its own."""
-    metrics = metrics_of(task)
-    titles = [title for m in metrics for title in (TITLES[m][0], f"against {arm_name(control)}")]
-    rows = [["", *titles, "tokens trained on, per iteration"]]
-    theirs = reported(task, control)
-    for arm in (control, *(a for a in compared if a != control)):
-        ours = reported(task, arm)
-        if not ours:
-            continue
-        cells: list[str] = []
-        for metric in metrics:
-            digits = TITLES[metric][1]
-            cells.append(mean([chosen(play, metric) for play in ours.values()], digits))
-            seeds = sorted(ours.keys() & theirs.keys())
-            gap = [chosen(ours[seed], metric) - chosen(theirs[seed], metric) for seed in seeds]
-            cells.append("" if arm == control else plus_minus(gap, digits))
-        rows.append([arm_name(arm), *cells, tokens(list(ours.values()))])
-    return rows
+def with_interval(differences: np.ndarray, metric: str, tokens: np.ndarray) -> str:
+    is_nll = metric == "held_out_nll"
+    found = estimate(differences, tokens if is_nll else None, bounds=None if is_nll else DIFFERENCE)
+    digits = 4 if is_nll else 3
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def gain(task: str) -> Table:
-    return against(task, "sft", [arm for arm in arms_of(task) if "25 %" not in arm and arm not in LARGER_MU])
+    """Claim (f): each arm at its chosen iteration, paired by row with SFT at its own."""
+    metrics = {"held_out_nll": "NLL", "greedy_accuracy": "greedy accuracy", "sampled_accuracy": "sampled accuracy"}
+    rows = [["", *(title for name in metrics.values() for title in (name, "against SFT")), "tokens trained on"]]
+    for arm in arms_of(task):
+        plays = list(reported(task, arm).values())
+        if not plays:
+            continue
+        cells: list[str] = []
+        for metric in metrics:
+            values = np.concatenate([play["judged"][metric] for play in plays])
+            weights = np.concatenate([play["judged"]["tokens"] for play in plays])
+            value = values.sum() / weights.sum() if metric == "held_out_nll" else values.mean()
+            cells.append(f"{value:.4f}" if metric == "held_out_nll" else f"{value:.3f}")
+            cells.append("" if arm == "sft" else against_sft(task, arm, metric))
+        rows.append([arm_name(arm), *cells, tokens(plays)])
+    return rows
+
+
+def samples(task: str) -> Table:
+    """Sampling at the temperature that the choosing half prefers, pass@8, other problems, chats."""
+    rows = [
+        ["", "best temperature", "sampled there", "against SFT", "pass@8", "larger numbers, greedy", "NLL of chats"]
+    ]
+    control = {seed: at_best_temperature(play) for seed, play in reported(task, "sft").items() if "samples" in play}
+    for arm in arms_of(task):
+        plays = {seed: play for seed, play in reported(task, arm).items() if "samples" in play}
+        if not plays:
+            continue
+        found = {seed: at_best_temperature(play) for seed, play in plays.items()}
+        differences = [np.subtract(found[seed][1], control[seed][1]) for seed in sorted(found.keys() & control.keys())]
+        many = [play["samples"] for play in plays.values()]
+        rows.append(
+            [
+                arm_name(arm),
+                ", ".join(name for name, _ in found.values()),
+                f"{np.mean([values for _, values in found.values()]):.3f}",
+                "" if arm == "sft" else with_interval(np.concatenate(differences), "accuracy", np.empty(0)),
+                f"{np.mean([one['pass_at_8'] for one in many]):.3f}",
+                f"{np.mean([one['transfer_greedy'] for one in many]):.3f}",
+                f"{np.mean([one['chats_nll'] for one in many]):.3f}",
+            ]
+        )
+    return rows
+
+
+def at_best_temperature(play: dict) -> tuple[str, list[float]]:
+    chosen_on = play["samples"]["choosing"]
+    best = max(chosen_on, key=lambda name: chosen_on[name])
+    return best, play["samples"]["judging"][best]
+
+
+def tiny() -> Table:
+    """The games against SFT on the tiny models: each at its chosen iteration, paired by seed."""
+    rows = [["", "NLL against SFT", "greedy accuracy", "sampled accuracy"]]
+    names = {"problems": "overfitted rows", "fresh rows": "250 fresh rows", "stories": "stories"}
+    for task, name in names.items():
+        few = ", 25 %" if task == "fresh rows" else ""
+        theirs = reported(task, f"sft{few}")
+        for arm in ("spin 0.1", "tspin 1", "space 1"):
+            ours, cells = reported(task, arm + few), []
+            for metric in metrics_of(task):
+                gap = [chosen(ours[seed], metric) - chosen(theirs[seed], metric) for seed in sorted(ours)]
+                cells.append(plus_minus(gap, TITLES[metric][1]))
+            rows.append([f"{name}: {ARM_NAMES[arm]}", *cells, *[""] * (3 - len(cells))])
+    return rows
 
 
 # Simulated tunings: docs/tune.md.
@@ -504,12 +513,12 @@ def checkpoint() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
-    "six seeds": six_seeds,
     **{f"step, {name}": partial(step, name) for name in STEP_CASES},
     "step, memory": step_memory,
     "epoch": epoch,
     "checkpoint": checkpoint,
-    "engines": engines,
+    "engines": partial(engines, "generate"),
+    "engines, SmolLM2": partial(engines, "generate_smollm2"),
     "scale": scale,
     "iteration": iteration,
     "tuning": tuning,
@@ -518,14 +527,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "attention kernels": attention_kernels,
     "forecast of memory": forecast_of_memory,
     "measured memory": measured_memory,
-    "quarter, fresh rows": lambda: against("fresh rows", "sft", arms_of("fresh rows")),
-    "quarter against quarter, fresh rows": lambda: against("fresh rows", "sft, 25 %", arms_of("fresh rows")[1:]),
-    **{f"sweep, {task}": partial(sweep, task) for task in ("problems", "stories", "fresh rows")},
-    **{
-        f"{table.__name__}, {task}": partial(table, task)
-        for table in (curves, quadrants, history, mu, gain)
-        for task in ("problems", "stories")
-    },
+    "tiny": tiny,
+    **{f"{table.__name__}, SmolLM2": partial(table, "SmolLM2") for table in (sweep, curves, quadrants, gain, samples)},
 }
 
 
@@ -537,20 +540,20 @@ def draw() -> None:
 
     style = {"svg.hashsalt": "sparring", "svg.fonttype": "none", "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
-    panels = (("problems", "nll"), ("problems", "greedy"), ("stories", "nll"))
+    panels = ("nll", "greedy", "sampled")
     with mpl.rc_context(style):
         canvas = Figure(figsize=(9, 2.9), layout="constrained")
         FigureCanvasSVG(canvas)
-        for number, (task, metric) in enumerate(panels, start=1):
+        for number, metric in enumerate(panels, start=1):
             axes = canvas.add_subplot(1, 3, number)
             for arm, color in COLORS.items():
-                values = np.array([p["metrics"][metric] for p in reported(task, arm).values()])
+                values = np.array([p["metrics"][metric] for p in reported("SmolLM2", arm).values()])
                 x = range(-1, values.shape[1] - 1)
                 for one in values:
                     axes.plot(x, one, color=color, linewidth=0.6, alpha=0.35)
                 line = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": arm_name(arm)}
                 axes.plot(x, values.mean(axis=0), color=color, **line)
-            axes.set_title(f"{task}: {'held-out NLL' if metric == 'nll' else 'greedy accuracy'}", fontsize=9)
+            axes.set_title("held-out NLL" if metric == "nll" else TITLES[metric][0], fontsize=9)
             axes.set_xlabel("iteration; -1 is the start")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.savefig(FIGURE, metadata={"Date": None})
