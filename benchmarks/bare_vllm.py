@@ -28,7 +28,7 @@ def main() -> None:
         max_num_seqs=task["max_num_seqs"],
         skip_tokenizer_init=True,
         enforce_eager=True,
-        gpu_memory_utilization=0.3,  # of the memory, on a CPU
+        gpu_memory_utilization=0.15,  # of the memory, on a CPU
         enable_prefix_caching=True,
         # as our engine has it on a CPU, whose random generators cannot be rewound
         enable_chunked_prefill=False,

@@ -157,7 +157,9 @@ def main() -> None:
         folder = Path(work)
         model = make_task(folder, arguments.rows, arguments.model)
         hf = make_iteration(folder, model, "hf", batch_size=256 if arguments.model is None else 64)
-        vllm = make_iteration(folder, model, "vllm", batch_size=256, python=arguments.python)
+        vllm = make_iteration(
+            folder, model, "vllm", batch_size=256, python=arguments.python, gpu_memory_utilization=0.15
+        )
         task = {
             "model": str(model),
             "prompts": [row.prompt_ids.tolist() for row in vllm.train_rows()],

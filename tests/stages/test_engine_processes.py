@@ -154,6 +154,21 @@ def test_on_a_cpu_prompts_are_not_computed_in_chunks(
     assert settings["max_num_batched_tokens"] == tokens, "a step takes the longest prompt, and a token of each response"
 
 
+@pytest.mark.parametrize(("free", "share"), [(10, 0.4), (20, 0.5)])
+def test_on_a_cpu_an_engine_takes_no_more_memory_than_is_free(
+    free: int, share: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks for a share of all memory, and does not start where other programs leave less."""
+    stand_in(tmp_path, NOTES_SETTINGS)
+    (tmp_path / "psutil.py").write_text(
+        f"from types import SimpleNamespace\nvirtual_memory = lambda: SimpleNamespace(total=20, available={free})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = VllmBackend(folder, end_ids=[END], max_length=128, gpu_memory_utilization=0.5)
+    EngineProcess(engine.command, engine.hello, folder).close()
+    assert json.loads((tmp_path / "vllm" / "settings").read_text())["gpu_memory_utilization"] == pytest.approx(share)
+
+
 @pytest.mark.parametrize("ends", ["it is closed", "it is killed", "sparring is killed"])
 def test_an_engine_leaves_nothing_where_temporary_files_are(
     ends: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

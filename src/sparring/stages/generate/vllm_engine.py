@@ -31,6 +31,7 @@ ALIVE_EVERY_SECONDS = 10.0
 FLOOR = (0, 14)
 BATCHED_TOKENS_ON_CPU = 4096
 """Tokens of prompts that a step computes at most, if none is longer."""
+OF_AVAILABLE_MEMORY = 0.8
 
 
 def main() -> None:
@@ -88,9 +89,20 @@ def settings_on_cpu(engine: dict[str, Any]) -> dict[str, Any]:
     Chunked prefill discards the token sampled after an unfinished prompt and rewinds the request's random generator,
     which torch's generators on CPUs cannot do: the engine would die of any batch above `max_num_batched_tokens`.
     Without it a step takes whole prompts, so the longest must fit.
+
+    vLLM takes a share of all memory, and refuses to start when other programs leave less than that.
     """
+    import psutil  # one of vLLM's requirements
+
+    memory = psutil.virtual_memory()
+    share = min(engine["gpu_memory_utilization"], OF_AVAILABLE_MEMORY * memory.available / memory.total)
     tokens = max(BATCHED_TOKENS_ON_CPU, engine["max_model_len"], engine.get("max_num_seqs", 0))
-    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": tokens,
+        "gpu_memory_utilization": share,
+    }
 
 
 def tidy(folder: str) -> None:
