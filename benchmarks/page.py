@@ -160,21 +160,33 @@ def epoch() -> Table:
 # Engines, scale, first commands, memory of an adapter: docs/engines.md, clusters.md, performance.md, adapters.md.
 
 
-def engines(name: str) -> Table:
-    found = results(name)
-    labels = {
-        "bare vllm": "vLLM alone",
-        "vllm": "`vllm`",
-        "vllm, no log-probs": "`vllm`, without the 64 checked log-probs",
-        "hf": "`hf`",
-        "hf, eager attention": "`hf` with eager attention",
-    }
+ENGINES = {
+    "bare vllm": "vLLM alone",
+    "vllm": "`vllm`",
+    "vllm, no log-probs": "`vllm`, without the 64 checked log-probs",
+    "hf": "`hf`",
+    "hf, eager attention": "`hf`, eager attention",
+}
+
+
+def engines() -> Table:
+    found = results("generate")
     rows = [["", "tokens/s", "over vLLM alone"]]
-    for arm in found["tokens_per_second"]:
-        over = found["overhead_over_bare_vllm"].get(arm)
-        rows.append(
-            [labels[arm], around(found["tokens_per_second"][arm], 1, ",.0f"), percent(over["wall"]) if over else ""]
-        )
+    for arm, label in ENGINES.items():
+        if arm in found["tokens_per_second"]:
+            over = found["overhead_over_bare_vllm"].get(arm)
+            speed = around(found["tokens_per_second"][arm], 1, ",.0f")
+            rows.append([label, speed, percent(over["wall"]) if over else ""])
+    return rows
+
+
+def engines_of_a_real_model() -> Table:
+    found = results("generate_smollm2")
+    rows = [["", "tokens per CPU second", "CPU seconds of each round"]]
+    for arm, label in ENGINES.items():
+        seconds = found["cpu_seconds"][arm]
+        rounds = ", ".join(f"{value:.1f}" for value in seconds["seeds"])
+        rows.append([label, f"{found['tokens'] / seconds['mean']:.0f}", rounds])
     return rows
 
 
@@ -320,10 +332,6 @@ def plus_minus(values: Sequence[float], digits: int, *, signed: bool = True) -> 
     return f"{found['mean']:{'+' if signed else ''}.{digits}f} ± {found['half_width_95']:.{digits}f}"
 
 
-def in_bold(values: np.ndarray, best: int, digits: int) -> str:
-    return ", ".join(f"**{v:.{digits}f}**" if t == best else f"{v:.{digits}f}" for t, v in enumerate(values))
-
-
 def tokens(plays: Sequence[dict]) -> str:
     """Tokens through the optimizer, per iteration."""
     counts = [p["budget"]["optimizer_tokens"] / (len(p["metrics"]["nll"]) - 1) for p in plays]
@@ -331,73 +339,35 @@ def tokens(plays: Sequence[dict]) -> str:
 
 
 def sweep(task: str) -> Table:
-    """Best and last NLL at each rate on the seed of the sweep; the chosen rate in bold."""
+    """NLL at each rate on the seed of the sweep, with the greedy accuracy; the chosen rate in bold."""
     sweep_seed = results("claims")["sweep_seed"]
-    found = {
-        (p["arm"], p["rate"]): p["metrics"]
-        for p in results("claims")["plays"]
-        if p["task"] == task and p["seed"] == sweep_seed
-    }
-    rows = [["", *(f"{rate:g}" for rate in tasks()[task]["rates"])]]
-    for arm in (*tasks()[task]["arms"], *tasks()[task]["only_swept"]):
-        if arm["rate_of"]:
-            continue
-        cells = []
-        for rate in tasks()[task]["rates"]:
-            metrics = found.get((arm["label"], rate))
-            if metrics is None:  # the sweep did not come here
-                cells.append("")
-                continue
-            text = f"{min(metrics['nll']):.4f}"
-            text = f"**{text}**" if arm.get("chosen_rate") == rate else text
-            text += f", then {metrics['nll'][-1]:.4f}" if metrics["nll"][-1] != min(metrics["nll"]) else ""
-            text += f" ({max(metrics['greedy']):.3f})" if "greedy" in metrics_of(task) else ""
-            cells.append(text)
-        rows.append([arm_name(arm["label"]), *cells])
-    return rows
-
-
-def curves(task: str) -> Table:
-    """Claim (a): means over seeds by iteration, on all held-out rows."""
-    rows = [["", "rate", *(f"{TITLES[metric][0]}: start, then iterations" for metric in metrics_of(task))]]
+    plays = [p for p in results("claims")["plays"] if (p["task"], p["seed"]) == (task, sweep_seed)]
+    found = {(p["arm"], p["rate"]): p["metrics"] for p in plays}
+    rates = sorted({rate for _, rate in found})
+    rows = [["", *(f"{rate:g}" for rate in rates)]]
     for arm in arms_of(task):
-        plays = list(reported(task, arm).values())
-        if plays:
-            cells = []
-            for metric in metrics_of(task):
-                means = np.mean([p["metrics"][metric] for p in plays], axis=0)
-                cells.append(in_bold(means, int(means.argmin() if metric == "nll" else means.argmax()), 3))
-            rows.append([arm_name(arm), f"{chosen_rate(task, arm):g}", *cells])
-    return rows
-
-
-def quadrants(task: str) -> Table:
-    """Claim (b): held-out rows by iteration whose real answer has the higher reward but the lower likelihood."""
-    rows = [["", "won by reward", "of these, lower likelihood", "of all rows", "log p(y) - log p(y'), nats"]]
-    for arm in COLORS:
-        metrics = [play["metrics"] for play in reported(task, arm).values()]
-
-        def share(m: dict) -> list[float]:
-            crossed = np.array(m["higher_reward_lower_likelihood"][1:])
-            won = crossed + np.array(m["higher_reward_higher_likelihood"][1:])
-            return [0.0, *(c / w if w else 0.0 for c, w in zip(crossed, won, strict=True))]
-
-        columns = (
-            ([m["reward_accuracy"] for m in metrics], 2),
-            ([share(m) for m in metrics], 2),
-            ([m["higher_reward_lower_likelihood"] for m in metrics], 2),
-            ([m["likelihood_gap"] for m in metrics], 1),
-        )
-        cells = [", ".join(f"{v:.{d}f}" for v in np.mean([one[1:] for one in column], axis=0)) for column, d in columns]
+        cells = []
+        for rate in rates:
+            if metrics := found.get((arm, rate)):
+                text = f"{metrics['nll'][-1]:.4f}"
+                text = f"**{text}**" if rate == chosen_rate(task, arm) else text
+                cells.append(f"{text} ({metrics['greedy'][-1]:.3f})")
+            else:
+                cells.append("")
         rows.append([arm_name(arm), *cells])
     return rows
 
 
-def against_sft(task: str, arm: str, metric: str) -> str:
+def swept(task: str, arm: str) -> dict[int, dict]:
+    """The play of the sweep at the rate that it chose."""
+    rate, sweep_seed = chosen_rate(task, arm), results("claims")["sweep_seed"]
+    plays = (p for p in results("claims")["plays"] if p["seed"] == sweep_seed)
+    return {p["seed"]: p for p in plays if (p["task"], p["arm"], p["rate"]) == (task, arm, rate)}
+
+
+def against_sft(ours: dict[int, dict], theirs: dict[int, dict], metric: str) -> str:
     """The difference from SFT on rows that chose neither iteration, with its 95 % interval over all seeds' prompts."""
-    ours, theirs = reported(task, arm), reported(task, "sft")
-    seeds = sorted(ours.keys() & theirs.keys())
-    judged = [(ours[seed]["judged"], theirs[seed]["judged"]) for seed in seeds]
+    judged = [(ours[seed]["judged"], theirs[seed]["judged"]) for seed in sorted(ours.keys() & theirs.keys())]
     differences = np.concatenate([np.subtract(one[metric], other[metric]) for one, other in judged])
     return with_interval(differences, metric, np.concatenate([one["tokens"] for one, _ in judged]))
 
@@ -409,56 +379,20 @@ def with_interval(differences: np.ndarray, metric: str, tokens: np.ndarray) -> s
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
-def gain(task: str) -> Table:
-    """Claim (f): each arm at its chosen iteration, paired by row with SFT at its own."""
+def gain(task: str, plays_of: Callable[[str, str], dict[int, dict]]) -> Table:
+    """Each arm at its chosen rate and iteration, paired by row with SFT at its own."""
     metrics = {"held_out_nll": "NLL", "greedy_accuracy": "greedy accuracy", "sampled_accuracy": "sampled accuracy"}
-    rows = [["", *(title for name in metrics.values() for title in (name, "against SFT")), "tokens trained on"]]
+    rows = [["", "rate", *(title for name in metrics.values() for title in (name, "against SFT")), "tokens trained on"]]
     for arm in arms_of(task):
-        plays = list(reported(task, arm).values())
-        if not plays:
-            continue
-        cells: list[str] = []
+        plays, cells = plays_of(task, arm), list[str]()
         for metric in metrics:
-            values = np.concatenate([play["judged"][metric] for play in plays])
-            weights = np.concatenate([play["judged"]["tokens"] for play in plays])
-            value = values.sum() / weights.sum() if metric == "held_out_nll" else values.mean()
-            cells.append(f"{value:.4f}" if metric == "held_out_nll" else f"{value:.3f}")
-            cells.append("" if arm == "sft" else against_sft(task, arm, metric))
-        rows.append([arm_name(arm), *cells, tokens(plays)])
+            values = np.concatenate([play["judged"][metric] for play in plays.values()])
+            weights = np.concatenate([play["judged"]["tokens"] for play in plays.values()])
+            is_nll = metric == "held_out_nll"
+            cells.append(f"{values.sum() / weights.sum():.4f}" if is_nll else f"{values.mean():.3f}")
+            cells.append("" if arm == "sft" else against_sft(plays, plays_of(task, "sft"), metric))
+        rows.append([arm_name(arm), f"{chosen_rate(task, arm):g}", *cells, tokens(list(plays.values()))])
     return rows
-
-
-def samples(task: str) -> Table:
-    """Sampling at the temperature that the choosing half prefers, pass@8, other problems, chats."""
-    rows = [
-        ["", "best temperature", "sampled there", "against SFT", "pass@8", "larger numbers, greedy", "NLL of chats"]
-    ]
-    control = {seed: at_best_temperature(play) for seed, play in reported(task, "sft").items() if "samples" in play}
-    for arm in arms_of(task):
-        plays = {seed: play for seed, play in reported(task, arm).items() if "samples" in play}
-        if not plays:
-            continue
-        found = {seed: at_best_temperature(play) for seed, play in plays.items()}
-        differences = [np.subtract(found[seed][1], control[seed][1]) for seed in sorted(found.keys() & control.keys())]
-        many = [play["samples"] for play in plays.values()]
-        rows.append(
-            [
-                arm_name(arm),
-                ", ".join(name for name, _ in found.values()),
-                f"{np.mean([values for _, values in found.values()]):.3f}",
-                "" if arm == "sft" else with_interval(np.concatenate(differences), "accuracy", np.empty(0)),
-                f"{np.mean([one['pass_at_8'] for one in many]):.3f}",
-                f"{np.mean([one['transfer_greedy'] for one in many]):.3f}",
-                f"{np.mean([one['chats_nll'] for one in many]):.3f}",
-            ]
-        )
-    return rows
-
-
-def at_best_temperature(play: dict) -> tuple[str, list[float]]:
-    chosen_on = play["samples"]["choosing"]
-    best = max(chosen_on, key=lambda name: chosen_on[name])
-    return best, play["samples"]["judging"][best]
 
 
 def tiny() -> Table:
@@ -517,8 +451,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "step, memory": step_memory,
     "epoch": epoch,
     "checkpoint": checkpoint,
-    "engines": partial(engines, "generate"),
-    "engines, SmolLM2": partial(engines, "generate_smollm2"),
+    "engines": engines,
+    "engines of a real model": engines_of_a_real_model,
     "scale": scale,
     "iteration": iteration,
     "tuning": tuning,
@@ -528,7 +462,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "forecast of memory": forecast_of_memory,
     "measured memory": measured_memory,
     "tiny": tiny,
-    **{f"{table.__name__}, SmolLM2": partial(table, "SmolLM2") for table in (sweep, curves, quadrants, gain, samples)},
+    "sweep, SmolLM2": partial(sweep, "SmolLM2"),
+    "gain, SmolLM2": partial(gain, "SmolLM2", swept),
 }
 
 
@@ -540,20 +475,20 @@ def draw() -> None:
 
     style = {"svg.hashsalt": "sparring", "svg.fonttype": "none", "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
-    panels = ("nll", "greedy", "sampled")
+    panels = (("problems", "nll"), ("problems", "greedy"), ("stories", "nll"))
     with mpl.rc_context(style):
         canvas = Figure(figsize=(9, 2.9), layout="constrained")
         FigureCanvasSVG(canvas)
-        for number, metric in enumerate(panels, start=1):
+        for number, (task, metric) in enumerate(panels, start=1):
             axes = canvas.add_subplot(1, 3, number)
             for arm, color in COLORS.items():
-                values = np.array([p["metrics"][metric] for p in reported("SmolLM2", arm).values()])
+                values = np.array([p["metrics"][metric] for p in reported(task, arm).values()])
                 x = range(-1, values.shape[1] - 1)
                 for one in values:
                     axes.plot(x, one, color=color, linewidth=0.6, alpha=0.35)
                 line = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": arm_name(arm)}
                 axes.plot(x, values.mean(axis=0), color=color, **line)
-            axes.set_title("held-out NLL" if metric == "nll" else TITLES[metric][0], fontsize=9)
+            axes.set_title(f"{task}: {'held-out NLL' if metric == 'nll' else 'greedy accuracy'}", fontsize=9)
             axes.set_xlabel("iteration; -1 is the start")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.savefig(FIGURE, metadata={"Date": None})
