@@ -72,11 +72,13 @@ class PackedBatch:
     def scores(self, token_logprobs: Float[Tensor, " tokens *candidates"]) -> Scores:
         return self.by_role(self.sums(token_logprobs))
 
-    def token_scores(self, token_logprobs: Num[Tensor, " tokens *candidates"], roles: Sequence[Role]) -> Scores:
+    def token_scores(
+        self, values: Num[Tensor, " tokens *candidates"], roles: Sequence[Role]
+    ) -> Mapping[Role, Num[Tensor, ...]]:
         """Values of single targets in the shapes of `Scores`, with a dimension for tokens, padded with 0."""
         if not roles:
             return {}
-        padded = pad_sequence(list(token_logprobs.split(self.distinct_lengths)), batch_first=True)
+        padded = pad_sequence(list(values.split(self.distinct_lengths)), batch_first=True)
         of_responses = padded.index_select(0, self.response_index)
         by_role = self.by_role(torch.arange(len(of_responses), device=of_responses.device))
         return {role: of_responses[by_role[role]] for role in roles}

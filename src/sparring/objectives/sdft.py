@@ -1,4 +1,4 @@
-"""SDFT: self-distillation fine-tuning, the model taught by itself with the answer in its prompt (arXiv 2601.19897)."""
+"""SDFT: self-distillation fine-tuning; the teacher is the model with the answer in its prompt (arXiv 2601.19897)."""
 
 from __future__ import annotations
 
