@@ -153,9 +153,8 @@ def test_ranks_divide_the_groups(examples: list[TrainingExample], tiny: Path) ->
     scorer = Scorer(load_model(tiny / "model", dtype=torch.float32, device=CPU))
     groups = [replace(example.group, candidates={}) for example in examples]
     whole = score_candidates(scorer, groups, 4, 60, SingleProcess())
-    parts = []
-    for rank in (0, 1):
-        parts.append(score_candidates(scorer, groups, 4, 60, SingleProcess(rank=rank, num_ranks=2)))
+    ranks = [SingleProcess(rank=rank, num_ranks=2) for rank in (0, 1)]
+    parts = [score_candidates(scorer, groups, 4, 60, rank) for rank in ranks]
     assert all(0 < np.count_nonzero(part[1]) < np.count_nonzero(whole[1]) for part in parts)
     np.testing.assert_array_equal(parts[0][0] + parts[1][0], whole[0])
     np.testing.assert_allclose(parts[0][1] + parts[1][1], whole[1], atol=1e-5)

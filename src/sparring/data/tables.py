@@ -125,8 +125,8 @@ def read_candidates(path: Path) -> dict[tuple[str, int, int], tuple[Candidates, 
     """(row id, iteration, sample) -> the teacher's candidates, and its log-probs of each token and its candidates."""
     table = read_table(path)
     keys = zip(*(table[name].to_pylist() for name in ("id", "iteration", "sample")), strict=True)
-    flat = zip(id_lists(table["candidates"]), id_lists(table["logprobs"]), strict=True)
-    return {
-        key: tuple(values.reshape(len(logprobs) - len(candidates), -1) for values in (candidates, logprobs))
-        for key, (candidates, logprobs) in zip(keys, flat, strict=True)
-    }
+    found = {}
+    for key, candidates, logprobs in zip(keys, id_lists(table["candidates"]), id_lists(table["logprobs"]), strict=True):
+        tokens = len(logprobs) - len(candidates)
+        found[key] = candidates.reshape(tokens, -1), logprobs.reshape(tokens, -1)
+    return found
