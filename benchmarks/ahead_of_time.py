@@ -250,7 +250,7 @@ def head_kernels(dtype: torch.dtype, capability: int) -> Iterator[dict[str, Any]
     types = {"targets": "*i64", "vocab": "i32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
     for name, kernel in (("head forward", head._logprobs), ("head backward", head._slopes)):
         for is_capped in (False, True):
-            constants = {"IS_CAPPED": is_capped, "IS_DOUBLE": False, "TILE": head.TILE}
+            constants = {"IS_CAPPED": is_capped, "IS_DOUBLE": False, "NUM_TARGETS": 1, "TILE": head.TILE}
             signature = {
                 argument: "constexpr" if argument in constants else types.get(argument, "*fp32")
                 for argument in kernel.arg_names

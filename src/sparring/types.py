@@ -26,11 +26,14 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
 TokenIds = Int[np.ndarray, " _"]
+Candidates = Int[np.ndarray, "_ _"]
+"""Token ids, [tokens of a response, candidates]."""
 
 Scores = Mapping[Role, Float[Tensor, "..."]]
 """log p(response | prompt) in nats, summed over response tokens.
 `generated`: shape [batch, samples]; the others: shape [batch]. Of a role in `Needs.per_token`: not summed, with a last
-dimension for tokens, padded with 0."""
+dimension for tokens, padded with 0. With a teacher another dimension follows: of the response's token, and of each of
+the teacher's candidates in its place."""
 
 Lengths = Mapping[Role, Int[Tensor, "..."]]
 """Number of response tokens, in the shapes of `Scores`."""
@@ -106,11 +109,16 @@ class Group:
     id: str
     prompt_ids: TokenIds
     responses: Mapping[Role, tuple[TokenIds, ...]]
+    candidates: Mapping[Role, tuple[Candidates, ...]] = field(default_factory=dict[Role, tuple["Candidates", ...]])
+    """Of roles that a teacher reads: the tokens that it finds likeliest in place of each token of a response."""
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """A group, and the opponent's log-probs of its responses: {} if the objective reads none."""
+    """A group, and the opponent's log-probs of its responses: {} if the objective reads none.
+
+    A teacher's have the shape [samples, tokens, 1 + candidates], padded with 0.
+    """
 
     group: Group
     opponent: Mapping[Role, Float[np.ndarray, ...]]
@@ -124,6 +132,13 @@ class Loss:
     metrics: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict[str, Tensor])
 
 
+class Teacher(NamedTuple):
+    """The opponent, shown the real response in its prompt."""
+
+    prompt: str  # a text with {prompt} and {response}, in place of the last user turn
+    candidates: int  # how many of its likeliest tokens the objective reads at each token of a generated response
+
+
 class Needs(NamedTuple):
     """What an objective reads, given its coefficients. Nothing else is computed for it."""
 
@@ -133,6 +148,7 @@ class Needs(NamedTuple):
     first_round: Mapping[str, float] = {}  # coefficients in the objective's own first iteration
     per_token: tuple[Role, ...] = ()  # roles whose policy log-probs the objective reads token by token
     accepted: bool = False  # the opponent's responses that evaluate.checker accepts take the place of the real ones
+    teacher: Teacher | None = None  # whose log-probs of the generated responses are read as the opponent's
 
 
 @runtime_checkable

@@ -159,7 +159,7 @@ def test_init_reads_rows_and_tokenizer(tiny: Path, tmp_path: Path) -> None:
     odd.write_text('{"frage": "x", "antwort": "y"}\n')
     cases = {
         "Map them with data.columns": {"data": str(odd)},
-        "Use one of sft, dft, rft, spin, tspin, space": {"method": "ppo"},
+        "Use one of sft, dft, rft, sdft, spin, tspin, space": {"method": "ppo"},
         "there is no folder /nowhere": {"model": "/nowhere"},
     }
     for message, changes in cases.items():

@@ -58,7 +58,7 @@ WHOLE = {
     "no model": (b"method: spin\ndata: {train: x.jsonl}\n", "'model' is missing"),
     "no data": (b"model: m\nmethod: spin\n", "'data' is missing"),
     "no method": (b"model: m\ndata: {train: x.jsonl}\n", "'method' is missing|method.name must be one of"),
-    "an unknown method": (b"model: m\nmethod: ppo\ndata: {train: x}\n", "method.name must be one of sft, dft"),
+    "an unknown method": (b"model: m\nmethod: ppo\ndata: {train: x}\n", "method.name must be one of sft, dft, rft"),
     "a method that is a list": (b"model: m\nmethod: [spin]\ndata: {train: x}\n", "method"),
     "a method that is a number": (b"model: m\nmethod: 3\ndata: {train: x}\n", "method"),
     "a method of null": (b"model: m\nmethod:\ndata: {train: x}\n", "method"),

@@ -62,6 +62,39 @@ def test_value_and_gradient_in_float64(
 
 
 @pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)])
+def test_several_targets_of_a_token_are_as_many_calls_with_one(scale: float, softcap: float | None) -> None:
+    """Values are the same bytes; the gradient is the sum. Against the reference too; a target may occur twice."""
+    inputs, first = make(13, 5, 61, torch.float64)
+    targets = torch.stack([first, first.roll(1), first, first.roll(5)], dim=1)
+    found = chunked.linear_logprob(*inputs, targets, scale=scale, softcap=softcap)
+    alone = [chunked.linear_logprob(*inputs, column, scale=scale, softcap=softcap) for column in targets.T]
+    assert torch.equal(found, torch.stack(alone, dim=1))
+    outer = torch.linspace(-1, 2, found.numel(), dtype=torch.float64).view_as(found)
+    ours = torch.autograd.grad((found * outer).sum(), inputs)
+    summed = torch.autograd.grad(torch.stack([one * outer[:, i] for i, one in enumerate(alone)]).sum(), inputs)
+    specified = reference.linear_logprob(*inputs, targets, scale=scale, softcap=softcap)
+    torch.testing.assert_close(found.float(), specified, atol=1e-6, rtol=1e-6)
+    for one, other in zip(ours, summed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_likeliest_tokens_are_those_of_the_whole_softmax(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    (hidden, weight, bias), _ = make(11, 4, 37, dtype)
+    whole = (hidden @ weight.T + bias).log_softmax(dim=1)
+    found = chunked.linear_topk(hidden, weight, bias, 5)
+    assert torch.equal(found, whole.topk(5).indices)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = chunked.linear_topk(hidden, weight, bias, 5)
+        products = torch.nn.functional.linear(hidden, weight, bias)
+    assert torch.equal(products.gather(1, rounded), products.topk(5).values), "of the products that are scored"
+
+
+@pytest.mark.usefixtures("memory")
 def test_finite_differences() -> None:
     inputs, targets = make(9, 4, 37, torch.float64)
 
@@ -130,19 +163,26 @@ def interpreted() -> Iterator[ModuleType]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
 @pytest.mark.parametrize("tokens, vocab", [(1, 2), (7, 64), (5, 199), (3, 65)])
+@pytest.mark.parametrize("several", [(), (3,)], ids=["one target", "three targets"])
 def test_triton_equals_torch(
-    interpreted: ModuleType, tokens: int, vocab: int, scale: float, softcap: float | None, dtype: torch.dtype
+    interpreted: ModuleType,
+    tokens: int,
+    vocab: int,
+    several: tuple[int, ...],
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(vocab)
     logits = (8 * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)).to(dtype).to(device)
-    targets = torch.randint(vocab, (tokens,), generator=generator).to(device)
+    targets = torch.randint(vocab, (tokens, *several), generator=generator).to(device)
     expected = rows.logprobs_of(logits.clone(), targets, scale, softcap)
     found = interpreted.logprobs_of(logits.clone(), targets, scale, softcap)
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=exact, rtol=exact)
-    outer = torch.linspace(-1, 2, tokens, dtype=expected[0].dtype, device=device)
+    outer = torch.linspace(-1, 2, targets.numel(), dtype=expected[0].dtype, device=device).view_as(targets)
     slopes, torchs = logits.clone(), logits.clone()
     interpreted.slopes_(slopes, targets, expected[1], outer, scale, softcap)
     rows.slopes_(torchs, targets, expected[1], outer, scale, softcap)

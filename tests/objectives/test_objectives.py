@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 
-from sparring.objectives import OBJECTIVES, Dft, Dpo, Rft, Sft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
+from sparring.objectives import OBJECTIVES, Dft, Dpo, Rft, Sdft, Sft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
 from sparring.types import Lengths, Objective, Scores
 
 GAMES: list[Objective] = [
@@ -29,7 +30,7 @@ GAMES: list[Objective] = [
     TspinRef(),
     TspinRef(beta=0.0, loss="exponential"),
 ]
-EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False), Dft(), Rft(), Dpo()]
+EVERY: list[Objective] = [*GAMES, Sft(), Sft(average_logprobs=False), Dft(), Rft(), Sdft(), Sdft(kl="reverse"), Dpo()]
 
 
 def scores(real: float, generated: float | list[float], proto: float | None = None) -> Scores:
@@ -45,13 +46,19 @@ def ones(policy: Scores) -> Lengths:
     return {role: torch.ones_like(value, dtype=torch.long) for role, value in policy.items()}
 
 
-def by_token(objective: Objective, policy: Scores) -> Scores:
-    """Responses of one token, in the shapes that the objective reads."""
-    return {role: value[..., None] if role in objective.needs.per_token else value for role, value in policy.items()}
+def by_token(objective: Objective, logprobs: Scores) -> Scores:
+    """Responses of one token, in the shapes that the objective reads. The token is a teacher's only candidate."""
+
+    def read(value: torch.Tensor) -> torch.Tensor:
+        return (
+            value[..., None] if objective.needs.teacher is None else value[..., None, None].expand(*value.shape, 1, 2)
+        )
+
+    return {role: read(value) if role in objective.needs.per_token else value for role, value in logprobs.items()}
 
 
 def loss(objective: Objective, policy: Scores, opponent: Scores | None = None) -> float:
-    return objective(by_token(objective, policy), opponent or {}, ones(policy)).per_example.item()
+    return objective(by_token(objective, policy), by_token(objective, opponent or {}), ones(policy)).per_example.item()
 
 
 # methods as published, single samples computed by hand
@@ -70,6 +77,9 @@ def loss(objective: Objective, policy: Scores, opponent: Scores | None = None) -
         (Sft(), scores(-9, -10), None, 9.0),
         (Dft(), scores(-0.5, -10), None, 0.5 * math.exp(-0.5)),
         (Rft(), scores(-9, -10), None, 9.0),
+        # one candidate and the rest: p log(p/q) + (1-p) log((1-p)/(1-q))
+        (Sdft(), scores(-9, math.log(0.5)), scores(-9, math.log(0.8)), 0.8 * math.log(1.6) + 0.2 * math.log(0.4)),
+        (Sdft(kl="reverse"), scores(-9, -3), scores(-9, -1), 6.0),  # (-3 + 1) * -3
         (Sipo(tau=0.25), scores(-9, -10), scores(-11, -10), 0.0),  # a gap of 2 nats is its target
         (Sipo(tau=0.5), scores(-9, -10), scores(-11, -10), 1.0),
         (Ssimpo(beta=2.0, gamma=0.5), scores(-9, -10), None, math.log1p(math.exp(-1.5))),
@@ -121,11 +131,11 @@ def test_rows_do_not_mix(objective: Objective) -> None:
     generated = torch.randn(4, 3, generator=generator)
     policy = {"real": real, "generated": generated, "proto": proto, "rejected": proto - 1}
     opponent = {role: value + 0.1 for role, value in policy.items()}
-    together = objective(by_token(objective, policy), opponent, ones(policy)).per_example
+    together = objective(by_token(objective, policy), by_token(objective, opponent), ones(policy)).per_example
     for row in range(4):
         alone = {role: value[row : row + 1] for role, value in policy.items()}
         against = {role: value[row : row + 1] for role, value in opponent.items()}
-        one = objective(by_token(objective, alone), against, ones(alone)).per_example
+        one = objective(by_token(objective, alone), by_token(objective, against), ones(alone)).per_example
         assert one.item() == pytest.approx(together[row].item())
 
 
@@ -143,7 +153,7 @@ def test_finite_at_the_extremes(objective: Objective, size: float) -> None:
         "rejected": torch.tensor([-size], requires_grad=True),
     }
     opponent = {role: torch.zeros_like(value) for role, value in policy.items()}
-    value = objective(by_token(objective, policy), opponent, ones(policy)).per_example
+    value = objective(by_token(objective, policy), by_token(objective, opponent), ones(policy)).per_example
     value.sum().backward()
     assert value.isfinite().all()
     assert all(tensor.grad is None or tensor.grad.isfinite().all() for tensor in policy.values())
@@ -233,6 +243,31 @@ def test_dft_weights_each_token_by_its_probability() -> None:
     assert value.tolist() == pytest.approx(expected)
     assert tokens.grad is not None
     assert tokens.grad[0].tolist() == pytest.approx([-math.exp(x) / 3 for x in (-0.1, -2.0, -7.0)])
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_sdft_pulls_each_token_toward_its_teacher_and_padding_adds_nothing(kl: Literal["forward", "reverse"]) -> None:
+    """Two responses of two tokens and of one, with two candidates: the sampled token is the first one."""
+    p = torch.tensor([[[[0.5, 0.5, 0.3], [0.2, 0.2, 0.7]], [[0.6, 0.6, 0.1], [1.0, 1.0, 1.0]]]])
+    q = torch.tensor([[[[0.9, 0.9, 0.05], [0.1, 0.1, 0.8]], [[0.9, 0.9, 0.05], [1.0, 1.0, 1.0]]]])
+    ours = p.log().requires_grad_()
+    lengths = {"generated": torch.tensor([[2, 1]])}
+    found = Sdft(kl=kl)({"generated": ours}, {"generated": q.log()}, lengths)
+    found.per_example.sum().backward()
+    assert ours.grad is not None
+
+    def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+        if kl == "reverse":
+            return ((p[0] / q[0]).log() * p[0].log()).item()
+        full_p, full_q = torch.cat([p[1:], 1 - p[1:].sum(0, True)]), torch.cat([q[1:], 1 - q[1:].sum(0, True)])
+        return (full_q * (full_q / full_p).log()).sum().item()
+
+    each = [divergence(p[0, i, j], q[0, i, j]) for i, j in ((0, 0), (0, 1), (1, 0))]
+    assert found.per_example.tolist() == pytest.approx([((each[0] + each[1]) / 2 + each[2]) / 2], abs=1e-6)
+    of_token = ours.grad[0, :, :, 1 if kl == "forward" else 0]
+    assert of_token[0, 0] < 0 < of_token[0, 1], "up where the teacher finds the token likelier, down where it does not"
+    gap = ((math.log(5 / 9) + math.log(2)) / 2 + math.log(6 / 9)) / 2
+    assert found.metrics["kl_from_teacher"].tolist() == pytest.approx([gap], abs=1e-6)
 
 
 def test_unread_responses_are_not_asked_for() -> None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from shortcuts import step_metrics
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparring.commands.demo import make_model, problems
 from sparring.model.load import load_tokenizer
-from sparring.model.logprobs import Scorer
+from sparring.model.logprobs import Scorer, score_candidates
 from sparring.model.packing import pack
-from sparring.objectives import Dft, Dpo, Sft, Sipo, Space, Spin, Ssimpo, Tspin
-from sparring.types import Group, Objective, Role, TokenIds
+from sparring.objectives import Dft, Dpo, Sdft, Sft, Sipo, Space, Spin, Ssimpo, Tspin
+from sparring.parallel import SingleProcess
+from sparring.types import Group, Objective, Role, TokenIds, TrainingExample
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="TRL is not installed; it is in the dev group of pyproject.toml")
@@ -230,6 +232,43 @@ def test_against_sft_trainer(
         is_answer = batch["labels"][0].numpy() != -100
         group = Group("0", ids[~is_answer], {"real": (ids[is_answer],)})
         assert_same(ours(objective, [group], *models), loss.item(), gradient)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_against_sdft_s_losses(
+    kl: Literal["forward", "reverse"], models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
+    """TRL's functions on full logits of one response, the teacher's prompt another one; value and gradient."""
+    from trl.experimental.sdft import loss_utils
+
+    policy, teacher = models
+    prompt, shown, response = (np.arange(*ends, dtype=np.int32) % 20 + 4 for ends in ((0, 5), (3, 15), (7, 14)))
+
+    def logits(model: PreTrainedModel, before: TokenIds) -> Tensor:
+        ids = torch.from_numpy(np.concatenate([before, response])).long()
+        return model(ids[None]).logits[0, len(before) - 1 : -1]
+
+    candidates, against = score_candidates(
+        Scorer(teacher), [Group("0", shown, {"generated": (response,)})], 5, 100, SingleProcess()
+    )
+    group = Group("0", prompt, {"generated": (response,)}, {"generated": (candidates[0, 0],)})
+    example = TrainingExample(group, {"generated": against[0]})
+    policy.zero_grad()
+    found = step_metrics(Scorer(policy), Sdft(kl=kl, top_k=5), [example], 100)["loss"]
+    mine = found, gradients(policy)
+
+    policy.zero_grad()
+    ours, theirs = logits(policy, prompt), logits(teacher, shown).detach()
+    if kl == "forward":
+        top = theirs.topk(5).indices
+        assert top.tolist() == candidates[0, 0].tolist()
+        with_tail = [loss_utils.add_tail_bucket(each.log_softmax(-1).gather(-1, top)) for each in (ours, theirs)]
+        tokens = loss_utils.compute_divergence(*with_tail, alpha=0.0)
+    else:
+        ids = torch.from_numpy(response).long()
+        tokens = loss_utils.compute_sampled_token_self_distillation_loss(ours, theirs, ids, distillation_alpha=1.0)
+    tokens.mean().backward()
+    assert_same(mine, tokens.mean().item(), gradients(policy))
 
 
 def test_s_simpo_is_cpo_simpo(

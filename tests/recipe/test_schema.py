@@ -161,7 +161,7 @@ def test_rows_that_are_not_truncated_leave_the_limit_of_generation_free(tmp_path
         (SMALLEST + "learning_rate: 1\n", "line 5: there is no setting 'learning_rate'; did you mean 'train.learning"),
         (SMALLEST.replace("spin", "{name: spin, beta: 1}"), "'method.beta' of spin; it belongs to tspin"),
         (SMALLEST.replace("spin", "{name: spin, lamda: 1}"), "'method.lamda' of spin; did you mean 'method.lambda'?"),
-        (SMALLEST.replace("spin", "spinn"), "method.name must be one of sft, dft, rft, spin, tspin, space"),
+        (SMALLEST.replace("spin", "spinn"), "method.name must be one of sft, dft, rft, sdft, spin, tspin, space"),
         (SMALLEST.replace("model: m\n", ""), "'model' is missing"),
         (SMALLEST + "seed: -1\n", "line 5: seed: input should be greater than or equal to 0, not -1"),
         (SMALLEST + "train: {epochs: 1.5}\n", "train.epochs"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.objectives import Dft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
+from sparring.objectives import Dft, Sdft, Sipo, Space, Spin, Ssimpo, Tspin, TspinRef
 from sparring.types import Loss, Objective, Scores
 
 P_DATA = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05], dtype=torch.float64)
@@ -115,6 +115,44 @@ def test_dft_goes_to_the_mode() -> None:
         (P_DATA * loss).sum().backward()
         optimizer.step()
     assert logits.softmax(0).argmax() == P_DATA.argmax() and logits.softmax(0).max() > 0.99
+
+
+def taught_loss(objective: Sdft, logp: Tensor, teacher: Tensor, top_k: int) -> Tensor:
+    """E over generated ~ the opponent, whose probabilities are `teacher` where its prompt shows it the answer."""
+    top = teacher.topk(top_k).indices
+    targets = torch.cat([torch.arange(5)[:, None], top.expand(5, top_k)], dim=1)
+    policy, against = ({"generated": values[targets][:, None, None]} for values in (logp, teacher.log()))
+    one = {"generated": torch.ones(5, 1, dtype=torch.long)}
+    return (P_OPPONENT * objective(policy, against, one).per_example).sum()
+
+
+@pytest.mark.parametrize("top_k", [5, 4, 2])
+def test_sdft_ends_at_its_teacher(top_k: int) -> None:
+    """At the candidates' probabilities; the others together have the rest."""
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = taught_loss(Sdft(), logits.log_softmax(0), P_DATA, top_k)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    found, candidates = logits.detach().softmax(0), P_DATA.topk(top_k).indices
+    torch.testing.assert_close(found[candidates], P_DATA[candidates], atol=1e-5, rtol=0)
+    assert taught_loss(Sdft(), found.log(), P_DATA, top_k).item() == pytest.approx(0, abs=1e-8)
+
+
+def test_the_first_step_of_reverse_sdft_is_that_of_the_kl_from_its_teacher() -> None:
+    """With true samples, while the policy is the opponent; where it is also the teacher, the gradient is 0."""
+    for teacher in (P_DATA, P_OPPONENT):
+        found, expected = (P_OPPONENT.log().clone().requires_grad_() for _ in range(2))
+        taught_loss(Sdft(kl="reverse"), found.log_softmax(0), teacher, 1).backward()
+        logp = expected.log_softmax(0)
+        (logp.exp() * (logp - teacher.log())).sum().backward()
+        assert found.grad is not None and expected.grad is not None
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-12, rtol=1e-9)
 
 
 def gradient(objective: Objective, p: Tensor) -> Tensor:

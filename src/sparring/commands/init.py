@@ -22,6 +22,7 @@ COEFFICIENTS = {
     "sft": "sft                # the control: no self-play",
     "dft": "dft                # SFT weighted by probability; needs a checker to judge it",
     "rft": "rft                # SFT on the model's own answers that evaluate.checker accepts",
+    "sdft": "sdft               # distills the model that is shown the answer into itself; needs one that follows it",
     "spin": "{name: spin, lambda: 0.1}",
     "tspin": "{name: tspin, alpha: 1.0, beta: 0.1}",
     "space": "{name: space, mu: 1.0}",

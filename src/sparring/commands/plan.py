@@ -214,6 +214,8 @@ def plan(recipe: Recipe, folder: Path, tokens: RowTokens, gpus: int, speed: Spee
     batch_size = sampling_batch_size(recipe, size, tokens, gpu)
     # token ids of 4 bytes, and text of about the same size
     per_response = tokens.generated * 8 + 64 if recipe.method.needs.rounds else 0
+    if (teacher := recipe.method.needs.teacher) is not None:  # its candidates, and its log-probs of them
+        per_response += tokens.generated * 4 * (1 + 2 * teacher.candidates)
     kv_cache = batch_size * (tokens.prompt + recipe.generate.max_new_tokens) * size.kv_bytes
     return Plan(
         forecast=needs,
@@ -239,7 +241,8 @@ def sampling_batch_size(recipe: Recipe, size: ModelSize, tokens: RowTokens, gpu:
 def score_flops(recipe: Recipe, index: int, size: ModelSize, tokens: RowTokens) -> float:
     if not recipe.method.needs.opponent:
         return 0.0
-    group = size.forward_flops(tokens.prompt, response_tokens(recipe, tokens))
+    shown = tokens.real if recipe.method.needs.teacher else 0.0  # to the teacher, in its prompt
+    group = size.forward_flops(tokens.prompt + shown, response_tokens(recipe, tokens))
     return tokens.rows * num_rounds(recipe, index) * group
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
-from sparring.types import Generation, Rendered, TokenIds
+from sparring.types import Candidates, Generation, Rendered
 
 IDS = pa.list_(pa.int32())
 TURNS = pa.list_(pa.json_())
@@ -46,6 +47,17 @@ SCORES = pa.schema(
     {"id": pa.string(), "role": pa.string(), "iteration": pa.int16(), "sample": pa.int16(), "logprob": pa.float32()}
 )
 
+CANDIDATES = pa.schema(
+    {
+        "id": pa.string(),
+        "iteration": pa.int16(),
+        "sample": pa.int16(),
+        "candidates": IDS,  # token by token: the teacher's likeliest
+        "logprobs": pa.list_(pa.float32()),  # token by token: the teacher's, of the token and of its candidates
+    }
+)
+"""One row per generated response."""
+
 OpponentScores = Mapping[tuple[str, str, int, int], float]
 """(row id, role, iteration, sample) -> log-prob. The iteration is the one that generated its rival, or 0."""
 
@@ -63,7 +75,7 @@ def read_table(path: Path) -> pa.Table:
     return pq.read_table(path, page_checksum_verification=True)
 
 
-def id_lists(column: pa.ChunkedArray) -> list[TokenIds]:
+def id_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     """The rows of a list column as views of one array."""
     lists = []
     for chunk in column.chunks:
@@ -107,3 +119,14 @@ def read_scores(path: Path) -> OpponentScores:
     table = read_table(path)
     columns = [table[name].to_pylist() for name in ("id", "role", "iteration", "sample", "logprob")]
     return {(id, role, iteration, sample): value for id, role, iteration, sample, value in zip(*columns, strict=True)}
+
+
+def read_candidates(path: Path) -> dict[tuple[str, int, int], tuple[Candidates, Float[np.ndarray, "tokens columns"]]]:
+    """(row id, iteration, sample) -> the teacher's candidates, and its log-probs of each token and its candidates."""
+    table = read_table(path)
+    keys = zip(*(table[name].to_pylist() for name in ("id", "iteration", "sample")), strict=True)
+    found = {}
+    for key, candidates, logprobs in zip(keys, id_lists(table["candidates"]), id_lists(table["logprobs"]), strict=True):
+        tokens = len(logprobs) - len(candidates)
+        found[key] = candidates.reshape(tokens, -1), logprobs.reshape(tokens, -1)
+    return found

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sparring.errors import UserError
 from sparring.model import attention
 from sparring.model.attention import CannotSharePrompts, narrow_windows, why_not_shared
-from sparring.model.kernels import linear_logprob
+from sparring.model.kernels import linear_logprob, linear_topk
 from sparring.model.memory import run_within_memory
 from sparring.model.packing import (
     PackedBatch,
@@ -73,7 +73,7 @@ def _widen(value: Any) -> Any:
 
 
 class Scorer(nn.Module):
-    """A causal language model as a function from a packed batch to log-probs of its targets: [tokens], nats, float32.
+    """A causal language model as a function from a packed batch to log-probs of its targets, in nats, float32.
 
     Parameters stay float32; `dtype` bfloat16 computes under autocast. Only response positions go through the output
     head: their hidden states are selected before the matrix product. A module, so that DDP and FSDP2 can wrap it.
@@ -112,7 +112,7 @@ class Scorer(nn.Module):
         # its cache would keep a copy of every weight until the end of the pass
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, " tokens"]:
+    def forward(self, batch: PackedBatch) -> Float[Tensor, " tokens *candidates"]:
         """log p of each of the batch's targets; `batch.scores` adds them up."""
         with self.precision():
             return self.token_logprobs(batch)
@@ -121,15 +121,33 @@ class Scorer(nn.Module):
         """As `forward`, in the caller's precision and added up."""
         return batch.sums(self.token_logprobs(batch))
 
-    def token_logprobs(self, batch: PackedBatch) -> Float[Tensor, " tokens"]:
+    def token_logprobs(self, batch: PackedBatch) -> Float[Tensor, " tokens *candidates"]:
+        return self.target_logprobs(self.states(batch), batch.targets)
+
+    @torch.no_grad()
+    def likeliest(
+        self, batch: PackedBatch, count: int
+    ) -> tuple[Int[Tensor, "tokens count"], Float[Tensor, "tokens count+1"]]:
+        """The `count` most probable tokens in place of each target, and log p of the target and of each of them."""
+        with self.precision():
+            states, head = self.states(batch), self.head
+            candidates = linear_topk(states, head.weight, head.bias, count)
+            return candidates, self.target_logprobs(states, torch.cat([batch.targets[:, None], candidates], dim=1))
+
+    def states(self, batch: PackedBatch) -> Float[Tensor, "tokens width"]:
+        """The hidden states that predict the targets."""
         hidden = self.model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1).index_select(0, batch.positions)
+        return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+    def target_logprobs(
+        self, states: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens *candidates"]
+    ) -> Float[Tensor, " tokens *candidates"]:
         head = self.head
         return linear_logprob(
             states,
             head.weight,
             head.bias,
-            batch.targets,
+            targets,
             scale=self.scale,
             softcap=self.softcap,
             is_kept=not self.model.is_gradient_checkpointing,  # checkpointing trades time for memory
@@ -251,22 +269,65 @@ def score_groups(
     result: dict[Role, np.ndarray] = {}
     for role, count in max((response_counts(group) for group in groups), key=lambda counts: sum(n for _, n in counts)):
         result[role] = np.zeros((len(groups), count) if role == "generated" else len(groups), dtype=np.float32)
+
+    def score(batch: PackedBatch, indices: Sequence[int]) -> None:
+        for role, values in batch.scores(scorer(batch).detach()).items():
+            within = (indices, slice(values.shape[1])) if role == "generated" else indices
+            result[role][within] = values.cpu().numpy()
+
+    with torch.set_grad_enabled(steps is not None):
+        _for_each_batch(scorer, groups, micro_batch_tokens, parallel, advance, steps, score)
+    return {role: parallel.all_reduce_sum(torch.from_numpy(values)).numpy() for role, values in result.items()}
+
+
+def score_candidates(
+    scorer: Scorer,
+    groups: Sequence[Group],
+    count: int,
+    micro_batch_tokens: int,
+    parallel: Parallel,
+    advance: Callable[[int, int], object] = lambda groups, tokens: None,
+) -> tuple[Int[np.ndarray, "groups samples tokens count"], Float[np.ndarray, "groups samples tokens count+1"]]:
+    """The `count` likeliest tokens in place of each token of the generated responses, and log p of the token and of
+    those. Padded with 0. Ranks and memory as in `score_groups`."""
+    samples = max(len(group.responses["generated"]) for group in groups)
+    longest = max(len(response) for group in groups for response in group.responses["generated"])
+    candidates = np.zeros((len(groups), samples, longest, count), dtype=np.int32)
+    logprobs = np.zeros((len(groups), samples, longest, 1 + count), dtype=np.float32)
+
+    def score(batch: PackedBatch, indices: Sequence[int]) -> None:
+        for result, values in zip((candidates, logprobs), scorer.likeliest(batch, count), strict=True):
+            padded = batch.token_scores(values, ["generated"])["generated"].cpu().numpy()
+            result[indices, : padded.shape[1], : padded.shape[2]] = padded
+
+    _for_each_batch(scorer, groups, micro_batch_tokens, parallel, advance, None, score)
+    found = (parallel.all_reduce_sum(torch.from_numpy(values)).numpy() for values in (candidates, logprobs))
+    return next(found), next(found)
+
+
+def _for_each_batch(
+    scorer: Scorer,
+    groups: Sequence[Group],
+    micro_batch_tokens: int,
+    parallel: Parallel,
+    advance: Callable[[int, int], object],
+    steps: Sequence[Sequence[int]] | None,
+    compute: Callable[[PackedBatch, Sequence[int]], object],
+) -> None:
+    """Calls `compute` with each micro-batch of this rank and the indices of its groups, smaller ones when memory runs
+    out; see `score_groups`."""
     done: set[int] = set()
 
-    def score_remaining(micro_batch_tokens: int) -> None:
+    def compute_remaining(micro_batch_tokens: int) -> None:
         for step in [range(len(groups))] if steps is None else steps:
             batches = rank_batches(scorer.packing, [groups[i] for i in step], micro_batch_tokens, parallel.num_ranks)
             for places in batches[parallel.rank]:
                 if indices := [step[i] for i in places if step[i] not in done]:
                     batch = pack(scorer.packing, [groups[i] for i in indices]).to(scorer.device)
-                    for role, values in batch.scores(scorer(batch).detach()).items():
-                        within = (indices, slice(values.shape[1])) if role == "generated" else indices
-                        result[role][within] = values.cpu().numpy()
+                    compute(batch, indices)
                     done.update(indices)
                     advance(len(indices), batch.computed_tokens)
 
     largest = max((group_tokens(scorer.packing, group) for group in groups), default=0)
-    with torch.set_grad_enabled(steps is not None):
-        run_within_memory(score_remaining, micro_batch_tokens, largest)
+    run_within_memory(compute_remaining, micro_batch_tokens, largest)
     parallel.barrier()
-    return {role: parallel.all_reduce_sum(torch.from_numpy(values)).numpy() for role, values in result.items()}

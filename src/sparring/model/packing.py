@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,7 +37,7 @@ class PackedBatch:
     attention_mask: Int[Tensor, "rows time"]
     shared_prompts: SharedPrompts | None
     positions: Int[Tensor, " tokens"]  # in the flattened rows: the hidden state that predicts each token
-    targets: Int[Tensor, " tokens"]  # the tokens of the distinct responses, concatenated
+    targets: Int[Tensor, " tokens *candidates"]  # of the distinct responses, concatenated; see `targets_of`
     distinct_lengths: tuple[int, ...]  # tokens of each distinct response
     response_index: Int[Tensor, " responses"]  # which distinct response each response equals
     num_tokens: Int[Tensor, " responses"]
@@ -61,20 +61,24 @@ class PackedBatch:
             for (role, _), column in zip(self.counts, columns, strict=True)
         }
 
-    def sums(self, token_logprobs: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
+    def sums(self, token_logprobs: Float[Tensor, " tokens *candidates"]) -> Float[Tensor, " responses"]:
         """log p of each response, from the log-probs of `targets`."""
+        if token_logprobs.ndim == 2:
+            token_logprobs = token_logprobs[:, 0]
         # segment by segment instead of a scatter: the same order of additions on every run and device
         sums = torch.stack([segment.sum() for segment in token_logprobs.split(self.distinct_lengths)])
         return sums.index_select(0, self.response_index)
 
-    def scores(self, token_logprobs: Float[Tensor, " tokens"]) -> Scores:
+    def scores(self, token_logprobs: Float[Tensor, " tokens *candidates"]) -> Scores:
         return self.by_role(self.sums(token_logprobs))
 
-    def token_scores(self, token_logprobs: Float[Tensor, " tokens"], roles: Sequence[Role]) -> Scores:
-        """The log-probs of single tokens in the shapes of `Scores` with a last dimension for tokens, padded with 0."""
+    def token_scores(
+        self, values: Num[Tensor, " tokens *candidates"], roles: Sequence[Role]
+    ) -> Mapping[Role, Num[Tensor, ...]]:
+        """Values of single targets in the shapes of `Scores`, with a dimension for tokens, padded with 0."""
         if not roles:
             return {}
-        padded = pad_sequence(list(token_logprobs.split(self.distinct_lengths)), batch_first=True)
+        padded = pad_sequence(list(values.split(self.distinct_lengths)), batch_first=True)
         of_responses = padded.index_select(0, self.response_index)
         by_role = self.by_role(torch.arange(len(of_responses), device=of_responses.device))
         return {role: of_responses[by_role[role]] for role in roles}
@@ -106,8 +110,8 @@ def pack_shared(groups: Sequence[Group]) -> PackedBatch:
             position_ids.append(np.arange(prompt, prompt + len(response)))
             # each token is predicted by the state before it: for a response's first token, the prompt's last
             positions += [np.array([start + prompt - 1]), np.arange(at, at + len(response) - 1)]
-            targets.append(response)
             at += len(response)
+        targets += [targets_of(group)[first_of.index(i)] for i in range(len(responses))]
         response_index += [num_distinct + i for i in first_of]
         num_distinct += len(responses)
         start = at
@@ -117,8 +121,8 @@ def pack_shared(groups: Sequence[Group]) -> PackedBatch:
         position_ids=_row(position_ids),
         attention_mask=torch.ones(1, start, dtype=torch.long),
         shared_prompts=SharedPrompts(tuple(sizes)),
-        positions=_row(positions)[0],
-        targets=_row(targets)[0],
+        positions=_tensor(positions),
+        targets=_tensor(targets),
         distinct_lengths=tuple(lengths),
         response_index=torch.tensor(response_index),
         num_tokens=torch.tensor([lengths[i] for i in response_index]),
@@ -152,7 +156,7 @@ def pack_padded(groups: Sequence[Group]) -> PackedBatch:
         attention_mask=torch.from_numpy((column < end).astype(np.int64)),
         shared_prompts=None,
         positions=torch.from_numpy(token_at - 1),  # each token is predicted by the state before it
-        targets=torch.from_numpy(input_ids.reshape(-1)[token_at]),
+        targets=_tensor([targets for group in groups for targets in targets_of(group)]),
         distinct_lengths=tuple(num_response.tolist()),
         response_index=torch.arange(len(responses)),
         num_tokens=torch.from_numpy(num_response),
@@ -161,7 +165,11 @@ def pack_padded(groups: Sequence[Group]) -> PackedBatch:
 
 
 def _row(parts: Sequence[np.ndarray]) -> Int[Tensor, "1 time"]:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+    return _tensor(parts)[None]
+
+
+def _tensor(parts: Sequence[np.ndarray]) -> Int[Tensor, " total *columns"]:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def response_counts(group: Group) -> ResponseCounts:
@@ -178,6 +186,17 @@ def common_response_counts(groups: Sequence[Group]) -> ResponseCounts:
 
 def responses_of(group: Group) -> list[TokenIds]:
     return [response for responses in group.responses.values() for response in responses]
+
+
+def targets_of(group: Group) -> list[np.ndarray]:
+    """Of each response, what is scored: its tokens, [tokens], or each with its candidates, [tokens, 1 + candidates]."""
+    if not group.candidates:
+        return responses_of(group)
+    return [
+        np.column_stack([response, candidates])
+        for role, responses in group.responses.items()
+        for response, candidates in zip(responses, group.candidates[role], strict=True)
+    ]
 
 
 def distinct_responses(group: Group) -> tuple[list[TokenIds], list[int]]:

@@ -3,6 +3,7 @@
 from sparring.objectives.dft import Dft
 from sparring.objectives.dpo import Dpo
 from sparring.objectives.rft import Rft
+from sparring.objectives.sdft import Sdft
 from sparring.objectives.sft import Sft
 from sparring.objectives.sipo import Sipo
 from sparring.objectives.space import Space
@@ -12,7 +13,7 @@ from sparring.objectives.tspin import Tspin
 from sparring.objectives.tspin_ref import TspinRef
 
 OBJECTIVES = {
-    objective.name: objective for objective in (Sft, Dft, Rft, Spin, Tspin, Space, Sipo, Ssimpo, TspinRef, Dpo)
+    objective.name: objective for objective in (Sft, Dft, Rft, Sdft, Spin, Tspin, Space, Sipo, Ssimpo, TspinRef, Dpo)
 }
 
-__all__ = ["OBJECTIVES", "Dft", "Dpo", "Rft", "Sft", "Sipo", "Space", "Spin", "Ssimpo", "Tspin", "TspinRef"]
+__all__ = ["OBJECTIVES", "Dft", "Dpo", "Rft", "Sdft", "Sft", "Sipo", "Space", "Spin", "Ssimpo", "Tspin", "TspinRef"]

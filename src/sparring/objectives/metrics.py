@@ -17,14 +17,14 @@ def self_play_metrics(
     """Metrics per example, averaged over several generated responses. A tie counts neither as a win nor as a loss.
 
     `opponent` may be empty for an objective that reads none. Without generated responses (DPO) the rejected ones take
-    their place; SFT, which has neither, gets log-probs only.
+    their place. Without real or without other responses, as of SDFT and of SFT, there are log-probs only.
     """
     metrics: dict[str, Tensor] = {}
     for role, logprob in policy.items():
         metrics[f"logps/{role}"] = _per_example(logprob)
         metrics[f"mean_logps/{role}"] = _per_example(logprob / lengths[role])
     rival: Role | None = next((role for role in ("generated", "rejected") if role in policy), None)
-    if rival is None:
+    if rival is None or "real" not in policy:
         return metrics
     # an objective that reads no opponent rewards the policy's log-probs
     reward = {

@@ -325,9 +325,7 @@ class Recipe(Strict):
                 "generate.backend: hf, which samples from the same 4-bit weights, or vllm, for a dequantized copy."
             )
         if self.train.optimizer == "adamw_8bit" and self.launch != "inline" and self.parallel != "ddp":
-            raise ValueError(
-                f"train.optimizer: {self.parallel} cannot shard {self.train.optimizer}. Set adamw, or parallel: ddp."
-            )
+            raise ValueError(f"train.optimizer: {self.parallel} cannot shard adamw_8bit. Set adamw, or parallel: ddp.")
         if self.ray_address is not None and self.launch != "ray":
             raise ValueError(f"ray_address is a setting of launch: ray, but launch is {self.launch}")
         if (self.stop.equilibrium or self.stop.decline) and not self.data.held_out:
@@ -347,6 +345,8 @@ class Recipe(Strict):
                 )
         if self.evaluate.checker is None and (named := [m.name for m in self.methods() if m.needs.accepted]):
             raise ValueError(f"method {named[0]} trains on responses that evaluate.checker accepts. Set it.")
+        if self.train.sft_weight and "real" not in self.method.needs.roles:
+            raise ValueError(f"train.sft_weight: {self.method.name} does not train on real responses. Set it to 0.")
         return self
 
     @property

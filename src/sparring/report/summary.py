@@ -130,6 +130,8 @@ def scoring_noise(results: Results) -> str:
     if not scored:
         return ""
     info: dict[str, Any] = dict(read_manifest(scored[-1]).info)
+    if "noise_per_response" not in info:
+        return ""  # a teacher's
     return (
         f" The opponent's cached log-probs carry rounding of {info['noise_per_response']:.2g} nats per response "
         f"({info['noise_per_token']:.2g} per token): {info['noise_responses']} of them, scored again alone."

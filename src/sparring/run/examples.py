@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from sparring.data.checkers import check_responses, make_check
-from sparring.data.tables import read_generations, read_scores, read_table
+from sparring.data.tables import read_candidates, read_generations, read_scores, read_table
 from sparring.errors import NothingToTrainOn
 from sparring.recipe.schema import Checker
 from sparring.run.iteration import Iteration
@@ -119,6 +119,8 @@ def training_rows(iteration: Iteration) -> list[tuple[int, JoinedRow]]:
 def load_training_examples(iteration: Iteration) -> list[TrainingExample]:
     """The training examples of an iteration with the opponent's scores."""
     needs = iteration.recipe.method.needs
+    if needs.teacher is not None:
+        return load_taught_examples(iteration)
     scores = read_scores(iteration.stage("score") / "opponent.parquet") if needs.opponent else {}
     examples = []
     for t, one in training_rows(iteration):
@@ -129,6 +131,29 @@ def load_training_examples(iteration: Iteration) -> list[TrainingExample]:
             opponent[role] = np.array(found if role == "generated" else found[0], dtype=np.float32)
         examples.append(TrainingExample(group, opponent))
     return examples
+
+
+def load_taught_examples(iteration: Iteration) -> list[TrainingExample]:
+    """The training examples of an iteration with the candidates and log-probs of its teacher."""
+    scores = read_candidates(iteration.stage("score") / "teacher.parquet")
+    examples = []
+    for t, one in training_rows(iteration):
+        group = one.group(iteration.recipe.method.needs.roles, [t])
+        of_samples = [scores[one.row.id, t, sample] for sample in range(len(group.responses["generated"]))]
+        candidates, logprobs = zip(*of_samples, strict=True)
+        taught = replace(group, candidates={"generated": candidates})
+        examples.append(TrainingExample(taught, {"generated": stack_padded(logprobs)}))
+    return examples
+
+
+def stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks arrays; those of several dimensions may differ in the second to last, that of tokens, padded with 0."""
+    if arrays[0].ndim < 2:
+        return np.stack(arrays)
+    longest = max(array.shape[-2] for array in arrays)
+    return np.stack(
+        [np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, longest - array.shape[-2]), (0, 0)]) for array in arrays]
+    )
 
 
 def generated_inputs(iteration: Iteration) -> list[Path]:

@@ -19,6 +19,7 @@ from sparring.data.formats import detect_format, exact_prompt_key, examples, pro
 from sparring.data.read import BadRow, read_rows
 from sparring.data.render import Renderer
 from sparring.data.tables import write_rows
+from sparring.data.teacher import teacher_prompt_ids
 from sparring.errors import UserError
 from sparring.logging import track
 from sparring.model.load import check_weights, context_length, declared_end_ids, load_tokenizer, resolve_model
@@ -171,6 +172,9 @@ class DataReader:
                 "data.self_play_rows hides rows from sft iterations, so the recipe needs both, such as method: space, "
                 "per_iteration: {0: {method: sft}}."
             )
+        self.teachers = {method.needs.teacher for method in methods if method.needs.teacher}
+        self.context = context_length(resolve_model(recipe.model)) if self.teachers else None
+        self.max_new_tokens = recipe.generate.max_new_tokens
         self.render = renderer
         self.skipped: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -228,7 +232,11 @@ class DataReader:
             example = replace(example, rejected=None)
         elif example.rejected is None:
             raise BadRow("no 'rejected' response to the same prompt, which dpo needs")
-        return self.render(example)
+        rendered = self.render(example)
+        room = min(self.max_new_tokens, self.render.max_length - len(rendered.prompt_ids))
+        for teacher in self.teachers:
+            teacher_prompt_ids(self.render, teacher, example, rendered.real, room, self.context)
+        return rendered
 
     def _examples(self, source: str) -> Iterator[tuple[int, Example | BadRow]]:
         row_format = None

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from sparring.data.tables import SCORES, write_table
+from sparring.data.formats import example_of
+from sparring.data.read import BadRow
+from sparring.data.render import Renderer
+from sparring.data.tables import CANDIDATES, SCORES, write_table
+from sparring.data.teacher import teacher_prompt_ids
+from sparring.errors import UserError
 from sparring.logging import info, track
-from sparring.model.load import load_model
-from sparring.model.logprobs import Scorer, score_groups
+from sparring.model.load import context_length, load_model, load_tokenizer
+from sparring.model.logprobs import Scorer, score_candidates, score_groups
 from sparring.model.memory import activation_bytes, checkpoint_activations, peak_memory_mib, search_range
 from sparring.parallel import Parallel
 from sparring.parallel.fsdp2 import keep_residual_stream_in_float32
@@ -24,22 +31,23 @@ from sparring.run.examples import JoinedRow, generated_inputs, training_rows
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import commit
 from sparring.run.schedule import Schedule
-from sparring.types import Group, Role
+from sparring.types import Group, Role, Teacher
 
 # What rounding explains between an engine's log-probs and the scorer's: mean |difference| in nats per token. Bfloat16
 # has steps of 1/8 between 16 and 32, where the largest logits are: rounded once more, each moves by up to 1/16.
 ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1 / 16}
+
+Columns = dict[str, Sequence[object] | np.ndarray]
+TrainingRow = tuple[int, JoinedRow]
+"""The iteration that generated the responses, and the row."""
 
 NUM_RESCORED = 16
 """Training examples whose responses are scored twice, to measure rounding."""
 
 
 def score(iteration: Iteration, parallel: Parallel) -> None:
-    """Writes score/opponent.parquet: the opponent's log-prob of every response that the objective reads.
-
-    The micro-batches are those of the first epoch of training, so that its log-ratios carry no rounding of other
-    shapes: one side of a systematic difference would count as reward.
-    """
+    """Writes score/opponent.parquet, the opponent's log-prob of every response that the objective reads, or
+    score/teacher.parquet, its candidates and their log-probs as a teacher."""
     start = time.monotonic()
     run, recipe = iteration.run, iteration.recipe
     sources = (run.data, iteration.opponent, *generated_inputs(iteration))
@@ -47,24 +55,97 @@ def score(iteration: Iteration, parallel: Parallel) -> None:
     parallel.barrier()
     rows = training_rows(iteration)
     groups = [one.group(recipe.method.needs.roles, [t]) for t, one in rows]
+    teacher = recipe.method.needs.teacher
+    if teacher is None:
+        name, schema = "opponent.parquet", SCORES
+        columns, measured = score_responses(iteration, rows, groups, parallel)
+    else:
+        name, schema = "teacher.parquet", CANDIDATES
+        columns, measured = score_by_teacher(iteration, teacher, rows, groups, parallel), {}
+    if not parallel.is_main:
+        return
+    summary = {
+        "seconds": time.monotonic() - start,
+        "peak_memory_mib": peak_memory_mib(parallel.device),
+        "responses": len(columns["id"]),
+        **measured,
+    }
+    with commit(iteration.stage("score"), input_digests=input_digests, info=summary) as folder:
+        write_table(folder / name, schema, columns)
+
+
+def score_responses(
+    iteration: Iteration, rows: Sequence[TrainingRow], groups: Sequence[Group], parallel: Parallel
+) -> tuple[Columns, dict[str, float]]:
+    """(columns of opponent.parquet, rounding and the engine's difference).
+
+    The micro-batches are those of the first epoch of training, so that its log-ratios carry no rounding of other
+    shapes: one side of a systematic difference would count as reward.
+    """
+    recipe = iteration.recipe
     steps = Schedule(recipe.train, len(groups), iteration.seed).first_epoch()
     scorer = load_opponent(iteration, parallel)
     micro_batch_tokens = training_micro_batch_tokens(recipe.train, scorer)
     with track(f"score {iteration.index}", len(groups)) as advance:
         scores = score_groups(scorer, groups, micro_batch_tokens, parallel, advance, steps)
     noise = reference_noise(scorer, groups, scores, steps[0][:NUM_RESCORED], parallel)
-    if not parallel.is_main:
-        return
-    columns = score_columns(rows, groups, scores)
-    summary = {
-        "seconds": time.monotonic() - start,
-        "peak_memory_mib": peak_memory_mib(parallel.device),
-        "responses": len(columns["id"]),
-        **noise,
-        **compare_with_engine(iteration, rows, scores),
+    measured = {**noise, **compare_with_engine(iteration, rows, scores)} if parallel.is_main else {}
+    return score_columns(rows, groups, scores), measured
+
+
+def score_by_teacher(
+    iteration: Iteration,
+    teacher: Teacher,
+    rows: Sequence[TrainingRow],
+    groups: Sequence[Group],
+    parallel: Parallel,
+) -> Columns:
+    """The columns of teacher.parquet."""
+    shown = show_real_responses(iteration, teacher, rows, groups)
+    scorer = load_opponent(iteration, parallel)
+    count = min(teacher.candidates, scorer.head.out_features)
+    micro_batch_tokens = training_micro_batch_tokens(iteration.recipe.train, scorer)
+    with track(f"score {iteration.index}", len(groups)) as advance:
+        candidates, logprobs = score_candidates(scorer, shown, count, micro_batch_tokens, parallel, advance)
+    places = [
+        (index, sample, len(response))
+        for index, group in enumerate(groups)
+        for sample, response in enumerate(group.responses["generated"])
+    ]
+    return {
+        "id": [groups[index].id for index, _, _ in places],
+        "iteration": [rows[index][0] for index, _, _ in places],
+        "sample": [sample for _, sample, _ in places],
+        "candidates": [candidates[index, sample, :tokens].ravel() for index, sample, tokens in places],
+        "logprobs": [logprobs[index, sample, :tokens].ravel() for index, sample, tokens in places],
     }
-    with commit(iteration.stage("score"), input_digests=input_digests, info=summary) as folder:
-        write_table(folder / "opponent.parquet", SCORES, columns)
+
+
+def show_real_responses(
+    iteration: Iteration, teacher: Teacher, rows: Sequence[TrainingRow], groups: Sequence[Group]
+) -> list[Group]:
+    """The groups with the teacher's prompts. Raises `UserError` if one does not fit into the model's context."""
+    model, data = Path(iteration.data.model), iteration.recipe.data
+    render = Renderer(
+        load_tokenizer(model),
+        template=iteration.recipe.template,
+        end_token=data.end_token,
+        max_length=iteration.data.max_length,
+        max_response=None,
+        declared_ends=iteration.data.end_ids,
+    )
+    context, shown = context_length(model), list[Group]()
+    for (_, one), group in zip(rows, groups, strict=True):
+        example = example_of(one.row, data.columns, data.split_on, data.turns)
+        longest = max(len(response) for response in group.responses["generated"])
+        try:
+            ids = teacher_prompt_ids(render, teacher, example, one.row.real, longest, context)
+        except BadRow as problem:
+            raise UserError(
+                f"data: row {one.row.row}: {problem}. Remove the row, or shorten method.teacher_prompt."
+            ) from problem
+        shown.append(replace(group, prompt_ids=ids))
+    return shown
 
 
 def load_opponent(iteration: Iteration, parallel: Parallel) -> Scorer:
@@ -122,10 +203,8 @@ def reference_noise(
     }
 
 
-def score_columns(
-    rows: Sequence[tuple[int, JoinedRow]], groups: Sequence[Group], scores: Mapping[Role, np.ndarray]
-) -> dict[str, Sequence[object] | np.ndarray]:
-    """One table row per response."""
+def score_columns(rows: Sequence[TrainingRow], groups: Sequence[Group], scores: Mapping[Role, np.ndarray]) -> Columns:
+    """The columns of opponent.parquet: one table row per response."""
     places: list[tuple[int, int, str, Role, int]] = [
         (index, t, one.row.id, role, sample)
         for index, ((t, one), group) in enumerate(zip(rows, groups, strict=True))
@@ -142,7 +221,7 @@ def score_columns(
 
 
 def compare_with_engine(
-    iteration: Iteration, rows: Sequence[tuple[int, JoinedRow]], scores: Mapping[Role, np.ndarray]
+    iteration: Iteration, rows: Sequence[TrainingRow], scores: Mapping[Role, np.ndarray]
 ) -> dict[str, float]:
     """How far the engine's log-probs of this iteration's answers are from the scorer's; empty if it reports none.
 

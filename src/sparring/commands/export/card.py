@@ -11,7 +11,14 @@ from sparring.recipe.yaml import dump
 from sparring.report.summary import describe_headline
 from sparring.run.results import SUMMARY_METRICS, Results, phases
 
-PAPERS = {"dft": "2508.05629", "rft": "2308.01825", "spin": "2401.01335", "tspin": "2601.08198", "space": "2512.07175"}
+PAPERS = {
+    "dft": "2508.05629",
+    "rft": "2308.01825",
+    "sdft": "2601.19897",
+    "spin": "2401.01335",
+    "tspin": "2601.08198",
+    "space": "2512.07175",
+}
 
 TEXT = """---
 {metadata}
@@ -115,6 +122,8 @@ def describe_training(recipe: Recipe, index: int) -> str:
     for method, iterations in played:
         if method.needs.accepted:
             text = "rejection fine-tuning on the model's own accepted responses"
+        elif method.needs.teacher is not None:
+            text = "self-distillation from the model that is shown the real response"
         elif method.needs.rounds:
             text = f"self-play fine-tuning with {method.name}"
         elif "rejected" in method.needs.roles:

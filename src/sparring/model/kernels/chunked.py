@@ -33,18 +33,41 @@ def linear_logprob(
     hidden: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocab width"],
     bias: Float[Tensor, " vocab"] | None,
-    targets: Int[Tensor, " tokens"],
+    targets: Int[Tensor, " tokens *several"],
     *,
     scale: float = 1.0,
     softcap: float | None = None,
     is_kept: bool = True,
-) -> Float[Tensor, " tokens"]:
+) -> Float[Tensor, " tokens *several"]:
     """`reference.linear_logprob` in chunks of tokens. Matrix products use autocast's dtype if it is on, everything else
     float32 (float64 for float64). `is_kept`: whether logits may be kept for the backward pass."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    device, dtype = hidden.device.type, _product_dtype(hidden)
     with torch.autocast(device, enabled=False):
         return _LinearLogprob.apply(hidden, weight, bias, targets, dtype, scale, softcap, is_kept)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    count: int,
+) -> Int[Tensor, "tokens count"]:
+    """The `count` most probable tokens after each state, the most probable first, in chunks of tokens.
+
+    Reads no scale and no softcap: a positive factor and a tanh keep the order of the logits.
+    """
+    device, dtype = hidden.device.type, _product_dtype(hidden)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        blocks = hidden.split(block_tokens(device, dtype.itemsize * len(weight)))
+        return torch.cat([F.linear(states, weight, bias).topk(count).indices for states in blocks])
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -39,6 +39,7 @@ def _logprobs(
     softcap,
     IS_CAPPED: tl.constexpr,
     IS_DOUBLE: tl.constexpr,
+    NUM_TARGETS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     dtype = tl.float64 if IS_DOUBLE else tl.float32
@@ -57,9 +58,10 @@ def _logprobs(
         highest = higher
     top = tl.max(highest, 0)
     normalizer = top + tl.log(tl.sum(tl.where(total > 0, total * tl.exp(highest - top), 0.0), 0))
-    chosen = tl.load(start + tl.load(targets + row)).to(dtype)
     tl.store(normalizers + row, normalizer)
-    tl.store(logprobs + row, _final(chosen, scale, softcap, IS_CAPPED) - normalizer)
+    for target in range(row * NUM_TARGETS, (row + 1) * NUM_TARGETS):
+        chosen = tl.load(start + tl.load(targets + target)).to(dtype)
+        tl.store(logprobs + target, _final(chosen, scale, softcap, IS_CAPPED) - normalizer)
 
 
 @triton.jit
@@ -74,6 +76,7 @@ def _slopes(
     softcap,
     IS_CAPPED: tl.constexpr,
     IS_DOUBLE: tl.constexpr,
+    NUM_TARGETS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     dtype = tl.float64 if IS_DOUBLE else tl.float32
@@ -81,39 +84,46 @@ def _slopes(
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     place = logits + row * stride + columns
     values = _final(tl.load(place, mask=columns < vocab, other=0.0).to(dtype), scale, softcap, IS_CAPPED)
-    is_target = (columns == tl.load(targets + row)).to(dtype)
-    slopes = tl.load(outer + row) * (is_target - tl.exp(values - tl.load(normalizers + row))) * scale
+    probabilities = tl.exp(values - tl.load(normalizers + row))
+    slopes = tl.zeros([TILE], dtype)
+    for target in range(row * NUM_TARGETS, (row + 1) * NUM_TARGETS):
+        is_target = (columns == tl.load(targets + target)).to(dtype)
+        slopes += tl.load(outer + target) * (is_target - probabilities)
+    slopes *= scale
     if IS_CAPPED:
         slopes = slopes * (1 - (values / softcap) * (values / softcap))
     tl.store(place, slopes.to(logits.dtype.element_ty), mask=columns < vocab)
 
 
 def logprobs_of(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], scale: float, softcap: float | None
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens *several"], scale: float, softcap: float | None
+) -> tuple[Float[Tensor, " tokens *several"], Float[Tensor, " tokens"]]:
     """As `rows.logprobs_of`."""
     tokens = len(logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logprobs, normalizers = (torch.empty(tokens, dtype=dtype, device=logits.device) for _ in range(2))
-    _logprobs[(tokens,)](logits, targets, logprobs, normalizers, **settings(logits, scale, softcap))
+    logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    normalizers = torch.empty(tokens, dtype=dtype, device=logits.device)
+    targets = targets.contiguous()
+    _logprobs[(tokens,)](logits, targets, logprobs, normalizers, **settings(logits, targets, scale, softcap))
     return logprobs, normalizers
 
 
 def slopes_(
     logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, " tokens"],
+    targets: Int[Tensor, " tokens *several"],
     normalizers: Float[Tensor, " tokens"],
-    outer: Float[Tensor, " tokens"],
+    outer: Float[Tensor, " tokens *several"],
     scale: float,
     softcap: float | None,
 ) -> None:
     """As `rows.slopes_`."""
     tokens, vocab = logits.shape
     grid = (tokens, triton.cdiv(vocab, TILE))
-    _slopes[grid](logits, targets, normalizers, outer.contiguous(), **settings(logits, scale, softcap))
+    targets, outer = targets.contiguous(), outer.contiguous()
+    _slopes[grid](logits, targets, normalizers, outer, **settings(logits, targets, scale, softcap))
 
 
-def settings(logits: Tensor, scale: float, softcap: float | None) -> dict[str, Any]:
+def settings(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> dict[str, Any]:
     return {
         "vocab": logits.shape[1],
         "stride": logits.stride(0),
@@ -121,5 +131,6 @@ def settings(logits: Tensor, scale: float, softcap: float | None) -> dict[str, A
         "softcap": softcap or 0.0,
         "IS_CAPPED": softcap is not None,
         "IS_DOUBLE": logits.dtype == torch.float64,
+        "NUM_TARGETS": targets.shape[1] if targets.ndim == 2 else 1,
         "TILE": TILE,
     }

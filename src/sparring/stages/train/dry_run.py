@@ -142,7 +142,7 @@ class _NoRows:
     @staticmethod
     def logprobs_of(logits: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return torch.empty(len(logits), dtype=dtype), torch.empty(len(logits), dtype=dtype)
+        return torch.empty(targets.shape, dtype=dtype), torch.empty(len(logits), dtype=dtype)
 
     @staticmethod
     def slopes_(*_: object) -> None:
@@ -162,8 +162,8 @@ def _parallel(ranks: int, dtype: torch.dtype) -> AbstractContextManager[Parallel
 
 def _example(recipe: Recipe, tokens: int, packing: Packing) -> TrainingExample:
     """A group that fills a micro-batch, three quarters of it responses."""
-    roles, samples = recipe.method.needs.roles, recipe.generate.samples
-    counts: dict[Role, int] = {role: samples if role == "generated" else 1 for role in roles}
+    needs, samples = recipe.method.needs, recipe.generate.samples
+    counts: dict[Role, int] = {role: samples if role == "generated" else 1 for role in needs.roles}
     number = sum(counts.values())
     of_response = max(1, 3 * tokens // (4 * number))
     of_prompt = max(1, (tokens // number if packing == "padded" else tokens - (number - 1) * of_response) - of_response)
@@ -175,7 +175,11 @@ def _example(recipe: Recipe, tokens: int, packing: Packing) -> TrainingExample:
         role: np.zeros(n if role == "generated" else (), dtype=np.float32) for role, n in counts.items()
     }
     group = Group("", np.zeros(of_prompt, dtype=np.int32), responses)
-    return TrainingExample(group, opponent if recipe.method.needs.opponent else {})
+    if needs.teacher is not None:
+        candidates = np.zeros((samples, of_response, needs.teacher.candidates), dtype=np.int32)
+        group = replace(group, candidates={"generated": tuple(candidates)})
+        opponent = {"generated": np.zeros((samples, of_response, 1 + needs.teacher.candidates), dtype=np.float32)}
+    return TrainingExample(group, opponent if needs.opponent else {})
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from sparring.errors import RunError
 from sparring.model.packing import PackedBatch, group_tokens, pack, rank_batches
 from sparring.objectives.metrics import concatenate, log_ratio, self_play_metrics
 from sparring.parallel import Parallel
+from sparring.run.examples import stack_padded
 from sparring.run.iteration import Iteration
 from sparring.run.manifest import read_manifest
 from sparring.stages.train.policy import Policy
@@ -60,7 +61,7 @@ def forward_backward(
             "loss": loss.per_example,
             **loss.metrics,
             **self_play_metrics(objective, scores, opponent, lengths),
-            **({"log_ratio": log_ratio(scores, opponent, lengths)} if opponent else {}),
+            **({"log_ratio": log_ratio(scores, opponent, lengths)} if opponent and not objective.needs.teacher else {}),
         }
         parts.append({name: value[: len(indices)] for name, value in metrics.items()})
     sums = {name: value.double().sum() for name, value in concatenate(parts).items()}
@@ -95,14 +96,15 @@ def backward_micro_batch(
 
 def stack_opponent(examples: Sequence[TrainingExample], device: torch.device) -> Scores:
     return {
-        role: torch.from_numpy(np.stack([example.opponent[role] for example in examples])).to(device)
+        role: torch.from_numpy(stack_padded([example.opponent[role] for example in examples])).to(device)
         for role in examples[0].opponent
     }
 
 
 def scoring_noise(iteration: Iteration) -> float:
     """What the score stage measured: see `stages.score.reference_noise`."""
-    if not iteration.recipe.method.needs.opponent:
+    needs = iteration.recipe.method.needs
+    if not needs.opponent or needs.teacher:
         return 0.0
     noise = read_manifest(iteration.stage("score")).info["noise_per_token"]
     assert isinstance(noise, float)
@@ -117,10 +119,10 @@ def check_policy_equals_opponent(
     Catches another template, adapter, dtype or stale weights before hours are spent on them. `noise`: rounding of the
     opponent's log-probs, in nats per token, as it was measured; it grows with the model, the dtype and the length of
     the responses. The loss is not compared: it multiplies rounding by the objective's coefficients (`check_start_loss`
-    compares it without rounding).
+    compares it without rounding). A teacher reads another prompt, so its log-probs cannot tell.
     """
     allowed = max(LOG_RATIO_TOLERANCE[dtype], TIMES_NOISE * noise)
-    if not objective.needs.opponent or metrics["log_ratio"] <= allowed:
+    if not objective.needs.opponent or objective.needs.teacher or metrics["log_ratio"] <= allowed:
         return
     raise RunError(
         f"Before the first update the policy must equal its opponent, but their log-probs differ by "
