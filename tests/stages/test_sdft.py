@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from shortcuts import generations, step_metrics
 
-from sparring.commands.compare import reuse_stages
+from sparring.commands.compare import compare, reuse_stages
 from sparring.data.read import BadRow
 from sparring.data.render import Renderer
 from sparring.data.tables import read_candidates
@@ -178,6 +178,13 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_generated(make_reci
     with pytest.raises(UserError, match=r"row 1 of .*the teacher's prompt has \d+ tokens and leaves no room .*128"):
         play(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "iter-00").exists()
+
+
+def test_rows_of_a_comparison_have_to_fit_each_method(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The recipe has another method. A teacher's prompt and 90 new tokens do not fit into a context of 128."""
+    with pytest.raises(UserError, match=r"row 1 of .*the teacher's prompt has \d+ tokens"):
+        compare(make_recipe("space", generate={"max_new_tokens": 90}), tmp_path, methods=["space", "sdft"], seeds=1)
+    assert not list(tmp_path.glob("seed-*"))
 
 
 def test_what_it_cannot_do_is_refused(make_recipe: MakeRecipe) -> None:

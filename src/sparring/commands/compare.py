@@ -112,7 +112,7 @@ def compare(
     with shared.own():
         check_comparison_settings(shared, recipe)
         if not is_done(shared, shared.data):
-            prepare(shared, recipe)
+            prepare(shared, recipe, [settings.method for *_, settings in plans])
         summary = DataSummary.read(shared.data / "summary.json")
         if not summary.num_held_out:
             raise UserError("data.held_out: a comparison needs held-out rows. Set it above 0.")

@@ -119,7 +119,7 @@ def tune(
     with shared.own():
         check_comparison_settings(shared, recipe)
         if not is_done(shared, shared.data):
-            prepare(shared, recipe)
+            prepare(shared, recipe, [parse_method(name).recipe(recipe, recipe.seed).method for name in wanted])
         if len({row.prompt_key for row in read_rendered(shared.data / "held_out.parquet")}) < 4:
             raise UserError("data.held_out: tune chooses on one half and judges on the other, so it needs 4 prompts.")
         model = empty_model(resolve_model(recipe.model))

@@ -30,7 +30,7 @@ from sparring.recipe.schema import JsonSchema, Recipe
 from sparring.run.iteration import DataSummary, seed_of
 from sparring.run.manifest import commit
 from sparring.run.rundir import RunDir
-from sparring.types import Example, Rendered
+from sparring.types import Example, Objective, Rendered
 
 
 def check_dependencies(recipe: Recipe) -> None:
@@ -61,12 +61,15 @@ def _optimizers(recipe: Recipe) -> set[str]:
     return {recipe.at(index).train.optimizer for index in range(recipe.iterations)}
 
 
-def prepare(run: RunDir, recipe: Recipe) -> DataSummary:
-    """Writes data/: train.parquet, held_out.parquet, self_play.parquet if asked for, skipped.jsonl, summary.json."""
+def prepare(run: RunDir, recipe: Recipe, others: Sequence[Objective] = ()) -> DataSummary:
+    """Writes data/: train.parquet, held_out.parquet, self_play.parquet if asked for, skipped.jsonl, summary.json.
+
+    `others`: methods beside the recipe's that are to train on the same rows.
+    """
     model = resolve_model(recipe.model)
     tokenizer = load_tokenizer(model)
     renderer = make_renderer(recipe, model, tokenizer)
-    reader = DataReader(recipe, renderer)
+    reader = DataReader(recipe, renderer, others)
     train, self_play, held_out = read_and_split(reader, recipe)
     num_checked = count_checked(recipe, held_out)
     known = check_weights(model)
@@ -163,9 +166,9 @@ class Keyed(NamedTuple):
 class DataReader:
     """Reads and renders rows, and records those that cannot be used."""
 
-    def __init__(self, recipe: Recipe, renderer: Renderer) -> None:
+    def __init__(self, recipe: Recipe, renderer: Renderer, others: Sequence[Objective] = ()) -> None:
         self.settings = recipe.data
-        methods = recipe.methods()
+        methods = [*recipe.methods(), *others]
         self.is_paired = any("rejected" in method.needs.roles for method in methods)
         if recipe.data.self_play_rows is not None and len({method.name == "sft" for method in methods}) < 2:
             raise UserError(
