@@ -146,8 +146,9 @@ def load_taught_examples(iteration: Iteration) -> list[TrainingExample]:
     return examples
 
 
-def stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def stack_padded(values: Sequence[np.ndarray | np.generic]) -> np.ndarray:
     """Stacks arrays; those of several dimensions may differ in the second to last, that of tokens, padded with 0."""
+    arrays = [np.asarray(value) for value in values]
     if arrays[0].ndim < 2:
         return np.stack(arrays)
     longest = max(array.shape[-2] for array in arrays)
