@@ -34,7 +34,8 @@ def kubernetes(nodes: int, gpus: int) -> str:
 def fake_cluster(tmp_path: Path) -> dict[str, str]:
     """An environment in which the cluster's programs only record how they were called.
 
-    Each in one write: srun runs in the background, and two calls must not share a line.
+    Each in one write: srun runs in the background, and two calls must not share a line. `ray status` fails until a
+    `ray start` was called, which may be in the background too.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -42,7 +43,8 @@ def fake_cluster(tmp_path: Path) -> dict[str, str]:
         program = folder / name
         ending = 'exit "${STATUS:-0}"' if name == "sparring" else "exit 0"
         program.write_text(
-            f'#!/bin/bash\nline=$(printf "%s" {name}; printf " [%s]" "$@")\necho "$line" >> "$CALLS"\n'
+            '#!/bin/bash\n[ "$1" = status ] && [ -z "${HEAD_IS_ELSEWHERE:-}" ] && ! grep -qs start "$CALLS" && exit 1\n'
+            f'line=$(printf "%s" {name}; printf " [%s]" "$@")\necho "$line" >> "$CALLS"\n'
             f'[ {name} = sparring ] && [ -n "${{STUCK:-}}" ] && {{ trap "exit 143" TERM; kill -TERM $PPID; '
             f"sleep 30 > /dev/null 2>&1 & wait; }}\n{ending}\n"
         )
@@ -139,7 +141,7 @@ def test_a_sky_task_starts_ray_and_one_run(fake_cluster: dict[str, str]) -> None
     assert status == 2 and "ray [start] [--head] [--port=6379] [--block]" in calls
     assert f"sparring [run] [{RECIPE}] [{ODD_PATH}] [launch=ray] [ray_address=10.0.0.1:6379]" in calls
     Path(fake_cluster["CALLS"]).unlink()
-    status, calls = calls_of(script, {**nodes, "SKYPILOT_NODE_RANK": "1"})
+    status, calls = calls_of(script, {**nodes, "SKYPILOT_NODE_RANK": "1", "HEAD_IS_ELSEWHERE": "yes"})
     assert status == 0 and calls[-1] == "ray [start] [--address=10.0.0.1:6379] [--block]"
 
 
