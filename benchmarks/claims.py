@@ -11,8 +11,8 @@ runs/real/task/model. Without them only the demo's problems are played. The chat
 
 Each arm's learning rate is chosen on a separate seed with its own problems, split and starting model: the rate with the
 lowest held-out NLL at the best iteration. SmolLM2's sweep of an arm begins at 1e-5 and ends when both neighbors of the
-best rate are worse. Reported seeds (0 and up) are played at the chosen rate. The best iteration is
-chosen on one half of the held-out rows and evaluated on the other.
+best rate are worse. Reported seeds (0 and up) are played at the chosen rate. The best iteration is chosen on one half
+of the held-out rows and evaluated on the other.
 """
 
 from __future__ import annotations

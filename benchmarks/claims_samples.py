@@ -31,7 +31,8 @@ CHATS, CHAT_TOKENS = 48, 384
 def measure_samples(run: Path, transfer: Path, chats: Path) -> dict[str, object]:
     """Values of single rows are those of the judging half, in one order for all arms of a seed.
 
-    `transfer`: other problems, question and answer. `chats`: rows of another kind, whose NLL tells of forgetting."""
+    `transfer`: other problems, question and answer. `chats`: rows of another kind, whose NLL tells of forgetting.
+    """
     results = Results(run)
     best = results.best()
     assert best is not None

@@ -322,14 +322,10 @@ def chosen(play: dict, metric: str) -> float:
     return play["metrics"][f"{metric}_test"][best]
 
 
-def mean(values: Sequence[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f}"
-
-
-def plus_minus(values: Sequence[float], digits: int, *, signed: bool = True) -> str:
+def plus_minus(values: Sequence[float], digits: int) -> str:
     """Mean and 95 % interval over seeds."""
     found = interval(np.array(values))
-    return f"{found['mean']:{'+' if signed else ''}.{digits}f} ± {found['half_width_95']:.{digits}f}"
+    return f"{found['mean']:+.{digits}f} ± {found['half_width_95']:.{digits}f}"
 
 
 def tokens(plays: Sequence[dict]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from sparring.data.tables import read_rendered
 from sparring.errors import UserError
+from sparring.objectives import Sft
 from sparring.recipe.schema import Recipe
 from sparring.run.iteration import DataSummary
 from sparring.run.rundir import RunDir
@@ -130,6 +131,13 @@ def test_self_play_rows_that_cannot_be(
     data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "self_play_rows": amount}
     with pytest.raises(UserError, match=message):
         run(tmp_path, make_recipe(method, data=data, per_iteration=phases))
+
+
+def test_another_method_of_a_tuning_is_no_sft_phase(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Its arms copy training rows only, so the rows kept for self-play would be lost."""
+    data = {"train": write(tmp_path / "rows.jsonl", good(20)), "held_out": 0, "self_play_rows": 0.5}
+    with pytest.raises(UserError, match="so the recipe needs both"):
+        prepare(RunDir(tmp_path / "run"), make_recipe("space", data=data), [Sft()])
 
 
 def test_all_turns_of_a_conversation_stay_on_one_side(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -183,13 +183,8 @@ def reuse_stages(first: Iteration, donors: Sequence[RunDir]) -> None:
         if needs.rounds and other.rounds:
             stages.append((first.stage("generate"), donor.stage(0, "generate")))
             is_same_cut = batch_size == recipe.train.batch_size  # of the micro-batches
-            if (
-                needs.opponent
-                and other.opponent
-                and needs.roles == other.roles
-                and needs.teacher == other.teacher
-                and is_same_cut
-            ):
+            are_same_scores = (needs.roles, needs.teacher) == (other.roles, other.teacher)
+            if needs.opponent and other.opponent and are_same_scores and is_same_cut:
                 stages.append((first.stage("score"), donor.stage(0, "score")))
         for target, source in stages:
             if is_committed(source) and not target.exists():

@@ -170,7 +170,7 @@ class DataReader:
         self.settings = recipe.data
         methods = [*recipe.methods(), *others]
         self.is_paired = any("rejected" in method.needs.roles for method in methods)
-        if recipe.data.self_play_rows is not None and len({method.name == "sft" for method in methods}) < 2:
+        if recipe.data.self_play_rows is not None and len({method.name == "sft" for method in recipe.methods()}) < 2:
             raise UserError(
                 "data.self_play_rows hides rows from sft iterations, so the recipe needs both, such as method: space, "
                 "per_iteration: {0: {method: sft}}."

@@ -32,6 +32,7 @@ FLOOR = (0, 14)
 BATCHED_TOKENS_ON_CPU = 4096
 """Tokens of prompts that a step computes at most, if none is longer."""
 OF_AVAILABLE_MEMORY = 0.8
+"""The share of free memory that an engine on a CPU takes at most."""
 
 
 def main() -> None:
